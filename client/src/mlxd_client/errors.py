@@ -28,6 +28,7 @@
         ├── ConnectFailed               nobody listens there, and nothing could be started
         ├── ConnectionLost              the connection ended while a reply was awaited
         ├── RequestTimeout              no reply within the caller's own time limit
+        ├── SocketPathTooLong           the platform's limit for a socket's path; set MLXD_SOCKET to a shorter one
         └── ProtocolError               the peer sent what is no frame or no message (also raised by codec.py)
 
 `kind` is the stable name that programs compare; codes are stable too; messages are for people and may change.
@@ -66,6 +67,7 @@ __all__ = [
     "RequestTimeout",
     "RpcError",
     "ShuttingDown",
+    "SocketPathTooLong",
     "Unsupported",
     "VerificationFailed",
     "WorkerDied",
@@ -208,6 +210,10 @@ class ConnectionLost(ClientError):
 
 class RequestTimeout(ClientError):
     """No reply within the caller's own limit; the request was cancelled on the way out."""
+
+
+class SocketPathTooLong(ClientError, ValueError):
+    """A path that no Unix socket can have on this platform."""
 
 
 class ProtocolError(ClientError):
