@@ -83,6 +83,8 @@ EVENT_TOPICS: dict[str, str] = {
     "download_progress": "models",
     "download_completed": "models",
     "download_cancelled": "models",
+    "loading_queued": "models",
+    "loading_cancelled": "models",
     "loading_started": "models",
     "loading_progress": "models",
     "loading_completed": "models",

@@ -1,0 +1,78 @@
+"""What the core wants done. The runtime performs them, in order, and decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlxd_client.errors import RpcError
+from mlxd_client.types import ErrorObject, Job, Model
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorker:
+    """Spawn a worker and have it load the model; Loaded, LoadFailed or WorkerExited will follow."""
+
+    worker: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopWorker:
+    """Ask the worker to go, and see to it; WorkerExited will follow. Said once per worker."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Hand the request to the worker; Done, or the worker's exit, will follow."""
+
+    rid: int
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelOnWorker:
+    """Have the worker end the request at its next step; Done will follow."""
+
+    rid: int
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """The worker's answer stands: pass it on. Like Answer and Fail, the last thing that is said of a request."""
+
+    rid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The goal of an Ensure or Unload is reached; `model` is how it stands."""
+
+    rid: int
+    model: Model
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The request ends with this error. What the worker said of it so far may go into the details."""
+
+    rid: int
+    error: RpcError
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Tell the subscribers."""
+
+    name: str
+    model_id: str | None = None
+    model: Model | None = None
+    job: Job | None = None
+    progress: float | None = None
+    error: ErrorObject | None = None
+    rid: int | None = None
+
+
+Action = StartWorker | StopWorker | Dispatch | CancelOnWorker | Deliver | Answer | Fail | Publish
