@@ -9,21 +9,20 @@
     setup            only see to the environment
 
 Each sees to the environment first: `.venv` in this repository, holding what `requirements.lock` pins and both packages
-in editable form, by uv where it is on PATH and by venv and pip where not. A stamp skips all of it while nothing changed.
+in editable form; by uv where it is on PATH, else by venv and pip. A stamp skips all of it while nothing changed.
 
-Standard library only. The file has to parse on old Pythons, so that they get a sentence and not a syntax error: before
-the version check only what Python 3 always had, after it only syntax of 3.6.
+Standard library only, and only syntax that Python 3.6 knows, so that an old Python gets a sentence and no syntax error.
 """
 
 import os
 import sys
 
 LOWEST, BEYOND = (3, 11), (3, 14)
+PYTHON_VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 if not LOWEST <= sys.version_info[:2] < BEYOND:
     sys.exit(
-        "mlxd needs Python 3.11, 3.12 or 3.13, and this is %d.%d: start tools/dev.py with one of those."
-        % sys.version_info[:2]
+        f"mlxd needs Python 3.11, 3.12 or 3.13, and this is {PYTHON_VERSION}: start tools/dev.py with one of those."
     )
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -49,7 +48,7 @@ def main(arguments: "list[str]") -> int:
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        return fail("dev.py has no command %r; it has %s." % (command, ", ".join(COMMANDS)), 2)
+        return fail(f"there is no command {command!r}, but {', '.join(COMMANDS)}.", 2)
     try:
         ensure_environment()
     except SetupError as error:
@@ -99,9 +98,9 @@ def wanted_stamp() -> str:
             with open(os.path.join(ROOT, name), "rb") as file:
                 digest.update(name.encode() + b"\0" + file.read() + b"\0")
         except OSError as error:
-            raise SetupError("cannot read %s: %s." % (name, error.strerror)) from None
+            raise SetupError(f"cannot read {name}: {error.strerror}.") from None
     # The folder counts, since scripts and editable installs hold absolute paths.
-    return "\n".join((ROOT, "%d.%d" % sys.version_info[:2], "-".join(os.uname()[::4]), digest.hexdigest()))
+    return "\n".join((ROOT, PYTHON_VERSION, "-".join(os.uname()[::4]), digest.hexdigest()))
 
 
 def is_current(wanted: str) -> bool:
@@ -113,7 +112,7 @@ def is_current(wanted: str) -> bool:
 
 
 def set_up(wanted: str) -> None:
-    """Build or mend `.venv`; the stamp is written last, so that a set-up cut short at any point is not taken for one."""
+    """Build or mend `.venv`. The stamp is written last: a set-up that was cut short is never taken for a whole one."""
     import shutil
     import time
 
@@ -125,12 +124,10 @@ def set_up(wanted: str) -> None:
     if os.path.exists(STAMP):
         os.remove(STAMP)
     if not is_usable(old, wanted, uv):
-        say("making .venv with %s for Python %d.%d" % ("uv" if uv else "venv", *sys.version_info[:2]))
+        say(f"making .venv with {'uv' if uv else 'venv'} for Python {PYTHON_VERSION}")
         make_venv(uv)
     write(UNFINISHED, "")
-    say(
-        "installing what requirements.lock pins with %s; the first time takes a minute or two" % ("uv" if uv else "pip")
-    )
+    say(f"installing what requirements.lock pins with {'uv' if uv else 'pip'}; the first time takes a minute or two")
     try:
         install(uv)
     except SetupError:
@@ -139,7 +136,7 @@ def set_up(wanted: str) -> None:
     write(STAMP + ".new", wanted)
     os.remove(UNFINISHED)
     os.replace(STAMP + ".new", STAMP)
-    say("ready after %.0f s" % (time.monotonic() - began))
+    say(f"ready after {time.monotonic() - began:.0f} s")
 
 
 def read_stamp() -> str:
@@ -158,8 +155,8 @@ def is_usable(old: str, wanted: str, uv: "str | None") -> bool:
     """
     if os.path.lexists(UNFINISHED) or (old and old.split("\n")[:3] != wanted.split("\n")[:3]):
         return False
-    probe = "import sys%s; print('%%d.%%d' %% sys.version_info[:2])" % ("" if uv else ", pip")
-    return run([PYTHON, "-c", probe], quiet=True) == (0, "%d.%d\n" % sys.version_info[:2])
+    probe = f"import sys{'' if uv else ', pip'}; print(sys.version_info[0], sys.version_info[1], sep='.')"
+    return run([PYTHON, "-c", probe], quiet=True) == (0, PYTHON_VERSION + "\n")
 
 
 def make_venv(uv: "str | None") -> None:
@@ -179,7 +176,7 @@ def make_venv(uv: "str | None") -> None:
     status, output = run(command)
     if status:
         hint = "" if uv else " (on Debian and Ubuntu, the package python3-venv has to be there)"
-        raise SetupError("cannot make .venv%s:\n%s" % (hint, output.strip()))
+        raise SetupError(f"cannot make .venv{hint}:\n{output.strip()}")
 
 
 def install(uv: "str | None") -> None:
@@ -195,7 +192,7 @@ def install(uv: "str | None") -> None:
     ):
         status, output = run(step)
         if status:
-            raise SetupError("installing failed; is there a connection?\n%s" % output.strip())
+            raise SetupError(f"installing failed; is there a connection?\n{output.strip()}")
 
 
 def run(command: "list[str]", quiet: bool = False) -> "tuple[int, str]":
@@ -248,7 +245,7 @@ def become(command: "list[str]") -> int:
         os.execvpe(command[0], command, env)
     except OSError as error:
         status = 127 if isinstance(error, FileNotFoundError) else 126
-        return fail("cannot run %s: %s." % (command[0], error.strerror), status)
+        return fail(f"cannot run {command[0]}: {error.strerror}.", status)
 
 
 def run_exec(arguments: "list[str]") -> int:
