@@ -1,0 +1,272 @@
+"""Every setting of the daemon in one typed struct, and where each value came from.
+
+Sources, later ones win: defaults, `config.toml` in the home folder, the environment (`MLXD_` and the name in capitals),
+command-line flags. A name or a value that is wrong is refused with a sentence that says where it stands.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from mlxd_client import paths
+from mlxd_client.errors import MlxdError
+
+__all__ = ["LOG_LEVELS", "Loaded", "LogLevel", "ModelSettings", "Origin", "Settings", "SettingsError", "load"]
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LOG_LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
+MEMORY_SHARE = 0.7
+
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+KeepAlive = Annotated[float, Meta(ge=-1, le=31_536_000)]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+Name = Annotated[str, Meta(min_length=1, max_length=4096)]
+
+
+class SettingsError(MlxdError):
+    """A setting that cannot be used; the message names it, where it stands, and what would be right."""
+
+
+class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What differs for one model: a table `[models."org/name"]` in config.toml."""
+
+    keep_alive_s: KeepAlive | None = None
+
+
+def default_worker_command() -> list[str]:
+    return [sys.executable, "-m", "mlxd.worker"]
+
+
+def memory_budget() -> int:
+    """Bytes that all models together may take by default: a share of the memory that this process may ever have."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min(physical, _control_group_limit() or physical) * MEMORY_SHARE)
+
+
+def _control_group_limit() -> int | None:
+    """The limit that a Linux container sets, or None. See cgroup-v2.rst, memory.max."""
+    try:
+        return int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one daemon runs. Seconds end in `_s`, sizes in `_bytes`.
+
+    Attributes:
+        home: the folder that holds everything the daemon keeps, absolute.
+        socket: where it listens, absolute.
+        default_model: answers requests that name none.
+        aliases: further names for models.
+        keep_alive_s: a model that nobody used for so long is unloaded; -1 never, 0 at once. `models` and requests may
+            say otherwise.
+        models: settings of single models, by id.
+        memory_budget_bytes: bounds all loaded models together.
+        max_batch: how many requests decode together in one model.
+        queue_limit: how many requests may wait, over all models.
+        requests_in_flight: how many requests one connection may have open.
+        max_clients: how many connections are taken at a time.
+        subscriber_events, subscriber_bytes: how much may wait for one subscriber before it is told that it lags.
+        event_log: how many events are kept for subscribers that resume.
+        write_stall_s: a connection that takes nothing for so long is closed.
+        drain_s: how long running requests may go on once the daemon is told to stop.
+        ready_s: how long a child may take to start.
+        load_s: how long a model may take to load.
+        heartbeat_s: the longest silence of a child before it counts as hung.
+        spare_worker: whether one worker waits with everything imported once a model was asked for.
+        worker_command: what runs a worker. Tests put a misbehaving one here.
+        log_level: what the log holds.
+        log_prompts: whether prompts and answers may be logged.
+    """
+
+    home: Name
+    socket: Name
+    default_model: Name = "mlxd/cleanup"
+    aliases: dict[Name, Name] = {}
+    keep_alive_s: KeepAlive = 300.0
+    models: dict[Name, ModelSettings] = {}
+    memory_budget_bytes: Annotated[int, Meta(ge=1)] = msgspec.field(default_factory=memory_budget)
+    max_batch: Annotated[int, Meta(ge=1, le=1024)] = 32
+    queue_limit: Count = 512
+    requests_in_flight: Count = 1024
+    max_clients: Count = 2048
+    subscriber_events: Count = 1024
+    subscriber_bytes: Annotated[int, Meta(ge=4096)] = 4 * 1024 * 1024
+    event_log: Count = 4096
+    write_stall_s: Seconds = 10.0
+    drain_s: Annotated[float, Meta(ge=0, le=86_400)] = 5.0
+    ready_s: Seconds = 60.0
+    load_s: Seconds = 600.0
+    heartbeat_s: Seconds = 15.0
+    spare_worker: bool = True
+    worker_command: Annotated[list[Name], Meta(min_length=1)] = msgspec.field(default_factory=default_worker_command)
+    log_level: LogLevel = "info"
+    log_prompts: bool = False
+
+    @property
+    def log_file(self) -> Path:
+        return Path(self.home) / "logs" / "mlxd.log"
+
+    def keep_alive_of(self, model: str) -> float:
+        """How long `model` stays loaded unused, where a request does not say."""
+        own = self.models.get(model)
+        return self.keep_alive_s if own is None or own.keep_alive_s is None else own.keep_alive_s
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """Where a value came from; `place` is the file and line, the variable or the flag."""
+
+    kind: Literal["default", "file", "env", "flag"]
+    place: str = ""
+
+    def __str__(self) -> str:
+        return {"default": "the default", "file": self.place, "env": f"the environment's {self.place}"}.get(
+            self.kind, self.place
+        )
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """The effective settings, each with its origin, and sentences about what was passed over."""
+
+    settings: Settings
+    origins: dict[str, Origin]
+    warnings: list[str] = []
+
+
+# Clients find the daemon without reading its configuration, so the file cannot move it.
+_NOT_IN_FILE = frozenset({"home", "socket"})
+# Read by others: the lookup of home and socket, and the tools of this repository.
+_OTHER_VARIABLES = frozenset({"MLXD_HOME", "MLXD_SOCKET"})
+
+
+def load(env: Mapping[str, str] | None = None, flags: Mapping[str, object] | None = None) -> Loaded:
+    """The settings for this environment and these flags.
+
+    Args:
+        env: the environment; os.environ where not given.
+        flags: values by field name; None counts as not given. `home` and `socket` come before everything else.
+
+    Raises:
+        SettingsError: something stands there that is not a setting or not a value for it.
+        mlxd_client.errors.SocketPathTooLong: MLXD_SOCKET is no path that a socket can have.
+    """
+    env = dict(os.environ if env is None else env)
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    for name, variable in (("home", "MLXD_HOME"), ("socket", "MLXD_SOCKET")):
+        if name in given:
+            env[variable] = str(given[name])
+    values: dict[str, object] = {"home": paths.home(env), "socket": paths.socket_path(env)}
+    origins = {name: Origin("default") for name in _TYPES}
+    origins |= {name: Origin("env", f"MLXD_{name.upper()}") for name in _NOT_IN_FILE if env.get(f"MLXD_{name.upper()}")}
+
+    file = Path(str(values["home"])) / "config.toml"
+    for name, value, origin in _from_file(file):
+        values[name], origins[name] = _checked(name, value, origin, strict=True), origin
+    found, warnings = _from_env(env)
+    for name, text in found.items():
+        origin = Origin("env", f"MLXD_{name.upper()}")
+        values[name], origins[name] = _checked(name, _parsed(name, text, origin), origin, strict=False), origin
+    for name, value in given.items():
+        origin = Origin("flag", "--" + name.replace("_", "-"))
+        if name not in _NOT_IN_FILE:
+            values[name] = _checked(name, value, origin, strict=False)
+        origins[name] = origin
+    return Loaded(Settings(**values), origins, warnings)  # type: ignore[arg-type]  # each was checked on its own
+
+
+_TYPES: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Settings)}
+
+
+def _checked(name: str, value: object, origin: Origin, *, strict: bool) -> object:
+    """`value` as the type of setting `name`."""
+    if name not in _TYPES:
+        raise SettingsError(f"there is no setting {name!r} ({origin}){_near(name, _TYPES)}")
+    try:
+        return msgspec.convert(value, _TYPES[name], strict=strict)
+    except msgspec.ValidationError as error:
+        # "Expected `int`, got `str` - at `$.models[...].x`": the name is said already
+        reason = re.sub(r" - at `.*\$\.?(.*)`$", lambda at: f" at {at[1]}" if at[1] else "", str(error))
+        raise SettingsError(f"{name} cannot be {_short(value)} ({origin}): {reason[0].lower()}{reason[1:]}") from None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _near(name: str, known: Mapping[str, object]) -> str:
+    import difflib  # costs milliseconds, and only a mistake needs it
+
+    matches = difflib.get_close_matches(name.lower(), list(known), n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _from_file(path: Path) -> list[tuple[str, object, Origin]]:
+    """What config.toml sets, if it is there."""
+    import tomllib
+
+    try:
+        text = path.read_text("utf-8")
+        table = tomllib.loads(text)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path} is no TOML: {error}") from None
+    out: list[tuple[str, object, Origin]] = []
+    for name, value in table.items():
+        origin = Origin("file", f"{path}:{_line(text, name)}")
+        if name in _NOT_IN_FILE:
+            raise SettingsError(
+                f"{name} cannot be set in a file ({origin}), since clients do not read it: use MLXD_{name.upper()}"
+            )
+        out.append((name, value, origin))
+    return out
+
+
+def _line(text: str, name: str) -> int:
+    """The line that first mentions a top-level name, as key or table; 1 where it hides behind quotes."""
+    found = re.search(rf"^[ \t]*\[?[ \t]*[\"']?{re.escape(name)}[\"']?[ \t]*[.=\]]", text, re.MULTILINE)
+    return text.count("\n", 0, found.start()) + 1 if found else 1
+
+
+def _from_env(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Settings among the variables, empty ones left out, and a sentence about each that looks like a typing error."""
+    found: dict[str, str] = {}
+    warnings: list[str] = []
+    for variable, text in env.items():
+        name = variable.removeprefix("MLXD_").lower()
+        if not variable.startswith("MLXD_") or variable in _OTHER_VARIABLES or not text:
+            continue
+        if name in _TYPES:
+            found[name] = text
+        elif near := _near(name, _TYPES):  # others may well have variables of their own that begin like ours
+            warnings.append(f"{variable} in the environment is no setting{near}")
+    return found, warnings
+
+
+def _parsed(name: str, text: str, origin: Origin) -> object:
+    """A variable's text as the value it stands for: lists as shell words or JSON, tables as JSON, the rest as it is."""
+    if name == "worker_command" and not text.lstrip().startswith("["):
+        import shlex
+
+        try:
+            return shlex.split(text)
+        except ValueError as error:
+            raise SettingsError(f"{name} cannot be {_short(text)} ({origin}): {error}") from None
+    if name in ("aliases", "models", "worker_command"):
+        try:
+            return msgspec.json.decode(text)
+        except msgspec.DecodeError as error:
+            raise SettingsError(f"{name} cannot be {_short(text)} ({origin}): it is no JSON: {error}") from None
+    return text

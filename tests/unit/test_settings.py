@@ -1,0 +1,127 @@
+"""Settings: precedence, origins, and a sentence for everything that is wrong."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlxd.settings import Settings, SettingsError, load
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    return {"HOME": str(tmp_path), "MLXD_HOME": str(tmp_path / "home")}
+
+
+def write(env: dict[str, str], text: str) -> Path:
+    path = Path(env["MLXD_HOME"]) / "config.toml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_defaults(env: dict[str, str]) -> None:
+    loaded = load(env)
+    assert loaded.settings.home == env["MLXD_HOME"]
+    assert loaded.settings.socket == env["MLXD_HOME"] + "/mlxd.sock"
+    assert loaded.settings.default_model == "mlxd/cleanup"
+    assert loaded.settings.worker_command == [sys.executable, "-m", "mlxd.worker"]
+    assert loaded.settings.memory_budget_bytes > 2**28
+    assert loaded.origins["max_batch"].kind == "default"
+    assert loaded.origins["home"].kind == "env"
+    assert loaded.warnings == []
+
+
+def test_later_sources_win_and_are_named(env: dict[str, str]) -> None:
+    path = write(env, "# comment\nmax_batch = 3\nkeep_alive_s = 4\ndrain_s = 1\n")
+    env |= {"MLXD_KEEP_ALIVE_S": "5", "MLXD_DRAIN_S": "2"}
+    loaded = load(env, {"drain_s": 3.5, "log_level": None})
+    settings = loaded.settings
+    assert (settings.max_batch, settings.keep_alive_s, settings.drain_s) == (3, 5.0, 3.5)
+    assert str(loaded.origins["max_batch"]) == f"{path}:2"
+    assert str(loaded.origins["keep_alive_s"]) == "the environment's MLXD_KEEP_ALIVE_S"
+    assert str(loaded.origins["drain_s"]) == "--drain-s"
+    assert str(loaded.origins["log_level"]) == "the default"
+
+
+def test_flags_move_home_and_socket(env: dict[str, str], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    loaded = load(env, {"home": str(other)})
+    assert loaded.settings.socket == str(other / "mlxd.sock")
+    assert loaded.origins["home"].kind == "flag"
+    assert load(env, {"socket": str(tmp_path / "s")}).settings.socket == str(tmp_path / "s")
+
+
+def test_tables(env: dict[str, str]) -> None:
+    write(env, '[aliases]\ndictation = "mlxd/cleanup"\n[models."mlxd/cleanup"]\nkeep_alive_s = -1\n')
+    settings = load(env).settings
+    assert settings.aliases == {"dictation": "mlxd/cleanup"}
+    assert settings.keep_alive_of("mlxd/cleanup") == -1
+    assert settings.keep_alive_of("another") == 300
+
+
+def test_commands_from_the_environment(env: dict[str, str]) -> None:
+    assert load({**env, "MLXD_WORKER_COMMAND": "python3 'a b.py'"}).settings.worker_command == ["python3", "a b.py"]
+    assert load({**env, "MLXD_WORKER_COMMAND": '["x", "y z"]'}).settings.worker_command == ["x", "y z"]
+    assert load({**env, "MLXD_ALIASES": '{"a": "b"}'}).settings.aliases == {"a": "b"}
+    assert load({**env, "MLXD_LOG_PROMPTS": "true"}).settings.log_prompts is True
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("keep_alive = 3", ["no setting 'keep_alive'", "config.toml:1", "did you mean keep_alive_s?"]),
+        ("\n\nmax_batch = 'many'", ["max_batch", "'many'", "config.toml:3", "expected `int`"]),
+        ("max_batch = 0", ["max_batch", "0", ">= 1"]),
+        ("log_level = 'loud'", ["log_level", "'loud'", "invalid enum value"]),
+        ("[models.a]\nkeepalive = 1", ["models", "config.toml:1", "keepalive"]),
+        ("home = '/x'", ["home", "MLXD_HOME"]),
+        ("socket = '/x'", ["socket", "MLXD_SOCKET"]),
+        ("x = 1\ny = = 2", ["config.toml is no TOML", "line 2"]),
+        ("zzz = 1", ["no setting 'zzz'"]),
+    ],
+)
+def test_mistakes_in_the_file(env: dict[str, str], text: str, words: list[str]) -> None:
+    write(env, text)
+    with pytest.raises(SettingsError) as caught:
+        load(env)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message.removesuffix("\n")
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("MLXD_MAX_BATCH", "many"),
+        ("MLXD_ALIASES", "{"),
+        ("MLXD_ALIASES", "[]"),
+        ("MLXD_WORKER_COMMAND", "'"),
+        ("MLXD_WORKER_COMMAND", "[]"),
+        ("MLXD_LOG_PROMPTS", "perhaps"),
+    ],
+)
+def test_mistakes_in_the_environment(env: dict[str, str], variable: str, text: str) -> None:
+    with pytest.raises(SettingsError, match=variable):
+        load({**env, variable: text})
+
+
+def test_unknown_variables_are_no_error(env: dict[str, str]) -> None:
+    loaded = load({**env, "MLXD_MAX_BACH": "3", "MLXD_OF_SOMEBODY_ELSE_ENTIRELY": "x", "MLXD_QUEUE_LIMIT": ""})
+    assert loaded.warnings == ["MLXD_MAX_BACH in the environment is no setting; did you mean max_batch?"]
+    assert loaded.settings.queue_limit == 512
+
+
+def test_unreadable_file(env: dict[str, str]) -> None:
+    write(env, "").unlink()
+    (Path(env["MLXD_HOME"]) / "config.toml").mkdir()
+    with pytest.raises(SettingsError, match="cannot read"):
+        load(env)
+
+
+def test_every_setting_is_described() -> None:
+    assert Settings.__doc__ is not None
+    undescribed = [name for name in Settings.__struct_fields__ if name not in Settings.__doc__]
+    assert undescribed == []
