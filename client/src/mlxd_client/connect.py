@@ -11,13 +11,14 @@ import random
 import socket
 import struct
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+import time
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from typing import Any, Protocol
 
 from .errors import ConnectFailed
 from .paths import check_socket_path, socket_path
 
-__all__ = ["START_DEADLINE_S", "Backoff", "Child", "NobodyListens", "Start", "open_socket", "peer_uid", "spawn"]
+__all__ = ["RECONNECT_S", "START_DEADLINE_S", "Backoff", "NobodyListens", "Start", "dial", "open_socket", "peer_uid"]
 
 # How a client may start the daemon: False never, True by finding `mlxd`, a command line, or a function that does it.
 Start = bool | Sequence[str] | Callable[[], Awaitable[object] | object]
@@ -26,13 +27,23 @@ Start = bool | Sequence[str] | Callable[[], Awaitable[object] | object]
 # starting, which then gets the second limit.
 START_DEADLINE_S = 10.0
 _AFTER_EXIT_S = 3.0
+# A client that was connected before gives a restarting daemon this long; a busy daemon has it in any case.
+RECONNECT_S = 5.0
 
 _NOBODY = {errno.ENOENT, errno.ECONNREFUSED}
 _BUSY = {errno.EAGAIN, errno.EINPROGRESS, errno.ECONNRESET, errno.EPIPE}
 
 
 class NobodyListens(ConnectFailed):
-    """No socket, or nobody behind it, or its queue is full: worth starting the daemon or trying again."""
+    """No socket, or nobody behind it, or its queue is full: worth starting the daemon or trying again.
+
+    Attributes:
+        busy: there is a daemon, which has more connections to accept than it got to.
+    """
+
+    def __init__(self, message: str, busy: bool = False) -> None:
+        super().__init__(message)
+        self.busy = busy
 
 
 class Backoff:
@@ -79,7 +90,7 @@ def open_socket(path: str) -> socket.socket:
             if error.errno in _NOBODY:
                 raise NobodyListens(f"no mlxd listens at {path}") from None
             if error.errno in _BUSY:
-                raise NobodyListens(f"mlxd is too busy to take a connection at {path}") from None
+                raise NobodyListens(f"mlxd is too busy to take a connection at {path}", busy=True) from None
             raise ConnectFailed(f"cannot connect to {path}: {error.strerror or error}") from None
         owner = peer_uid(made)
         if owner is not None and owner not in (os.getuid(), 0):
@@ -100,6 +111,52 @@ def peer_uid(connected: socket.socket) -> int | None:
         return int(struct.unpack("=iII", raw)[1])
     except (OSError, AttributeError, struct.error):
         return None
+
+
+def dial(
+    path: str, start: Start, *, again: bool, until: float | None = None, clock: Callable[[], float] = time.monotonic
+) -> Generator[Any, None, socket.socket]:
+    """Connect, starting the daemon or trying again where that can help. Returns the socket.
+
+    A generator, so that each shell waits in its own way: it yields seconds to sleep, or what `start` returned where
+    that has to be awaited.
+
+    Args:
+        again: the client was connected before, so that the daemon may be just restarting.
+        until: the caller's own limit, on `clock`.
+
+    Raises ConnectFailed, with the reason.
+    """
+    try:
+        return open_socket(path)
+    except NobodyListens as error:
+        last = error
+        starting = start is not False and not error.busy
+        if not (starting or again or error.busy):
+            raise
+    began, child = clock(), None
+    if starting and callable(start):
+        made = start()
+        if hasattr(made, "__await__"):
+            yield made
+    elif starting:
+        child = spawn(_command(start), path)
+    backoff = Backoff(most_s=0.2 if starting else 1.0)
+    while True:
+        yield backoff.next_s()
+        try:
+            return open_socket(path)
+        except NobodyListens as error:
+            last = error
+        now = clock()
+        reason = child.hopeless(now - began) if child else None
+        limit = START_DEADLINE_S if starting else RECONNECT_S
+        if reason is None and child is None and now - began > limit:
+            reason = f"tried for {limit:g} s"
+        if reason is None and until is not None and now > until:
+            reason = "the caller's time limit has passed"
+        if reason is not None:
+            raise ConnectFailed(f"{last}: {reason}") from None
 
 
 class _Process(Protocol):
@@ -169,6 +226,5 @@ def spawn(command: Sequence[str], path: str) -> Child:
     return Child(process, command)
 
 
-def start_command(start: Start) -> list[str]:
-    """The command line that `start` stands for; not for functions, which the shells call themselves."""
-    return list(start) if isinstance(start, Sequence) else daemon_command()
+def _command(start: Any) -> list[str]:
+    return daemon_command() if start is True else list(start)

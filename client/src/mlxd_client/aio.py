@@ -1,0 +1,570 @@
+"""The asyncio shell around rpc.py: `AsyncClient`, its streams, leases and events. One event loop, any number of tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from types import TracebackType
+from typing import Any, Self, cast
+
+from . import types
+from .connect import Backoff, Start, dial, resolve
+from .errors import ClientError, ConnectFailed, ConnectionLost, MlxdError, RequestTimeout, ShuttingDown
+from .methods import Awaiting, Methods, Request, Wait
+from .rpc import Call, Cursor, Session, Subscription, fresh
+from .types import UNSET
+
+__all__ = ["AsyncClient", "AsyncEventStream", "AsyncModelLease", "AsyncStream"]
+
+# How long closing a stream waits for the daemon to confirm that it ended.
+_CLOSE_S = 5.0
+# Events not taken yet, beyond which the socket is left unread: the daemon then bounds what is kept, and says so.
+_MOST_EVENTS = 256
+
+
+class _Link(asyncio.Protocol):
+    """One connection: a transport and its session. Waiters are futures, one per call at a time."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._writable: asyncio.Future[None] | None = None
+        self._reading = True
+
+    # --- called by the transport ----------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        session = self.session
+        for call in session.receive(data):
+            waiter = call.waiter
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+            if isinstance(call, Subscription) and len(call.events) > _MOST_EVENTS and self._reading:
+                self._reading = False
+                cast(asyncio.Transport, self._transport).pause_reading()
+        if session.closed is not None:
+            self.end()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.end(ConnectionLost(f"mlxd closed the connection: {error}") if error else None)
+
+    def pause_writing(self) -> None:
+        self._writable = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        self._writable = None
+
+    # --- called by the client -------------------------------------------------------------------------------------
+
+    def begin(self, make: Callable[[Session], tuple[Call[Any], bytes]]) -> Call[Any] | None:
+        """Send a request. None: the connection had ended before, so that another may be used."""
+        transport = self._transport
+        if self.session.closed is not None or transport is None or transport.is_closing():
+            return None
+        call, data = make(self.session)
+        transport.write(data)
+        return call
+
+    def greet(self) -> Call[types.HelloResult]:
+        if self._transport is not None and (data := self.session.greet()):
+            self._transport.write(data)
+        return self.session.greeting
+
+    async def wait(self, call: Call[Any], wait_s: float | None, *, news: bool = False) -> bool:
+        """Wait until the call is done, or with `news` has anything to take. False where `wait_s` passed first."""
+        if call.news if news else call.done:
+            return True
+        handle = None
+        expired: list[bool] = []
+        if wait_s is not None:
+            handle = self._loop.call_later(wait_s, self._expire, call, expired)
+        try:
+            while not (call.news if news else call.done):
+                if expired:
+                    return False
+                if self.session.closed is not None:
+                    call.error, call.done = self.session.closed, True
+                    break
+                call.waiter = self._loop.create_future()
+                await call.waiter
+        finally:
+            call.waiter = None
+            if handle is not None:
+                handle.cancel()
+        return True
+
+    @staticmethod
+    def _expire(call: Call[Any], expired: list[bool]) -> None:
+        expired.append(True)
+        if call.waiter is not None and not call.waiter.done():
+            call.waiter.set_result(None)
+
+    async def drained(self, wait_s: float | None) -> None:
+        """Wait while the daemon reads slower than this client writes."""
+        if self._writable is not None:
+            try:
+                await asyncio.wait_for(asyncio.shield(self._writable), wait_s)
+            except TimeoutError:
+                raise RequestTimeout("mlxd did not take the request in time") from None
+
+    def cancel(self, call: Call[Any]) -> None:
+        """Cancel on the wire; the answer is still awaited."""
+        data = self.session.cancel(call)
+        if data and self._transport is not None:
+            self._transport.write(data)
+
+    def abandon(self, call: Call[Any]) -> None:
+        """Nobody waits for this call any more: cancel it on the wire, and drop its answer when it comes."""
+        self.cancel(call)
+        self.session.forget(call)
+
+    def resume_reading(self) -> None:
+        if not self._reading and self._transport is not None and not self._transport.is_closing():
+            self._reading = True
+            self._transport.resume_reading()
+
+    def end(self, error: MlxdError | None = None) -> None:
+        """Close the connection; everything that is pending ends with `error`."""
+        for call in self.session.lost(error):
+            if call.waiter is not None and not call.waiter.done():
+                call.waiter.set_result(None)
+        self.resume_writing()
+        if self._transport is not None:
+            self._transport.close()
+
+
+class AsyncClient(Methods, Awaiting):
+    """A connection to mlxd whose methods are coroutines. Opened on first use, and again after the daemon restarted.
+
+    A request that was in flight when the connection ended raises ConnectionLost and is never sent again by itself,
+    since it may have run; the next call connects anew. A task that is cancelled cancels its request in the daemon.
+
+    Args: as for `Client`; a function given as `start` may be a coroutine function.
+    """
+
+    def __init__(
+        self,
+        socket: str | os.PathLike[str] | None = None,
+        *,
+        name: str = "",
+        version: str = "",
+        timeout_s: float | None = 30.0,
+        start: Start = False,
+        reconnect: bool = True,
+    ) -> None:
+        self.path = resolve(socket)
+        self._name = (name or os.path.basename(sys.argv[0] if sys.argv else "") or "python")[:256]
+        self._version = version
+        self._timeout_s = timeout_s
+        self._start = start
+        self._reconnect = reconnect
+        self._opening = asyncio.Lock()
+        self._link: _Link | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        await self._live(self._timeout_s)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def connect(self, *, wait_s: Wait = UNSET) -> types.HelloResult:
+        """Connect now, and return what the daemon says of itself. Raises ConnectFailed, Unsupported."""
+        patience_s = self._timeout_s if wait_s is UNSET else wait_s
+        link = await self._live(patience_s)
+        greeting = link.greet()
+        if not await link.wait(greeting, patience_s):
+            raise RequestTimeout(f"mlxd did not introduce itself within {patience_s:g} s")
+        return greeting.outcome()
+
+    async def close(self) -> None:
+        """End the connection. The daemon cancels what still runs on it and releases its leases."""
+        self._closed = True
+        if self._link is not None:
+            self._link.end(ConnectionLost("the client was closed"))
+            await asyncio.sleep(0)  # the transport closes its socket in the loop's next round
+
+    @property
+    def hello(self) -> types.HelloResult | None:
+        """What the daemon said of itself; None before its first answer."""
+        return self._link.session.hello if self._link is not None else None
+
+    def events(
+        self,
+        topics: Sequence[str] | None = None,
+        models: Sequence[str] | None = None,
+        since: tuple[str, int] | None = None,
+    ) -> AsyncEventStream:
+        """Subscribe, when entered with `async with` or first iterated. The stream has its own connection.
+
+        Args:
+            topics: topics or event names (see EVENT_TOPICS); None for all.
+            models: ids; None for all.
+            since: (epoch, rev) of the last event that was seen, to go on from there.
+        """
+        cursor = Cursor(
+            list(topics) if topics is not None else None, list(models) if models is not None else None, since
+        )
+        return AsyncEventStream(self, cursor)
+
+    # --- what Methods and the streams stand on --------------------------------------------------------------------
+
+    async def _live(self, wait_s: float | None) -> _Link:
+        link = self._link
+        if link is not None and link.session.closed is None:
+            return link
+        async with self._opening:
+            link = self._link
+            if link is None or link.session.closed is not None:
+                if link is not None and not self._reconnect:
+                    raise ConnectionLost("the connection ended, and this client does not reconnect")
+                link = self._link = await self._open(wait_s, self._start, again=link is not None)
+        return link
+
+    async def _open(self, wait_s: float | None, start: Start, *, again: bool) -> _Link:
+        if self._closed:
+            raise ClientError("the client is closed")
+        until = None if wait_s is None else time.monotonic() + wait_s
+        dialling = dial(self.path, start, again=again, until=until)
+        while True:
+            try:
+                step = next(dialling)
+            except StopIteration as end:
+                sock = end.value
+                break
+            await (asyncio.sleep(step) if isinstance(step, float) else step)
+        session = Session(self._name, self._version)
+        try:
+            _, link = await asyncio.get_running_loop().create_unix_connection(lambda: _Link(session), sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+        return link
+
+    async def _begin(self, request: Request[Any], wait_s: float | None) -> tuple[_Link, Call[Any]]:
+        """Send a request. One that meets a connection which had ended goes to a new one, as none of it was sent."""
+        for _ in range(2):
+            link = await self._live(wait_s)
+            await link.drained(wait_s)
+            call = link.begin(lambda to: to.start(request.method, request.params, request.result_type))
+            if call is not None:
+                return link, call
+        raise ConnectionLost("mlxd closes every connection at once")
+
+    async def _run(self, request: Request[Any]) -> Any:
+        return (await self._answer(request))[1]
+
+    async def _answer(self, request: Request[Any]) -> tuple[_Link, Any]:
+        wait_s = request.patience_s(self._timeout_s)
+        link, call = await self._begin(request, wait_s)
+        try:
+            answered = await link.wait(call, wait_s)
+        except BaseException:
+            link.abandon(call)
+            raise
+        if not answered:
+            link.abandon(call)
+            raise RequestTimeout(f"no answer to `{request.method}` within {wait_s:g} s")
+        return link, request.finish(call.outcome())
+
+    def _stream(self, request: Request[types.Completion]) -> AsyncStream:
+        return AsyncStream(self, request)
+
+    def _lease(self, request: Request[types.Lease]) -> AsyncModelLease:
+        return AsyncModelLease(self, request)
+
+
+class AsyncStream:
+    """An answer as it is made: an async iterator of its text, piece by piece. The request is sent when it is entered
+    with `async with`, or first iterated.
+
+    Leaving its `async with` block, or `aclose`, cancels what is not finished. Iterating raises what went wrong.
+    """
+
+    def __init__(self, client: AsyncClient, request: Request[types.Completion]) -> None:
+        self._client = client
+        self._request = request
+        self._wait_s = request.patience_s(client._timeout_s)
+        self._link: _Link | None = None
+        self._call: Call[types.Completion] | None = None
+        self._closed = False
+
+    @property
+    def request_id(self) -> int | None:
+        """Of this request on its connection, for `AsyncClient.cancel`; None until it was sent."""
+        return self._call.id if self._call is not None else None
+
+    async def _sent(self) -> tuple[_Link, Call[types.Completion]]:
+        if self._link is None or self._call is None:
+            self._link, self._call = await self._client._begin(self._request, self._wait_s)
+        return self._link, self._call
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        async for piece in self.pieces():
+            if piece.text:
+                yield piece.text
+
+    async def pieces(self) -> AsyncIterator[types.Stream]:
+        """Everything the daemon says on the way: text, reasoning, tool calls, and phases before the first token."""
+        while (piece := await self._next()) is not None:
+            yield piece
+
+    async def _next(self) -> types.Stream | None:
+        if self._closed:
+            return None
+        link, call = await self._sent()
+        while not self._closed:
+            if call.pieces:
+                return call.pieces.popleft()
+            if call.done:
+                call.outcome()
+                return None
+            if not await link.wait(call, self._wait_s, news=True):
+                link.abandon(call)
+                call.error, call.done = RequestTimeout(f"nothing of the answer within {self._wait_s:g} s"), True
+        return None
+
+    @property
+    def result(self) -> types.Completion:
+        """The whole answer, once the stream has ended. Raises how it failed (Cancelled, where it was closed early)."""
+        if self._call is None or not self._call.done:
+            raise RuntimeError("the stream has not ended; iterate it, or await wait()")
+        return self._call.outcome()
+
+    async def wait(self) -> types.Completion:
+        """Read the rest and return the whole answer."""
+        async for _ in self.pieces():
+            pass
+        return self.result
+
+    async def aclose(self) -> None:
+        """End the stream: cancel it if it still runs, and wait a few seconds for the daemon to confirm."""
+        if self._closed:
+            return
+        self._closed = True
+        link, call = self._link, self._call
+        if link is None or call is None or call.done:
+            return
+        link.cancel(call)
+        try:
+            ended = await link.wait(call, _CLOSE_S)
+        finally:
+            if not call.done:
+                link.session.forget(call)
+        if not ended:
+            call.error, call.done = RequestTimeout(f"no end of the stream within {_CLOSE_S:g} s"), True
+
+    async def __aenter__(self) -> Self:
+        await self._sent()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        link, call = self._link, self._call
+        if link is not None and call is not None and not call.done and not link._loop.is_closed():
+            link._loop.call_soon_threadsafe(link.abandon, call)
+
+
+class AsyncModelLease:
+    """A model kept loaded: `lease = await client.acquire(…)` or `async with client.acquire(…) as lease`.
+
+    Ends with its block, `release`, or the connection that holds it.
+
+    Attributes:
+        lease: its id; empty until it was given.
+        model: the model as it was then.
+    """
+
+    lease: str
+    model: types.Model
+
+    def __init__(self, client: AsyncClient, request: Request[types.Lease]) -> None:
+        self.lease = ""
+        self._client = client
+        self._request = request
+        self._link: _Link | None = None
+        self._released = False
+
+    async def _acquire(self) -> Self:
+        if self._link is None:
+            self._link, lease = await self._client._answer(self._request)
+            self.lease, self.model = lease.lease, lease.model
+        return self
+
+    @property
+    def held(self) -> bool:
+        """Whether the model is still kept: not released, and the connection alive."""
+        return self._link is not None and not self._released and self._link.session.closed is None
+
+    async def release(self) -> None:
+        """Give the model free. A connection that ended has done so already."""
+        link = self._link
+        if link is None or not self.held:
+            return
+        self._released = True
+        call = link.begin(lambda to: to.start("models.release", types.LeaseParams(lease=self.lease), Any))
+        if call is None:
+            return
+        if not await link.wait(call, self._client._timeout_s):
+            link.abandon(call)
+            raise RequestTimeout("no answer to `models.release` in time")
+        try:
+            call.outcome()
+        except ConnectionLost:
+            return
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self._acquire().__await__()
+
+    async def __aenter__(self) -> Self:
+        return await self._acquire()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.release()
+
+
+class AsyncEventStream:
+    """The daemon's events, in order, none lost or repeated, over reconnects and restarts.
+
+    After a reconnect it goes on from the last event. Where that is not possible (the daemon restarted, or was away for
+    too long) there comes an event named `resync`, made here, whose `snapshot` replaces everything known before; so
+    does a `lagged` event of the daemon's. Little is read ahead: a slow consumer is the daemon's to bound.
+    """
+
+    def __init__(self, client: AsyncClient, cursor: Cursor) -> None:
+        self._client = client
+        self._cursor = cursor
+        self._made: deque[types.Event] = deque()
+        self._backoff = Backoff()
+        self._ended = asyncio.Event()
+        self._link: _Link | None = None
+        self._subscription: Subscription | None = None
+
+    @property
+    def snapshot(self) -> types.Snapshot | None:
+        """The last whole state that came; None before the subscription, and where `since` was given and honoured."""
+        return self._cursor.snapshot
+
+    @property
+    def epoch(self) -> str:
+        """Which run of the daemon `rev` counts in."""
+        return self._cursor.epoch
+
+    @property
+    def rev(self) -> int:
+        """The last event handed out, or where the subscription began: what `since` takes, with `epoch`."""
+        return self._cursor.rev
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> types.Event:
+        event = await self.get()
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    async def get(self, wait_s: float | None = None) -> types.Event | None:
+        """The next event; None once the stream was closed.
+
+        Args:
+            wait_s: seconds to wait for it, None without limit. Raises RequestTimeout; the stream stays usable.
+        """
+        deadline = None if wait_s is None else time.monotonic() + wait_s
+        await self._subscribed()
+        while not self._ended.is_set():
+            if self._made:
+                return self._made.popleft()
+            link, subscription = self._link, self._subscription
+            assert link is not None and subscription is not None
+            if subscription.events:
+                event = subscription.events.popleft()
+                if not subscription.events:
+                    link.resume_reading()
+                self._cursor.passed(event)
+                self._backoff.reset()
+                return event
+            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if subscription.error is not None:
+                await self._resume(subscription.error, left_s)
+            elif not await link.wait(subscription, left_s, news=True):
+                raise RequestTimeout(f"no event within {wait_s:g} s")
+        return None
+
+    async def _subscribed(self) -> None:
+        if self._subscription is None and not self._ended.is_set():
+            await self._subscribe(self._client._start)
+
+    async def _subscribe(self, start: Start) -> None:
+        wait_s = self._client._timeout_s
+        link = self._link = await self._client._open(wait_s, start, again=False)
+        try:
+            call = link.begin(lambda to: to.subscribe(self._cursor.params()))
+            if call is None:
+                raise ConnectionLost("mlxd closed the connection at once")
+            if not await link.wait(call, wait_s):
+                raise RequestTimeout("no answer to `events.subscribe` in time")
+            made = self._cursor.subscribed(call.outcome(), time.time())
+        except BaseException:
+            link.end()
+            raise
+        assert isinstance(call, Subscription)
+        self._subscription = call
+        if made is not None:
+            self._made.append(made)
+        if self._ended.is_set():  # closed meanwhile by another task
+            link.end()
+
+    async def _resume(self, error: MlxdError, left_s: float | None) -> None:
+        """One attempt to go on after the connection ended, after a delay that grows with every vain one."""
+        if self._ended.is_set():
+            return
+        if not (isinstance(error, ConnectionLost | ShuttingDown) and self._client._reconnect):
+            raise fresh(error)
+        delay_s = self._backoff.next_s()
+        try:
+            await asyncio.wait_for(self._ended.wait(), delay_s if left_s is None else min(left_s, delay_s))
+            return
+        except TimeoutError:
+            pass
+        try:
+            # A daemon that was stopped on purpose is not started again by those who watch it.
+            await self._subscribe(start=False)
+        except (ConnectFailed, ConnectionLost, ShuttingDown, RequestTimeout):
+            if left_s is not None and left_s <= delay_s:
+                raise RequestTimeout("no event in time: mlxd is away") from None
+
+    async def aclose(self) -> None:
+        """End the stream; an iteration in another task ends too."""
+        self._ended.set()
+        if self._link is not None:
+            self._link.end()
+            await asyncio.sleep(0)
+
+    async def __aenter__(self) -> Self:
+        await self._subscribed()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.aclose()

@@ -1,0 +1,388 @@
+"""The method surface, once for both shells: each entry turns arguments into a Request and is bound by the shell.
+
+An entry is written as a method that returns the Request; `remote` gives it, on `Client`, the type of the answer, and
+on `AsyncClient` a coroutine of it. `wait_s` is everywhere the caller's own patience in seconds: unset means the
+client's `timeout_s` for short calls and no limit for those that may rightly take long (load, acquire, wait_job and
+generation), None means no limit. It is not the option `timeout_s` of generation, a deadline which the daemon keeps;
+where that is given, the patience that is unset is that deadline plus the client's `timeout_s`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypedDict, TypeVar, Unpack, overload
+
+from msgspec import UNSET, UnsetType
+
+from .types import (
+    CancelParams,
+    CancelResult,
+    ChatParams,
+    Completion,
+    Job,
+    JobParams,
+    JobsResult,
+    Lease,
+    LoadParams,
+    Message,
+    Model,
+    ModelParams,
+    ModelsResult,
+    ProcessParams,
+    Status,
+    TokensParams,
+    TokensResult,
+)
+
+if TYPE_CHECKING:
+    from . import aio, sync
+
+__all__ = ["ChatOptions", "GenerateOptions", "Messages", "Methods", "Request", "Wait"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Wait = float | UnsetType | None
+Messages = str | Sequence[Message | Mapping[str, Any]]
+
+
+class Request(Generic[T]):
+    """A call before it is sent.
+
+    Attributes:
+        pick: the wire's result to what the caller gets.
+        long: whether it may rightly take any time.
+        deadline_s: the limit that the daemon was asked to keep.
+    """
+
+    __slots__ = ("deadline_s", "long", "method", "params", "pick", "result_type", "wait_s")
+
+    def __init__(
+        self,
+        method: str,
+        params: Any,
+        result_type: Any,
+        wait_s: Wait,
+        *,
+        pick: Callable[[Any], T] | None = None,
+        long: bool = False,
+        deadline_s: float | None = None,
+    ) -> None:
+        self.method = method
+        self.params = params
+        self.result_type = result_type
+        self.wait_s = wait_s
+        self.pick = pick
+        self.long = long
+        self.deadline_s = deadline_s
+
+    def patience_s(self, default_s: float | None) -> float | None:
+        """How long to wait for the answer, in seconds; None is without limit."""
+        if self.wait_s is not UNSET:
+            return self.wait_s
+        if not self.long:
+            return default_s
+        return None if self.deadline_s is None or default_s is None else self.deadline_s + default_s
+
+    def finish(self, result: Any) -> T:
+        return result if self.pick is None else self.pick(result)
+
+
+class Blocking:
+    """Marks the shell whose methods return the answer."""
+
+
+class Awaiting:
+    """Marks the shell whose methods return a coroutine."""
+
+
+class _Entry(Generic[P, T]):
+    """One method of the surface. `via` names the shell's method that the Request goes to."""
+
+    via = "_run"
+
+    def __init__(self, build: Callable[Concatenate[Any, P], Request[T]]) -> None:
+        self.build = build
+
+    def bound(self) -> Callable[..., Any]:
+        build, via = self.build, self.via
+
+        @functools.wraps(build)
+        def method(self: Any, *args: P.args, **kwargs: P.kwargs) -> Any:
+            return getattr(self, via)(build(self, *args, **kwargs))
+
+        return method
+
+
+class remote(_Entry[P, T]):
+    @overload
+    def __get__(self, shell: Blocking, owner: Any) -> Callable[P, T]: ...
+    @overload
+    def __get__(self, shell: Awaiting, owner: Any) -> Callable[P, Coroutine[Any, Any, T]]: ...
+    def __get__(self, shell: Any, owner: Any) -> Any:
+        raise NotImplementedError  # every shell has real functions in its place
+
+
+class streamed(_Entry[P, Completion]):
+    via = "_stream"
+
+    @overload
+    def __get__(self, shell: Blocking, owner: Any) -> Callable[P, sync.Stream]: ...
+    @overload
+    def __get__(self, shell: Awaiting, owner: Any) -> Callable[P, aio.AsyncStream]: ...
+    def __get__(self, shell: Any, owner: Any) -> Any:
+        raise NotImplementedError
+
+
+class leased(_Entry[P, Lease]):
+    via = "_lease"
+
+    @overload
+    def __get__(self, shell: Blocking, owner: Any) -> Callable[P, sync.ModelLease]: ...
+    @overload
+    def __get__(self, shell: Awaiting, owner: Any) -> Callable[P, aio.AsyncModelLease]: ...
+    def __get__(self, shell: Any, owner: Any) -> Any:
+        raise NotImplementedError
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The options of GenerateParams, by the same names; None means unset. `timeout_s` is the daemon's deadline."""
+
+    model: str | None
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: dict[str, float] | None
+    seed: int | None
+    stop: str | list[str] | None
+    logprobs: int | None
+    schema: dict[str, Any] | bool | None
+    grammar: str | None
+    thinking: bool | None
+    keep_alive: float | None
+    timeout_s: float | None
+    priority: Literal["interactive", "batch"] | None
+    cache_prompt: bool | None
+
+
+class ProcessOptions(GenerateOptions, total=False):
+    system: str | None
+
+
+class ChatOptions(GenerateOptions, total=False):
+    tools: list[dict[str, Any]] | None
+    tool_choice: str | dict[str, Any] | None
+
+
+def _set(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are set. Which exist, the struct says: it raises TypeError for others."""
+    if "stream" in options:
+        raise TypeError("`stream` is no option: call stream_process or stream_chat")
+    made = {name: value for name, value in options.items() if value is not None}
+    if isinstance(made.get("stop"), str):
+        made["stop"] = [made["stop"]]
+    return made
+
+
+def _turns(messages: Messages) -> list[Message]:
+    if isinstance(messages, str):
+        return [Message(role="user", content=messages)]
+    return [turn if isinstance(turn, Message) else Message(**turn) for turn in messages]
+
+
+def _generate(method: str, params: ProcessParams | ChatParams, wait_s: Wait) -> Request[Completion]:
+    deadline_s = params.timeout_s if params.timeout_s is not UNSET else None
+    return Request(method, params, Completion, wait_s, long=True, deadline_s=deadline_s)
+
+
+def _unset(value: T | None) -> T | UnsetType:
+    return UNSET if value is None else value
+
+
+class Methods:
+    """What a client can ask the daemon. Every method raises RpcError's kinds for the daemon's refusals, and
+    ConnectFailed, ConnectionLost, RequestTimeout or ProtocolError for what goes wrong on the way."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name, entry in vars(Methods).items():
+            if isinstance(entry, _Entry):
+                setattr(cls, name, entry.bound())
+
+    @remote
+    def ping(self, *, wait_s: Wait = UNSET) -> Request[None]:
+        """A round trip through the daemon, and nothing else."""
+        return Request("ping", None, Any, wait_s, pick=_nothing)
+
+    @remote
+    def status(self, *, wait_s: Wait = UNSET) -> Request[Status]:
+        """The daemon's version, age, memory, queue and workers."""
+        return Request("status", None, Status, wait_s)
+
+    @remote
+    def shutdown(self, *, wait_s: Wait = UNSET) -> Request[None]:
+        """Ask the daemon to drain and end. Returns when it has agreed, not when it has ended."""
+        return Request("shutdown", None, Any, wait_s, pick=_nothing)
+
+    @remote
+    def discover(self, *, wait_s: Wait = UNSET) -> Request[dict[str, Any]]:
+        """The OpenRPC document that describes this daemon's methods."""
+        return Request("rpc.discover", None, dict[str, Any], wait_s)
+
+    @remote
+    def config_get(self, *, wait_s: Wait = UNSET) -> Request[dict[str, Any]]:
+        """The effective configuration, each value with where it came from."""
+        return Request("config.get", None, dict[str, Any], wait_s)
+
+    @remote
+    def models(self, *, wait_s: Wait = UNSET) -> Request[list[Model]]:
+        """Every model that the daemon knows, in whatever state."""
+        return Request("models.list", None, ModelsResult, wait_s, pick=_models)
+
+    @remote
+    def model(self, model: str, *, wait_s: Wait = UNSET) -> Request[Model]:
+        """One model, by id, alias or absolute folder. Raises ModelNotFound."""
+        return Request("models.get", ModelParams(model=model), Model, wait_s)
+
+    @remote
+    def load(
+        self,
+        model: str,
+        *,
+        keep_alive: float | None = None,
+        adapter: str | None = None,
+        draft_model: str | None = None,
+        wait_s: Wait = UNSET,
+    ) -> Request[Model]:
+        """Load a model and return it once it is Ready.
+
+        Args:
+            keep_alive: seconds until an idle model is unloaded; -1 never, 0 at once.
+            wait_s: the caller's patience in seconds; unset or None has no limit.
+
+        Raises ModelNotFound, ModelInvalid, InsufficientMemory, LoadFailed.
+        """
+        params = LoadParams(
+            model=model, keep_alive=_unset(keep_alive), adapter=_unset(adapter), draft_model=_unset(draft_model)
+        )
+        return Request("models.load", params, Model, wait_s, long=True)
+
+    @remote
+    def unload(self, model: str, *, wait_s: Wait = UNSET) -> Request[Model]:
+        """Unload a model; its memory is free when this returns. Raises ModelBusy while it generates or is leased."""
+        return Request("models.unload", ModelParams(model=model), Model, wait_s)
+
+    @leased
+    def acquire(self, model: str, *, wait_s: Wait = UNSET) -> Request[Lease]:
+        """Keep a model loaded until the lease is released or this client's connection ends. Loads it if need be."""
+        return Request("models.acquire", ModelParams(model=model), Lease, wait_s, long=True)
+
+    @remote
+    def jobs(self, *, wait_s: Wait = UNSET) -> Request[list[Job]]:
+        """The jobs that the daemon remembers."""
+        return Request("jobs.list", None, JobsResult, wait_s, pick=_jobs)
+
+    @remote
+    def job(self, job: str, *, wait_s: Wait = UNSET) -> Request[Job]:
+        """One job, by id. Raises NotFound."""
+        return Request("jobs.get", JobParams(job=job), Job, wait_s)
+
+    @remote
+    def wait_job(self, job: str, *, wait_s: Wait = UNSET) -> Request[Job]:
+        """One job, once it has ended. `wait_s` unset or None has no limit; giving up does not cancel the job."""
+        return Request("jobs.wait", JobParams(job=job), Job, wait_s, long=True)
+
+    @remote
+    def cancel_job(self, job: str, *, wait_s: Wait = UNSET) -> Request[Job]:
+        """Cancel a job and return it."""
+        return Request("jobs.cancel", JobParams(job=job), Job, wait_s)
+
+    @remote
+    def process(self, prompt: str, *, wait_s: Wait = UNSET, **options: Unpack[ProcessOptions]) -> Request[Completion]:
+        """One prompt in, one text out.
+
+        Args:
+            wait_s: the caller's patience in seconds; giving up cancels the request.
+            options: see GenerateParams, and `system`. Raises TypeError for names that are none.
+        """
+        return _generate("process", ProcessParams(prompt=prompt, **_set(options)), wait_s)
+
+    @remote
+    def chat(self, messages: Messages, *, wait_s: Wait = UNSET, **options: Unpack[ChatOptions]) -> Request[Completion]:
+        """The next turn of a conversation.
+
+        Args:
+            messages: the turns so far, as Message or dict {role, content, …}; a str is one user turn.
+            wait_s: the caller's patience in seconds; giving up cancels the request.
+            options: see GenerateParams, `tools` and `tool_choice`. Raises TypeError for names that are none.
+        """
+        return _generate("chat", ChatParams(messages=_turns(messages), **_set(options)), wait_s)
+
+    @streamed
+    def stream_process(
+        self, prompt: str, *, wait_s: Wait = UNSET, **options: Unpack[ProcessOptions]
+    ) -> Request[Completion]:
+        """As `process`, but an iterator of the text's pieces. `wait_s` bounds the wait for each piece, in seconds."""
+        return _generate("process", ProcessParams(prompt=prompt, stream=True, **_set(options)), wait_s)
+
+    @streamed
+    def stream_chat(
+        self, messages: Messages, *, wait_s: Wait = UNSET, **options: Unpack[ChatOptions]
+    ) -> Request[Completion]:
+        """As `chat`, but an iterator of the text's pieces. `wait_s` bounds the wait for each piece, in seconds."""
+        return _generate("chat", ChatParams(messages=_turns(messages), stream=True, **_set(options)), wait_s)
+
+    @remote
+    def count_tokens(
+        self,
+        text: str | None = None,
+        *,
+        messages: Messages | None = None,
+        model: str | None = None,
+        wait_s: Wait = UNSET,
+    ) -> Request[int]:
+        """How many tokens `text`, or `messages` through the chat template, take with a model's tokenizer."""
+        turns = UNSET if messages is None else _turns(messages)
+        params = TokensParams(model=_unset(model), text=_unset(text), messages=turns)
+        return Request("tokens.count", params, TokensResult, wait_s, pick=_tokens)
+
+    @remote
+    def cancel(self, request_id: int | str, *, wait_s: Wait = UNSET) -> Request[bool]:
+        """Cancel a request of this client, e.g. a stream's `request_id`. Returns whether it was still running."""
+        return Request("cancel", CancelParams(id=request_id), CancelResult, wait_s, pick=_cancelled)
+
+    @remote
+    def call(self, method: str, params: Any = None, result_type: Any = Any, *, wait_s: Wait = UNSET) -> Request[Any]:
+        """Any method, for what has no name here.
+
+        Args:
+            params: a Params struct or a dict of plain values.
+            result_type: a struct or other type that msgspec converts to; Any gives the plain result.
+        """
+        return Request(method, params, result_type, wait_s)
+
+
+def _nothing(result: Any) -> None:
+    return None
+
+
+def _models(result: ModelsResult) -> list[Model]:
+    return result.models
+
+
+def _jobs(result: JobsResult) -> list[Job]:
+    return result.jobs
+
+
+def _tokens(result: TokensResult) -> int:
+    return result.tokens
+
+
+def _cancelled(result: CancelResult) -> bool:
+    return result.cancelled
