@@ -257,8 +257,11 @@ class Child:
     def _call(self, callback: Callable[..., None], *args: Any) -> None:
         try:
             callback(self, *args)
-        except Exception as error:  # a bug of the handler must not take supervision along
+        except Exception as error:
             self._log.error("a child's handler failed", kind=self.kind, name=self.name, pid=self.pid, exc_info=error)
+            # Whether the child sent nonsense or the handler has a bug: whoever waits for this message's effect would
+            # wait for ever, while a dead child is told to all who wait.
+            self._on_garbage(f"a message that could not be handled: {error!r}")
 
     def _on_stderr_line(self, line: str) -> None:
         if line:

@@ -57,7 +57,7 @@ class ChildHandler(Protocol):
 
     Order: at most one `on_ready`, before any message or heartbeat; then messages in the order they were sent; then
     exactly one `on_exit`, the last call of all, also where nothing could be spawned. None is made inside `spawn`.
-    What a handler raises is logged and goes no further.
+    What a handler raises is logged and goes no further; a child whose message cannot be handled is killed as `garbage`.
     """
 
     def on_ready(self, child: Child, ready: Ready, /) -> None: ...
