@@ -1,0 +1,224 @@
+"""The interface as documents, made from the method table: OpenRPC for programs, Markdown for people.
+
+python -m mlxd.server.document docs/wire.md     rewrites the generated parts of that file
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mlxd_client import errors, types
+
+from .methods.table import METHODS, Method
+
+__all__ = ["markdown_parts", "openrpc", "rewrite"]
+
+OPENRPC_VERSION = "1.3.2"
+_REF = "#/components/schemas/"
+_COMMON = (errors.InvalidRequest, errors.InvalidParams, errors.InternalError)
+_WAITING = (errors.Cancelled, errors.QueueFull)
+_NOTIFICATIONS: tuple[tuple[str, type[Any], str], ...] = (
+    ("stream", types.Stream, "The next piece of the answer to a request that streams."),
+    ("event", types.Event, "Something happened that a subscription asked for."),
+)
+
+
+# --- OpenRPC ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def openrpc(version: str) -> dict[str, Any]:
+    """The OpenRPC document of this interface (https://spec.open-rpc.org, 1.3); schemas are JSON Schema draft 7.
+
+    Notifications from the daemon, which OpenRPC has no place for, stand under `x-notifications`.
+    """
+    schemas = _schemas()
+    return {
+        "openrpc": OPENRPC_VERSION,
+        "info": {
+            "title": "mlxd",
+            "version": version,
+            "description": "Local language models for all apps of one user, over JSON-RPC 2.0 on a Unix socket.",
+            "license": {"name": "Apache-2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
+        },
+        "methods": [_method(method, schemas) for method in METHODS.values()],
+        "components": {
+            "schemas": schemas,
+            "errors": {cls.kind: _error(cls) for cls in errors.BY_KIND.values()},
+        },
+        "x-notifications": [
+            {"name": name, "summary": summary, "params": {"$ref": _REF + struct.__name__}}
+            for name, struct, summary in _NOTIFICATIONS
+        ],
+    }
+
+
+def _schemas() -> dict[str, Any]:
+    structs: list[type[Any]] = [struct for _, struct, _ in _NOTIFICATIONS]
+    for method in METHODS.values():
+        structs += [method.params] if method.result is None else [method.params, method.result]
+    _, components = msgspec.json.schema_components(structs, ref_template=_REF + "{name}")
+    return {name: _draft7(schema) for name, schema in sorted(components.items())}
+
+
+def _draft7(schema: Any) -> Any:
+    """msgspec writes draft 2020-12 and OpenRPC reads draft 7; the two differ in tuples. And nothing is null here:
+    a field whose type allows None is one that may be absent."""
+    if isinstance(schema, list):
+        return [_draft7(entry) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: _draft7(value) for key, value in schema.items()}
+    if "prefixItems" in made:
+        made["items"] = made.pop("prefixItems")
+        made["additionalItems"] = False
+    if {"type": "null"} in made.get("anyOf", ()):
+        rest = [entry for entry in made.pop("anyOf") if entry != {"type": "null"}]
+        made.pop("default", None)
+        made = rest[0] | made if len(rest) == 1 and "$ref" not in rest[0] else made | {"anyOf": rest}
+    elif "default" in made and made["default"] is None:
+        del made["default"]
+    return made
+
+
+def _method(method: Method, schemas: dict[str, Any]) -> dict[str, Any]:
+    params = schemas[method.params.__name__]
+    required = params.get("required", [])
+    result: dict[str, Any] = {"type": "object"}
+    if method.result is not None:
+        result = {"$ref": _REF + method.result.__name__}
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "paramStructure": "by-name",
+        "params": [
+            {"name": name, "required": name in required, "schema": schema}
+            for name, schema in sorted(params.get("properties", {}).items(), key=lambda item: item[0] not in required)
+        ],
+        "result": {"name": "result", "schema": result},
+        "errors": [{"$ref": f"#/components/errors/{cls.kind}"} for cls in _errors_of(method)],
+        "x-since": method.since,
+    }
+
+
+def _errors_of(method: Method) -> list[type[errors.RpcError]]:
+    return list(dict.fromkeys((*_COMMON, *(_WAITING if method.waits else ()), *method.errors)))
+
+
+def _error(cls: type[errors.RpcError]) -> dict[str, Any]:
+    return {"code": cls.code, "message": cls.kind, "data": {"kind": cls.kind}}
+
+
+# --- Markdown -----------------------------------------------------------------------------------------------------
+
+
+def rewrite(text: str) -> str:
+    """The text with the lines between each pair of `<!-- generated: NAME -->` and `<!-- end -->` made anew."""
+    for name, part in markdown_parts().items():
+        opening = f"<!-- generated: {name} -->\n"
+        before, found, rest = text.partition(opening)
+        _, closed, after = rest.partition("<!-- end -->")
+        if not (found and closed):
+            raise ValueError(f"there is no place for {name!r}")
+        text = f"{before}{opening}\n{part}\n{closed}{after}"
+    return text
+
+
+def markdown_parts() -> dict[str, str]:
+    """The generated parts of the wire reference, by name."""
+    document = openrpc("")
+    return {
+        "methods": _methods_text(document),
+        "structs": _structs_text(document),
+        "errors": _errors_text(),
+        "events": _events_text(),
+    }
+
+
+def _methods_text(document: dict[str, Any]) -> str:
+    lines: list[str] = []
+    for method in document["methods"]:
+        lines += [f"### `{method['name']}`", "", method["summary"], ""]
+        if method["params"]:
+            lines += ["| parameter | type | |", "|---|---|---|"]
+            lines += [
+                f"| `{param['name']}` | {_type_text(param['schema'])} | {'required' if param['required'] else ''} |"
+                for param in method["params"]
+            ]
+            lines.append("")
+        own = [ref["$ref"].rpartition("/")[2] for ref in method["errors"]]
+        lines += [
+            f"Result: {_type_text(method['result']['schema'])}. Errors: " + ", ".join(f"`{e}`" for e in own) + "."
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _structs_text(document: dict[str, Any]) -> str:
+    params = {method.params.__name__ for method in METHODS.values()}
+    lines: list[str] = []
+    for name, schema in document["components"]["schemas"].items():
+        if name in params:
+            continue
+        lines += [f"### {name}", ""]
+        if "description" in schema:
+            lines += [" ".join(schema["description"].split()), ""]
+        required = schema.get("required", [])
+        lines += ["| field | type | |", "|---|---|---|"]
+        lines += [
+            f"| `{field}` | {_type_text(value)} | {'always' if field in required else ''} |"
+            for field, value in schema.get("properties", {}).items()
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _errors_text() -> str:
+    lines = ["| code | kind |", "|---|---|"]
+    lines += [f"| {cls.code} | `{cls.kind}` |" for cls in errors.BY_KIND.values()]
+    return "\n".join(lines) + "\n"
+
+
+def _events_text() -> str:
+    lines = ["| topic | events |", "|---|---|"]
+    for topic in dict.fromkeys(types.EVENT_TOPICS.values()):
+        names = ", ".join(f"`{name}`" for name, of in types.EVENT_TOPICS.items() if of == topic)
+        lines.append(f"| `{topic}` | {names} |")
+    return "\n".join(lines) + "\n"
+
+
+def _type_text(schema: dict[str, Any]) -> str:
+    """A JSON Schema as a few words, with its bounds."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return "`{}`" if name == "Empty" else f"[{name}](#{name.lower()})"
+    if "anyOf" in schema:
+        return " or ".join(_type_text(entry) for entry in schema["anyOf"])
+    if "enum" in schema:
+        return " \\| ".join(f"`{value}`" for value in schema["enum"])
+    kind = schema.get("type", "any value")
+    if kind == "array":
+        items = schema.get("items", {})
+        inner = ", ".join(map(_type_text, items)) if isinstance(items, list) else _type_text(items) if items else "any"
+        return f"[{inner}]"
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema]
+    if schema.get("default") not in (None, "", {}, []):
+        bounds.append(f"default `{str(schema['default']).lower()}`")
+    return ", ".join([{"object": "map"}.get(kind, kind), *bounds])
+
+
+_BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "maxLength": "length ≤"}
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    path.write_text(rewrite(path.read_text("utf-8")), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

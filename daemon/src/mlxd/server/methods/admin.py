@@ -1,0 +1,28 @@
+"""status, shutdown, rpc.discover: about the daemon itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mlxd_client.types import Empty, Status
+
+from .connection import EMPTY
+
+if TYPE_CHECKING:
+    from ..call import Call
+
+
+def status(call: Call, params: Empty) -> Status:
+    server = call.session.server
+    return call.runtime.status(clients=server.clients, subscribers=server.events.subscribers)
+
+
+def shutdown(call: Call, params: Empty) -> Empty:
+    call.runtime.request_shutdown()
+    return EMPTY
+
+
+def discover(call: Call, params: Empty) -> Any:
+    from ..document import openrpc  # schemas are generated on demand: most daemons are never asked
+
+    return openrpc(call.runtime.version)

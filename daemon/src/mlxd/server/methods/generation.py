@@ -1,0 +1,31 @@
+"""process, chat, tokens.count: the models at work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlxd_client.errors import InvalidParams
+from mlxd_client.types import UNSET, ChatParams, ProcessParams, TokensParams, TokensResult
+
+from ..call import PENDING
+
+if TYPE_CHECKING:
+    from ..call import Call
+
+
+def process(call: Call, params: ProcessParams) -> object:
+    call.streaming = params.stream
+    call.ticket = call.runtime.generate(call.client, "process", params, call)
+    return PENDING
+
+
+def chat(call: Call, params: ChatParams) -> object:
+    call.streaming = params.stream
+    call.ticket = call.runtime.generate(call.client, "chat", params, call)
+    return PENDING
+
+
+async def count_tokens(call: Call, params: TokensParams) -> TokensResult:
+    if (params.text is UNSET) == (params.messages is UNSET):
+        raise InvalidParams("give either `text` or `messages`", field="text")
+    return await call.runtime.count_tokens(call.client, params)

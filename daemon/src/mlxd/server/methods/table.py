@@ -1,0 +1,216 @@
+"""The method table: the one list that dispatch, `hello`, `rpc.discover` and the wire reference read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from mlxd_client import errors, types
+from mlxd_client.errors import RpcError
+from mlxd_client.types import Empty
+
+from . import admin, connection, events, generation, jobs, models
+
+__all__ = ["METHODS", "Method"]
+
+
+class Method:
+    """One method of the wire.
+
+    Args:
+        params: the struct its parameters are checked against.
+        result: the struct it answers with; None where that is a plain JSON object.
+        handler: `handler(call, params)` returns the result, or PENDING (the call is answered later), or is a coroutine
+            function, run as a task that ends with the request.
+        errors: what it answers beyond what every method may (invalid params, cancelled, internal error).
+        waits: the answer may take its time: it counts as in flight. Follows from a coroutine handler.
+        work: new work, refused while the daemon drains; implies `waits`.
+        since: the protocol version that introduced it.
+    """
+
+    __slots__ = (
+        "errors",
+        "handler",
+        "is_async",
+        "name",
+        "no_params",
+        "params",
+        "result",
+        "since",
+        "summary",
+        "waits",
+        "work",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        handler: Callable[[Any, Any], Any],
+        params: type[Any],
+        result: type[Any] | None,
+        summary: str,
+        *,
+        errors: tuple[type[RpcError], ...] = (),
+        waits: bool = False,
+        work: bool = False,
+        since: int = 1,
+    ) -> None:
+        self.name = name
+        self.handler = handler
+        self.params = params
+        self.result = result
+        self.summary = summary
+        self.errors = errors
+        self.is_async = inspect.iscoroutinefunction(handler)
+        self.work = work
+        self.waits = waits or work or self.is_async
+        self.no_params = params is Empty
+        self.since = since
+
+
+_GENERATION = (
+    errors.ModelNotFound,
+    errors.ModelInvalid,
+    errors.ModelBusy,
+    errors.QueueFull,
+    errors.InsufficientMemory,
+    errors.LoadFailed,
+    errors.WorkerDied,
+    errors.DeadlineExceeded,
+    errors.Unsupported,
+    errors.ContextExceeded,
+    errors.ShuttingDown,
+)
+_LOADING = (
+    errors.ModelNotFound,
+    errors.ModelInvalid,
+    errors.QueueFull,
+    errors.InsufficientMemory,
+    errors.LoadFailed,
+    errors.WorkerDied,
+    errors.Unsupported,
+    errors.ShuttingDown,
+)
+
+_TABLE = (
+    Method(
+        "hello",
+        connection.hello,
+        types.HelloParams,
+        types.HelloResult,
+        "Agree on a protocol version and learn the daemon's limits. Without it a connection speaks version 1.",
+        errors=(errors.Unsupported,),
+    ),
+    Method("ping", connection.ping, Empty, Empty, "Answer at once."),
+    Method("status", admin.status, Empty, types.Status, "The daemon's health in numbers."),
+    Method("shutdown", admin.shutdown, Empty, Empty, "Let running requests end, refuse new ones, then exit."),
+    Method("rpc.discover", admin.discover, Empty, None, "This interface as an OpenRPC document."),
+    Method("models.list", models.list_models, Empty, types.ModelsResult, "Every model that is known."),
+    Method(
+        "models.get",
+        models.get,
+        types.ModelParams,
+        types.Model,
+        "One model.",
+        errors=(errors.ModelNotFound, errors.ModelInvalid),
+    ),
+    Method(
+        "models.load",
+        models.load,
+        types.LoadParams,
+        types.Model,
+        "Load a model; answers once it is Ready, and at once where it is already.",
+        errors=_LOADING,
+        work=True,
+    ),
+    Method(
+        "models.unload",
+        models.unload,
+        types.ModelParams,
+        types.Model,
+        "Unload a model; answers once its memory is free.",
+        errors=(errors.ModelNotFound, errors.ModelBusy),
+    ),
+    Method(
+        "models.acquire",
+        models.acquire,
+        types.ModelParams,
+        types.Lease,
+        "Load a model and keep it loaded until it is released or this connection ends.",
+        errors=_LOADING,
+        work=True,
+    ),
+    Method(
+        "models.release",
+        models.release,
+        types.LeaseParams,
+        Empty,
+        "End a lease of this connection.",
+        errors=(errors.NotFound,),
+    ),
+    Method("jobs.list", jobs.list_jobs, Empty, types.JobsResult, "Every job that is known."),
+    Method("jobs.get", jobs.get, types.JobParams, types.Job, "One job.", errors=(errors.NotFound,)),
+    Method(
+        "jobs.wait",
+        jobs.wait,
+        types.JobParams,
+        types.Job,
+        "One job, once it has ended. Giving up the wait does not end the job.",
+        errors=(errors.NotFound,),
+    ),
+    Method("jobs.cancel", jobs.cancel, types.JobParams, types.Job, "End a job.", errors=(errors.NotFound,)),
+    Method(
+        "process",
+        generation.process,
+        types.ProcessParams,
+        types.Completion,
+        "One prompt in, one text out.",
+        errors=_GENERATION,
+        work=True,
+    ),
+    Method(
+        "chat",
+        generation.chat,
+        types.ChatParams,
+        types.Completion,
+        "The next turn of a conversation.",
+        errors=_GENERATION,
+        work=True,
+    ),
+    Method(
+        "tokens.count",
+        generation.count_tokens,
+        types.TokensParams,
+        types.TokensResult,
+        "How many tokens a text, or a conversation with its chat template, is for a model.",
+        errors=_LOADING,
+        work=True,
+    ),
+    Method(
+        "cancel",
+        connection.cancel,
+        types.CancelParams,
+        types.CancelResult,
+        "End another request of this connection; that request is answered too, mostly with `cancelled`. "
+        "May be sent as a notification.",
+    ),
+    Method(
+        "events.subscribe",
+        events.subscribe,
+        types.SubscribeParams,
+        types.SubscribeResult,
+        "Watch the daemon: a snapshot, then numbered events.",
+        errors=(errors.QueueFull,),
+    ),
+    Method(
+        "events.unsubscribe",
+        events.unsubscribe,
+        types.SubscriptionParams,
+        Empty,
+        "End a subscription of this connection. Events that were under way may still arrive.",
+        errors=(errors.NotFound,),
+    ),
+)
+
+METHODS: dict[str, Method] = {method.name: method for method in _TABLE}

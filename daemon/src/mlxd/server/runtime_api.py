@@ -1,0 +1,97 @@
+"""What the server asks of the rest of the daemon, and what it offers in return. Interfaces only."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any, Literal, Protocol
+
+from mlxd_client import errors, types
+
+__all__ = ["Log", "Runtime", "Sink", "Ticket"]
+
+
+class Log(Protocol):
+    """The part of structlog's bound logger that the server uses: an event's name, then facts."""
+
+    def debug(self, event: str, **facts: Any) -> Any: ...
+    def info(self, event: str, **facts: Any) -> Any: ...
+    def warning(self, event: str, **facts: Any) -> Any: ...
+    def error(self, event: str, **facts: Any) -> Any: ...
+
+
+class Sink(Protocol):
+    """Where the runtime puts the answer to one generation. Ends with exactly one of `done` and `fail`.
+
+    All of it may be called from within `Runtime.generate`, and after the client is gone; then it goes nowhere.
+    """
+
+    @property
+    def request_name(self) -> str:
+        """Connection and request, e.g. `c12:7`; for logs and events."""
+
+    def piece(self, text: str, reasoning: str = "") -> None:
+        """The next text of the answer. Does nothing unless the request streams."""
+
+    def phase(self, phase: Literal["queued", "loading", "prompt"], progress: float | None = None) -> None:
+        """What happens before the first text; `progress` 0 to 1. Does nothing unless the request streams."""
+
+    def done(self, completion: types.Completion) -> None:
+        """The whole answer. One whose finish_reason is `cancelled` reaches the client as a Cancelled error."""
+
+    def fail(self, error: errors.RpcError) -> None: ...
+
+
+class Ticket(Protocol):
+    """A generation under way."""
+
+    def cancel(self) -> None:
+        """End it as soon as possible; its sink still gets `done` or `fail`. May be called more than once."""
+
+
+class Runtime(Protocol):
+    """Models, jobs and generation. Every method raises errors.RpcError for what it refuses.
+
+    `client` numbers a connection; it is never used twice. A coroutine of this interface is cancelled when its caller
+    gave up: what it waits for goes on or not as the runtime decides, but the coroutine ends.
+    """
+
+    @property
+    def epoch(self) -> str:
+        """Names this run of the daemon."""
+
+    @property
+    def version(self) -> str: ...
+
+    def status(self, *, clients: int, subscribers: int) -> types.Status: ...
+
+    def snapshot(self) -> types.Snapshot:
+        """The state that the events published so far have led to: neither older nor newer."""
+
+    def models(self) -> list[types.Model] | Awaitable[list[types.Model]]: ...
+    async def model(self, ref: str) -> types.Model: ...
+    async def load(self, client: int, params: types.LoadParams) -> types.Model: ...
+    async def unload(self, ref: str) -> types.Model: ...
+    async def acquire(self, client: int, ref: str) -> types.Lease: ...
+    def release(self, client: int, lease: str) -> None: ...
+
+    def jobs(self) -> list[types.Job]: ...
+    def job(self, job: str) -> types.Job: ...
+    async def wait_job(self, job: str) -> types.Job: ...
+    def cancel_job(self, job: str) -> types.Job: ...
+
+    async def count_tokens(self, client: int, params: types.TokensParams) -> types.TokensResult: ...
+
+    def generate(
+        self,
+        client: int,
+        kind: Literal["process", "chat"],
+        params: types.ProcessParams | types.ChatParams,
+        sink: Sink,
+    ) -> Ticket:
+        """Admit a generation and return at once; the answer goes to `sink`. Raising means that `sink` is not used."""
+
+    def client_gone(self, client: int) -> None:
+        """The connection ended: its leases end too. Its calls were cancelled before. Called once per connection."""
+
+    def request_shutdown(self) -> None:
+        """Begin to end the daemon; returns at once, and may be called more than once."""
