@@ -14,7 +14,7 @@ How a request runs, decided by `_settle` after every event:
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +24,7 @@ from mlxd_client.types import ErrorObject
 
 from . import actions as do
 from . import events as ev
-from .breaker import Breaker
+from .breaker import Breakers, BreakerState
 from .lifecycle import Lifecycle
 from .records import Goal, LoadJob, ModelRecord, Request
 from .room import plan_room
@@ -59,8 +59,9 @@ class Core:
         self.requests: dict[int, Request] = {}
         self.goals: dict[int, str] = {}  # rid → model
         self.jobs: dict[str, LoadJob] = {}
-        self.breakers: dict[str, Breaker] = {}
+        self.breakers = Breakers()
         self.draining = False
+        self.deaths: Counter[str] = Counter()  # of workers, by model, since the daemon started
         self.last_deaths: dict[str, ErrorObject] = {}
         self._pending: dict[str, None] = {}  # models that wait to load, oldest first
         self._by_worker: dict[int, ModelRecord] = {}
@@ -195,8 +196,8 @@ class Core:
         return round(min(60.0, max(0.05, (record.service_s or 1.0) * batches)), 3)
 
     def _ensure(self, event: ev.Ensure, now: float) -> None:
-        if event.lease is None and event.model in self.breakers:
-            self.breakers[event.model].reset()  # a load asked for by name is the command that heals
+        if event.lease is None:
+            self.breakers.reset(event.model)  # a load asked for by name is the command that heals
         record = self._admit(event.rid, event.model, now)
         if record is None:
             return
@@ -237,23 +238,20 @@ class Core:
             self._fail(rid, errors.ShuttingDown("the daemon is stopping and takes no new work"))
         elif record is None or record.lifecycle.state in ("NotDownloaded", "Downloading"):
             self._fail(rid, errors.ModelNotFound(f"there is no model {model!r} on this machine", model=model))
-        elif record.worker is None and (refusal := self._broken(record, now)) is not None:
-            self._fail(rid, refusal)
+        elif record.worker is None and self.breakers.state(model, now) is BreakerState.OPEN:
+            self._fail(rid, self._broken(record, now))
         else:
             return record
         return None
 
-    def _broken(self, record: ModelRecord, now: float) -> RpcError | None:
-        """Why no worker is started for this model at present, where its workers kept dying."""
-        breaker = self.breakers.get(record.id)
-        if breaker is None or breaker.state(now) != "open":
-            return None
-        wait = max(0.0, (breaker.retry_at or now) - now)
+    def _broken(self, record: ModelRecord, now: float) -> RpcError:
+        """Why no worker is started for this model at present: its workers kept dying."""
+        wait = max(0.0, (self.breakers.retry_at(record.id) or now) - now)
         last = self.last_deaths.get(record.id)
+        told = {} if last is None else {"last": last.message}
         return errors.WorkerDied(
             f"workers of {record.id} kept dying; the next try is in {wait:.0f} s, or now with a load",
-            cause="crash_loop", model=record.id, retry_after_s=round(wait, 3),
-            last=None if last is None else last.message,
+            cause="crash_loop", model=record.id, retry_after_s=round(wait, 3), **told,
         )  # fmt: skip
 
     # --- giving up ------------------------------------------------------------------------------------------------
@@ -368,7 +366,8 @@ class Core:
         """A worker died unasked: remember it, and fail what it held."""
         death = error or errors.WorkerDied(f"the worker of {record.id} died", cause="exit")
         record.error = self.last_deaths[record.id] = _error_object(death)
-        self.breakers.setdefault(record.id, Breaker()).died(now)
+        self.deaths[record.id] += 1
+        self.breakers.died(record.id, now)
         if was_loading:
             self._fail_all(record, death, now)
             self._end_job(record, "failed", now, record.error)
@@ -394,8 +393,7 @@ class Core:
         if request.started_at is not None:
             took = now - request.started_at
             record.service_s = took if record.service_s is None else 0.8 * record.service_s + 0.2 * took
-        if (breaker := self.breakers.get(record.id)) is not None:
-            breaker.succeeded(now)
+        self.breakers.succeeded(record.id, now)
         self._close(request, request.ending)
         self._used(record, now)
         self._rested(record, now)
@@ -506,13 +504,15 @@ class Core:
         """Serve the line of loads: only its head is considered, so that nobody overtakes it for ever."""
         while self._pending:
             record = self.models[next(iter(self._pending))]
-            refusal = self._broken(record, now)
             room = plan_room(self._by_worker.values(), record, self.limits.budget_bytes)
-            if refusal is None and room.fits:
-                self._start(record, now)
+            refusal = room.refusal
+            if room.fits and not self.breakers.admit(record.id, now):
+                refusal = self._broken(record, now)
+            if refusal is not None:
+                self._unpend(record, refusal, now)
                 continue
-            if refusal is not None or room.refusal is not None:
-                self._unpend(record, refusal or room.refusal, now)
+            if room.fits:
+                self._start(record, now)
                 continue
             for victim in room.stop:
                 self._stop(victim, now)
@@ -550,9 +550,8 @@ class Core:
             deadline = record.idle_deadline
             if deadline is not None and deadline <= now and not record.busy:
                 self._stop(record, now)
-            elif record.last_seq is not None and not record.running and not record.leases:
-                if all(r.seq > record.last_seq for r in record.queue):
-                    self._stop(record, now)
+            elif record.last_seq is not None and not record.running:
+                self._stop(record, now)  # what may still be served was dispatched before this
 
     def _stop(self, record: ModelRecord, now: float, cause: str | None = None) -> None:
         """Tell the model's worker to go. The model keeps its state, and its memory, until it is gone."""
@@ -591,6 +590,7 @@ class Core:
         """A goal's model stands as wished: grant the lease, if one was asked for, and answer."""
         if goal.lease is not None:
             record.leases[goal.lease] = goal.client
+            record.last_seq = None  # whoever counted on its going must plan anew
         self._touch(record)
         self._out.append(do.Answer(goal.rid, self.view(record.id)))
 

@@ -1,4 +1,4 @@
-"""What must hold of the core between any two events. The tests call `check` after each; it costs too much to run always."""
+"""What must hold of the core between any two events; the tests check it after each. Too slow to run always."""
 
 from __future__ import annotations
 

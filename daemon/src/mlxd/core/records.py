@@ -41,7 +41,7 @@ class Goal:
 
 @dataclass(slots=True)
 class LoadJob:
-    """One load, from the wish to its end. `wanted` marks one that somebody asked for by name: it outlives its caller."""
+    """One load, from the wish to its end. `wanted`: somebody asked for it by name, so that it outlives its caller."""
 
     job: str
     model: str
