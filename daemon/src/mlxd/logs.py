@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import msgspec
 
@@ -29,7 +29,7 @@ finally:
     for _name in _hidden:
         del sys.modules[_name]
 
-__all__ = ["TEXT_FIELDS", "LogFile", "Logs", "configure", "get"]
+__all__ = ["TEXT_FIELDS", "Log", "LogFile", "Logs", "configure", "get"]
 
 FILE_BYTES = 10_000_000
 FILES_KEPT = 5
@@ -42,6 +42,17 @@ TEXT_FIELDS = frozenset(
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 EventDict = MutableMapping[str, Any]
+
+
+class Log(Protocol):
+    """The part of structlog's bound logger that the daemon uses: an event's name, then its fields."""
+
+    def bind(self, **fields: Any) -> Log: ...
+    def debug(self, event: str, /, **fields: Any) -> Any: ...
+    def info(self, event: str, /, **fields: Any) -> Any: ...
+    def warning(self, event: str, /, **fields: Any) -> Any: ...
+    def error(self, event: str, /, **fields: Any) -> Any: ...
+    def exception(self, event: str, /, **fields: Any) -> Any: ...
 
 
 def get(name: str, **bound: Any) -> Any:

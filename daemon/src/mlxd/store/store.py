@@ -1,0 +1,196 @@
+"""From what a caller says to a folder on disk: built-in models, any absolute folder, whole models in the cache.
+
+No string from a caller becomes a path outside these, except an absolute folder, which the same user may name.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from mlxd_client.errors import ModelInvalid, ModelNotFound
+
+from . import hub
+from .folder import Folder, Incomplete, examine, fingerprint
+
+__all__ = ["Found", "Store"]
+
+Source = Literal["builtin", "hub", "path"]
+
+BUILTIN_PREFIX = "mlxd/"
+MAX_REF_BYTES = 4096
+
+# Models in the cache that generate nothing; they are not listed, though naming one says what is wrong with it.
+_OTHER_TASKS = (
+    "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForCTC",
+    "ForImageClassification", "BertModel", "CLIPModel",
+)  # fmt: skip
+
+
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole model on this disk.
+
+    Attributes:
+        id: `mlxd/<name>`, `<org>/<name>` or the folder's real path.
+        path: its folder, absolute.
+        revision: the commit, for models from the hub.
+        size_bytes: all files together.
+        weights_bytes: tensor data on disk.
+        need_bytes: the memory that running it is expected to take.
+        kv_token_bytes: what one token takes in the KV cache.
+        context_length: tokens of prompt and answer together.
+    """
+
+    id: str
+    source: Source
+    path: str
+    size_bytes: int
+    weights_bytes: int
+    need_bytes: int
+    kv_token_bytes: int
+    context_length: int
+    revision: str | None = None
+
+
+class Store:
+    """Looks at the disk each time it is asked; folders that have not changed are not examined again.
+
+    Not for use by several threads at a time.
+
+    Args:
+        aliases: further names, to ids or absolute folders.
+        env: the environment, which says where the cache is.
+        builtin: the folder of the models that came with this package.
+    """
+
+    def __init__(
+        self, aliases: Mapping[str, str] | None = None, env: Mapping[str, str] | None = None,
+        builtin: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.aliases = dict(aliases or {})
+        self.cache = hub.cache_folder(os.environ if env is None else env)
+        self._builtin = Path(__file__).parents[1] / "models" if builtin is None else builtin
+        self._examined: dict[Path, tuple[object, Folder]] = {}
+
+    def resolve(self, ref: str) -> Found:
+        """The model that `ref` names.
+
+        1. a text that can name nothing is refused; 2. an alias is replaced, once; 3. an absolute folder is itself;
+        4. `mlxd/...` is built in; 5. all else is a repository in the cache.
+
+        Raises:
+            ModelNotFound: there is none, or only a part of one; `details.near` may name similar ones.
+            ModelInvalid: it is there and no usable model; the message says why, `details.file` where.
+        """
+        self._check_text(ref)
+        name = self.aliases.get(ref, ref)
+        try:
+            if name.startswith("/"):
+                return self._at_path(name)
+            if name.startswith(BUILTIN_PREFIX):
+                return self._at_builtin(name)
+            return self._in_cache(name)
+        except OSError as error:
+            raise ModelInvalid(f"{name} cannot be read: {error.strerror}", model=name) from None
+
+    def scan(self) -> list[Found]:
+        """All models that have a name: built in, or whole in the cache. What is broken is left out."""
+        found = []
+        for name in self._names():
+            try:
+                model = self.resolve(name)
+            except (ModelNotFound, ModelInvalid):
+                continue
+            folder = self._examined[Path(model.path)][1]
+            if not folder.architectures or not all(each.endswith(_OTHER_TASKS) for each in folder.architectures):
+                found.append(model)
+        return found
+
+    # --- the three places -----------------------------------------------------------------------------------------
+
+    def _at_path(self, name: str) -> Found:
+        path = Path(os.path.realpath(name))
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+        except OSError:
+            is_folder = False
+        if not is_folder:
+            raise ModelNotFound(f"there is no folder {name}", model=name)
+        return self._found(str(path), "path", path)
+
+    def _at_builtin(self, name: str) -> Found:
+        short = name.removeprefix(BUILTIN_PREFIX)
+        if not hub.is_repo_id(short) or "/" in short or not (self._builtin / short).is_dir():
+            raise self._unknown(name)
+        return self._found(name, "builtin", self._builtin / short)
+
+    def _in_cache(self, name: str) -> Found:
+        if not hub.is_repo_id(name):
+            raise self._unknown(name)
+        folder = hub.repo_folder(self.cache, name)
+        snapshot = hub.current_snapshot(folder)
+        if snapshot is None:
+            raise self._unknown(name)
+        return self._found(name, "hub", snapshot, inside=folder, revision=snapshot.name)
+
+    def _found(
+        self, name: str, source: Source, path: Path, inside: Path | None = None, revision: str | None = None
+    ) -> Found:
+        try:
+            folder = self._examine(path, inside)
+        except Incomplete as error:
+            if source == "path":
+                raise ModelInvalid(f"{name} is no model: {error.message}", model=name, **error.details) from None
+            raise ModelNotFound(f"{name} is not complete: {error.message}", model=name, **error.details) from None
+        except ModelInvalid as error:
+            raise ModelInvalid(f"{name} is no usable model: {error.message}", model=name, **error.details) from None
+        return Found(
+            id=name, source=source, path=str(path), revision=revision, size_bytes=folder.size_bytes,
+            weights_bytes=folder.weights_bytes, need_bytes=folder.need_bytes, kv_token_bytes=folder.kv_token_bytes,
+            context_length=folder.context_length,
+        )  # fmt: skip
+
+    def _examine(self, path: Path, inside: Path | None) -> Folder:
+        """`examine`, unless the folder's files are those of the last time: headers of large models take a while."""
+        marks = fingerprint(path)
+        known = self._examined.get(path)
+        if known is None or known[0] != marks:
+            self._examined.pop(path, None)
+            known = self._examined[path] = (marks, examine(path, inside))
+        return known[1]
+
+    # --- names ----------------------------------------------------------------------------------------------------
+
+    def _check_text(self, ref: str) -> None:
+        try:
+            size = len(ref.encode())
+        except UnicodeEncodeError:
+            size = 0
+        if not 0 < size <= MAX_REF_BYTES or not ref.isprintable():
+            shown = ref[:60].encode("ascii", "backslashreplace").decode()
+            raise ModelNotFound(f"{shown!r} is no name that a model can have")
+
+    def _names(self) -> Iterator[str]:
+        try:
+            yield from (BUILTIN_PREFIX + name for name in sorted(os.listdir(self._builtin)) if hub.is_repo_id(name))
+        except OSError:
+            pass  # a package without built-in models
+        yield from hub.repositories(self.cache)
+
+    def _unknown(self, name: str) -> ModelNotFound:
+        """The error for a name that leads nowhere, with names that look alike."""
+        import difflib  # costs milliseconds, and only a mistake needs it
+
+        known = {full.lower(): full for full in (*self._names(), *self.aliases)}
+        known |= {full.lower().rpartition("/")[2]: full for full in known.values()}
+        alike = difflib.get_close_matches(name.lower(), known, n=3)
+        near = list(dict.fromkeys(known[each] for each in alike))
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        return ModelNotFound(
+            f"there is no model {name} on this machine{hint}", model=name, **({"near": near} if near else {})
+        )
