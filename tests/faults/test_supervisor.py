@@ -29,7 +29,7 @@ def gone(pid: int) -> bool:
     return False
 
 
-async def end_of(tmp_path: Path, spec: ChildSpec, **limits: float) -> tuple[Recorder, Death]:
+async def end_of(tmp_path: Path, spec: ChildSpec, **limits: Any) -> tuple[Recorder, Death]:
     """Spawn, and wait until it has ended by itself or by the supervisor's verdict."""
     supervisor = supervise(tmp_path, **limits)
     recorder = Recorder()

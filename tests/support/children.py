@@ -85,7 +85,7 @@ class Recorder:
         return next(message for message in self.messages if message.get("id") == request_id)
 
 
-def supervise(tmp_path: Path, log: QuietLog | None = None, **limits: float) -> Supervisor:
+def supervise(tmp_path: Path, log: QuietLog | None = None, **limits: Any) -> Supervisor:
     settings = msgspec.structs.replace(PATIENT, **limits)
     return Supervisor(tmp_path / "run", log=log or QuietLog(), settings=settings)
 

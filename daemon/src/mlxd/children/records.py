@@ -62,15 +62,15 @@ class Records:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             return None
-        with os.fdopen(fd, "rb") as file:
+        try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_size > _MAX_BYTES:
                 return None
-            data = file.read(_MAX_BYTES)
-        try:
-            record = msgspec.json.decode(data, type=ChildRecord)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
+            record = msgspec.json.decode(os.read(fd, _MAX_BYTES), type=ChildRecord)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
             return None
+        finally:
+            os.close(fd)
         return record if path.name == f"{record.pid}.json" and 1 < record.pid < 2**31 else None
 
 
