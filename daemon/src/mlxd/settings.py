@@ -82,7 +82,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ready_s: how long a child may take to start.
         load_s: how long a model may take to load.
         heartbeat_s: the longest silence of a child before it counts as hung.
-        spare_worker: whether one worker waits with everything imported once a model was asked for.
         worker_command: what runs a worker. Tests put a misbehaving one here.
         log_level: what the log holds.
         log_prompts: whether prompts and answers may be logged.
@@ -107,7 +106,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ready_s: Seconds = 60.0
     load_s: Seconds = 600.0
     heartbeat_s: Seconds = 15.0
-    spare_worker: bool = True
     worker_command: Annotated[list[Name], Meta(min_length=1)] = msgspec.field(default_factory=default_worker_command)
     log_level: LogLevel = "info"
     log_prompts: bool = False

@@ -1,0 +1,118 @@
+"""One daemon from start to exit: puts the parts together, listens for signals, ends everything in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+import uvloop
+
+from . import logs
+from .children.interface import ChildSettings
+from .children.supervisor import Supervisor
+from .runtime import Runtime
+from .server.limits import ServerLimits
+from .server.listen import AlreadyRunning, Listener, ListenError, listen
+from .server.server import Server
+from .settings import Settings
+from .store import Store
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_ALREADY_RUNNING = 8
+
+# How long children get to go by themselves once the daemon has to end; then SIGTERM, then SIGKILL.
+_LAST_GRACE_S = 0.5
+_TERM_GRACE_S = 1.0
+
+
+def serve(settings: Settings) -> int:
+    """Run a daemon until it is told to stop. Returns the process's exit status.
+
+    The socket is there as soon as requests are answered; whoever starts a daemon may wait for it.
+    """
+    try:
+        listener = listen(Path(settings.home), Path(settings.socket))
+    except AlreadyRunning as error:
+        print(f"mlxd: {error}", file=sys.stderr)
+        return EXIT_ALREADY_RUNNING
+    except ListenError as error:
+        print(f"mlxd: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    installed = logs.configure(settings.log_file, level=settings.log_level, prompts=settings.log_prompts)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_Daemon(settings, listener).run())
+    finally:
+        listener.close()
+        installed.close()
+    return EXIT_OK
+
+
+class _Daemon:
+    """The parts of one running daemon."""
+
+    def __init__(self, settings: Settings, listener: Listener) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._log = logs.get("mlxd")
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    async def run(self) -> None:
+        settings = self._settings
+        loop = asyncio.get_running_loop()
+        limits = server_limits(settings)
+        supervisor = Supervisor(
+            Path(settings.home) / "run",
+            log=logs.get("mlxd.children"),
+            settings=ChildSettings(
+                ready_s=settings.ready_s, heartbeat_s=settings.heartbeat_s, term_grace_s=_TERM_GRACE_S
+            ),
+        )
+        runtime = Runtime(
+            settings, Store(settings.aliases), supervisor, logs.get("mlxd.runtime"), limits=limits, loop=loop
+        )
+        runtime.on_shutdown = self._stop.set
+        server = Server(runtime, runtime.events, log=logs.get("mlxd.server"), limits=limits)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
+        await supervisor.sweep()
+        await runtime.scan()
+        await server.start(self._listener)
+        self._log.info("daemon started", version=runtime.version, epoch=runtime.epoch, socket=settings.socket)
+        await self._stop.wait()
+        await self._end(server, runtime)
+
+    def _on_signal(self, name: str) -> None:
+        """The first asks for a drain, the next one cuts it short."""
+        self._log.info("signal", name=name)
+        (self._hurry if self._stop.is_set() else self._stop).set()
+
+    async def _end(self, server: Server, runtime: Runtime) -> None:
+        """Drain, answer everybody, end the children; only then may the next daemon have the socket's lock."""
+        server.begin_drain()
+        drain = asyncio.ensure_future(runtime.drain(self._settings.drain_s))
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        drain.cancel()
+        await asyncio.gather(drain, hurry, return_exceptions=True)
+        runtime.abort()
+        await asyncio.gather(server.close(), runtime.close(_LAST_GRACE_S))
+        self._log.info("daemon stopped")
+
+
+def server_limits(settings: Settings) -> ServerLimits:
+    """The server's bounds, as far as they are settings."""
+    return ServerLimits(
+        in_flight=settings.requests_in_flight,
+        queue=settings.queue_limit,
+        connections=settings.max_clients,
+        subscriber_events=settings.subscriber_events,
+        subscriber_bytes=settings.subscriber_bytes,
+        ring_events=settings.event_log,
+        write_stall_s=settings.write_stall_s,
+    )

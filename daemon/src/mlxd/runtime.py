@@ -1,0 +1,587 @@
+"""The only loop between the core and the world: whatever happens becomes an event, whatever the core wants is done.
+
+Decides nothing. Holds what the core must not know: futures, sinks, workers' links, timers, the wall clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import msgspec
+import psutil
+
+from mlxd_client import errors, types
+from mlxd_client.types import UNSET
+
+from . import __version__
+from . import childwire as wire
+from .children.death import Death
+from .children.interface import ChildSpec
+from .children.supervisor import Supervisor
+from .core import actions as do
+from .core import events as ev
+from .core.core import Core, Limits
+from .server.events import EventLog
+from .workers import WorkerLink
+
+if TYPE_CHECKING:
+    from .server.limits import ServerLimits
+    from .server.runtime_api import Log, Sink
+    from .settings import Settings
+    from .store import Found, Store
+
+# Options of the wire that no worker honours yet: refused before anything is loaded for them.
+UNSUPPORTED = ("schema", "grammar", "tools", "tool_choice")
+# What goes to the worker as it stands on the wire; the rest of the params is the daemon's own business.
+_NOT_FOR_WORKERS = frozenset(
+    {"model", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *UNSUPPORTED}
+)
+_SAMPLING = tuple(f for f in types.GenerateParams.__struct_fields__ if f not in _NOT_FOR_WORKERS)
+
+
+class Open:
+    """A generation that has had no last word yet. Also its caller's ticket."""
+
+    __slots__ = (
+        "accepted_at", "client", "dispatched_at", "gave_up", "kind", "model", "outcome", "params", "ready_at", "rid",
+        "runtime", "sink",
+    )  # fmt: skip
+
+    def __init__(self, runtime: Runtime, rid: int, client: int, kind: str, params: types.GenerateParams, sink: Sink):
+        self.runtime = runtime
+        self.rid = rid
+        self.client = client
+        self.kind = kind
+        self.params = params
+        self.sink = sink
+        self.accepted_at = runtime.loop.time()
+        self.dispatched_at: float | None = None
+        self.outcome: wire.Generated | errors.RpcError | None = None
+        self.gave_up = False
+        self.model = ""
+        self.ready_at = 0.0
+
+    def cancel(self) -> None:
+        """The caller gave up: the sink hears so as soon as the worker has let go of it."""
+        self.gave_up = True
+        self.runtime.tell(ev.Cancel(self.rid))
+
+
+class Runtime:
+    """One daemon's state and children, as the server's methods see them.
+
+    Args:
+        settings: see settings.py.
+        store: finds models on disk.
+        supervisor: starts and watches children.
+        log: a structlog logger.
+    """
+
+    version = __version__
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        supervisor: Supervisor,
+        log: Log,
+        *,
+        limits: ServerLimits,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.loop = loop
+        self.epoch = secrets.token_hex(8)
+        self.on_shutdown: Callable[[], None] = lambda: None
+        self._settings = settings
+        self._store = store
+        self._supervisor = supervisor
+        self._log = log
+        self._started_at = loop.time()
+        self._disk = ThreadPoolExecutor(1, "mlxd-disk")
+        self._process = psutil.Process()
+        bounds = Limits(
+            budget_bytes=settings.memory_budget_bytes,
+            queue=settings.queue_limit,
+            max_batch=settings.max_batch,
+            keep_alive_s=settings.keep_alive_s,
+        )
+        self.core = Core(bounds, wall=time.time() - loop.time(), job_prefix=f"load-{self.epoch[:6]}")
+        self.events = EventLog(self.epoch, self.core.snapshot, limits=limits)
+        self._rids = itertools.count(1)
+        self._leases = itertools.count(1)
+        self._open: dict[int, Open] = {}
+        self._goals: dict[int, asyncio.Future[types.Model]] = {}
+        self._job_waiters: dict[str, list[asyncio.Future[types.Job]]] = {}
+        self._links: dict[int, WorkerLink] = {}
+        self._memory: dict[int, int] = {}  # by worker, as last told to the core
+        self._paths: dict[str, str] = {}
+        self._ids: dict[str, str] = {}  # what callers say → the model's id
+        self._resolving: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._quiet: asyncio.Event = asyncio.Event()
+        self._inbox: list[ev.Event] = []
+        self._performing = False
+        self._perform: dict[type, Callable[[Any], None]] = {
+            do.StartWorker: self._start_worker, do.StopWorker: self._stop_worker, do.Dispatch: self._dispatch,
+            do.CancelOnWorker: self._cancel_on_worker, do.Deliver: self._deliver, do.Answer: self._answer,
+            do.Fail: self._fail, do.Publish: self._publish,
+        }  # fmt: skip
+
+    # --- the loop: event → core → actions -------------------------------------------------------------------------
+
+    def tell(self, event: ev.Event) -> None:
+        """Give the core an event and do what it wants. What performing brings about comes after it, in order."""
+        self._inbox.append(event)
+        if self._performing:
+            return
+        self._performing = True
+        try:
+            while self._inbox:
+                for action in self.core.handle(self._inbox.pop(0), self.loop.time()):
+                    self._perform[type(action)](action)
+        finally:
+            self._performing = False
+        self._set_timer()
+        if self.core.draining and self.core.quiet:
+            self._quiet.set()
+
+    def _set_timer(self) -> None:
+        due = self.core.next_deadline()
+        timer = self._timer
+        if timer is not None:
+            if due is not None and timer.when() == due:
+                return
+            timer.cancel()
+        self._timer = None if due is None else self.loop.call_at(due, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.tell(ev.Tick())
+
+    # --- performing -----------------------------------------------------------------------------------------------
+
+    def _start_worker(self, action: do.StartWorker) -> None:
+        settings = self._settings
+        load = wire.LoadModel(model=action.model, path=self._paths[action.model], max_batch=settings.max_batch)
+        link = WorkerLink(action.worker, load, self, load_s=settings.load_s)
+        self._links[action.worker] = link
+        spec = ChildSpec(kind="worker", name=action.model, argv=settings.worker_command)
+        link.child = self._supervisor.spawn(spec, link)
+        self._log.info("loading", model=action.model, worker=action.worker, pid=link.child.pid)
+
+    def _stop_worker(self, action: do.StopWorker) -> None:
+        child = self._links[action.worker].child
+        assert child is not None
+        child.stop()
+
+    def _dispatch(self, action: do.Dispatch) -> None:
+        request = self._open[action.rid]
+        link = self._links[action.worker]
+        request.dispatched_at = self.loop.time()
+        request.ready_at = link.ready_at or 0.0
+        link.generate(request.rid, worker_params(request.kind, request.params))
+
+    def _cancel_on_worker(self, action: do.CancelOnWorker) -> None:
+        self._links[action.worker].cancel(action.rid)
+
+    def _deliver(self, action: do.Deliver) -> None:
+        request = self._open.pop(action.rid)
+        outcome = request.outcome
+        if isinstance(outcome, wire.Generated) and outcome.finish_reason != "cancelled":
+            self._finished(request, outcome.finish_reason)
+            request.sink.done(self._completion(request, outcome))
+        else:
+            error = outcome if isinstance(outcome, errors.RpcError) else errors.Cancelled("the request was cancelled")
+            self._refused(request, with_text(error, outcome))
+
+    def _answer(self, action: do.Answer) -> None:
+        waiter = self._goals.pop(action.rid)
+        if not waiter.done():
+            waiter.set_result(action.model)
+
+    def _fail(self, action: do.Fail) -> None:
+        request = self._open.pop(action.rid, None)
+        if request is not None:
+            self._refused(request, with_text(action.error, request.outcome))
+            return
+        waiter = self._goals.pop(action.rid)
+        if not waiter.done():
+            waiter.set_exception(action.error)
+
+    def _refused(self, request: Open, error: errors.RpcError) -> None:
+        self._finished(request, error.kind)
+        request.sink.fail(error)
+
+    def _finished(self, request: Open, how: str) -> None:
+        took = round(self.loop.time() - request.accepted_at, 4)
+        self._log.info("request ended", request=request.sink.request_name, how=how, took_s=took)
+
+    def _publish(self, action: do.Publish) -> None:
+        request = self._open.get(action.rid) if action.rid is not None else None
+        self.events.publish(
+            action.name, model_id=action.model_id, model=action.model, job=action.job, progress=action.progress,
+            error=action.error, request=None if request is None else request.sink.request_name,
+        )  # fmt: skip
+        if action.job is not None and action.job.ended_at is not None:
+            for waiter in self._job_waiters.pop(action.job.job, ()):
+                if not waiter.done():
+                    waiter.set_result(action.job)
+        if action.name in ("loading_started", "loading_progress", "loading_queued"):
+            assert action.model_id is not None
+            for queued in self.core.models[action.model_id].queue:
+                self._open[queued.rid].sink.phase("loading", action.progress)
+
+    def _completion(self, request: Open, made: wire.Generated) -> types.Completion:
+        now = self.loop.time()
+        dispatched = request.dispatched_at or now
+        waited = dispatched - request.accepted_at
+        load_s = max(0.0, min(request.ready_at, dispatched) - request.accepted_at)
+        timings = types.Timings(
+            queue_s=waited - load_s, load_s=load_s, prompt_s=made.timings.prompt_s,
+            first_token_s=waited + made.timings.first_token_s, decode_s=made.timings.decode_s,
+            total_s=now - request.accepted_at,
+        )  # fmt: skip
+        usage = types.Usage(
+            prompt_tokens=made.prompt_tokens, completion_tokens=made.completion_tokens, cached_tokens=made.cached_tokens
+        )
+        logprobs = None if made.logprobs is None else msgspec.convert(made.logprobs, list[types.TokenLogprob])
+        return types.Completion(
+            model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
+            usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented, logprobs=logprobs,
+        )  # fmt: skip
+
+    # --- what workers report --------------------------------------------------------------------------------------
+
+    def worker_progress(self, worker: int, progress: float) -> None:
+        self.tell(ev.LoadProgress(worker, progress))
+
+    def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None:
+        self._links[worker].ready_at = self.loop.time()
+        self._log.info("loaded", worker=worker, load_s=round(loaded.load_s, 3), memory_bytes=loaded.memory_bytes)
+        self.tell(ev.Loaded(worker, loaded.memory_bytes, loaded.context_length))
+
+    def worker_load_failed(self, worker: int, error: errors.RpcError) -> None:
+        self._log.warning("load failed", worker=worker, kind=error.kind, reason=error.message)
+        self.tell(ev.LoadFailed(worker, error))
+
+    def worker_piece(self, rid: int, text: str, reasoning: str) -> None:
+        request = self._open.get(rid)
+        if request is not None:
+            request.sink.piece(text, reasoning)
+
+    def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None:
+        request = self._open.get(rid)
+        if request is not None:
+            request.outcome = outcome
+            self.tell(ev.Done(rid))
+
+    def worker_memory(self, worker: int, memory_bytes: int) -> None:
+        """Changes below a MiB are noise: they would make an event a second."""
+        known = self._memory.get(worker, 0)
+        if abs(known - memory_bytes) >= 1024 * 1024:
+            self._memory[worker] = memory_bytes
+            self.tell(ev.MemoryReport(worker, memory_bytes))
+
+    def worker_exited(self, worker: int, death: Death) -> None:
+        link = self._links.pop(worker)
+        self._memory.pop(worker, None)
+        log = self._log.info if death.expected else self._log.error
+        log("worker ended", model=link.model, worker=worker, cause=death.cause, told=death.describe())
+        self.tell(ev.WorkerExited(worker, None if death.expected else death.to_error()))
+
+    # --- models ---------------------------------------------------------------------------------------------------
+
+    async def scan(self) -> None:
+        """Tell the core what the disk holds now."""
+        found = await self.loop.run_in_executor(self._disk, self._store.scan)
+        for one in found:
+            self._note(one)
+        here = {one.id for one in found}
+        for record in list(self.core.models.values()):
+            if record.id not in here and record.source != "path":
+                self.tell(ev.Lost(record.id))
+
+    def _note(self, found: Found) -> str:
+        """Tell the core of a model that was found on disk. Returns its id."""
+        self._paths[found.id] = found.path
+        self.tell(
+            ev.Found(
+                found.id, found.source, found.need_bytes, found.revision, found.size_bytes, found.context_length,
+                self._settings.keep_alive_of(found.id),
+            )
+        )  # fmt: skip
+        return found.id
+
+    def _known(self, ref: str) -> str | None:
+        """The id that `ref` stands for, if that model is loaded or about to be: then the disk need not be asked."""
+        model = self._ids.get(ref)
+        return model if model is not None and self.core.models[model].worker is not None else None
+
+    async def _resolve(self, ref: str) -> str:
+        """The id of the model that `ref` names, which the disk holds, whole. Raises ModelNotFound, ModelInvalid."""
+        known = self._known(ref)
+        if known is not None:
+            return known
+        try:
+            found = await self.loop.run_in_executor(self._disk, self._store.resolve, ref)
+        except errors.ModelNotFound:
+            if (gone := self._ids.pop(ref, None)) is not None:
+                self.tell(ev.Lost(gone))
+            raise
+        model = self._note(found)
+        if len(self._ids) >= 4096:
+            self._ids.clear()  # spellings come from clients; what is forgotten is asked for again
+        self._ids[ref] = model
+        return model
+
+    async def models(self) -> list[types.Model]:
+        await self.scan()
+        return self.core.snapshot().models
+
+    async def model(self, ref: str) -> types.Model:
+        return self.core.view(await self._resolve(ref))
+
+    async def load(self, client: int, params: types.LoadParams) -> types.Model:
+        for option in ("adapter", "draft_model"):
+            if getattr(params, option) is not UNSET:
+                raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
+        model = await self._resolve(params.model)
+        keep_alive = None if params.keep_alive is UNSET else params.keep_alive
+        return await self._reach(lambda rid: ev.Ensure(rid, client, model, keep_alive_s=keep_alive))
+
+    async def unload(self, ref: str) -> types.Model:
+        model = await self._resolve(ref)
+        return await self._reach(lambda rid: ev.Unload(rid, 0, model))
+
+    async def acquire(self, client: int, ref: str) -> types.Lease:
+        model = await self._resolve(ref)
+        lease = f"{self.epoch[:6]}-{next(self._leases)}"
+        try:
+            view = await self._reach(lambda rid: ev.Ensure(rid, client, model, lease=lease))
+        except asyncio.CancelledError:
+            self.tell(ev.Release(client, lease))
+            raise
+        return types.Lease(lease=lease, model=view)
+
+    def release(self, client: int, lease: str) -> None:
+        if not any(m.leases.get(lease) == client for m in self.core.models.values()):
+            raise errors.NotFound("this connection holds no such lease", lease=lease)
+        self.tell(ev.Release(client, lease))
+
+    async def _reach(self, goal: Callable[[int], ev.Event]) -> types.Model:
+        """Tell the core a goal and wait for it; whoever stops waiting gives it up."""
+        rid = next(self._rids)
+        waiter: asyncio.Future[types.Model] = self.loop.create_future()
+        self._goals[rid] = waiter
+        self.tell(goal(rid))
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            self.tell(ev.Cancel(rid))
+            raise
+
+    # --- jobs -----------------------------------------------------------------------------------------------------
+
+    def jobs(self) -> list[types.Job]:
+        return [job.view(self.core.wall) for job in self.core.jobs.values()]
+
+    def job(self, job: str) -> types.Job:
+        found = self.core.jobs.get(job)
+        if found is None:
+            raise errors.NotFound("there is no such job", job=job)
+        return found.view(self.core.wall)
+
+    async def wait_job(self, job: str) -> types.Job:
+        now = self.job(job)
+        if now.ended_at is not None:
+            return now
+        waiter: asyncio.Future[types.Job] = self.loop.create_future()
+        waiters = self._job_waiters.setdefault(job, [])
+        waiters.append(waiter)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            waiters.remove(waiter)
+            raise
+
+    def cancel_job(self, job: str) -> types.Job:
+        self.job(job)
+        self.tell(ev.CancelJob(job))
+        return self.job(job)
+
+    # --- generation -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        client: int,
+        kind: Literal["process", "chat"],
+        params: types.ProcessParams | types.ChatParams,
+        sink: Sink,
+    ) -> Open:
+        """Admit a generation; see runtime_api.py. The disk is asked only where the model is not loaded."""
+        refuse_unsupported(params)
+        ref = self._settings.default_model if params.model is UNSET else params.model
+        request = Open(self, next(self._rids), client, kind, params, sink)
+        self._open[request.rid] = request
+        known = self._known(ref)
+        if known is not None:
+            self._submit(request, known)
+        else:
+            task = self.loop.create_task(self._resolve_and_submit(request, ref))
+            self._resolving.add(task)
+            task.add_done_callback(self._resolving.discard)
+        return request
+
+    async def _resolve_and_submit(self, request: Open, ref: str) -> None:
+        try:
+            model = await self._resolve(ref)
+        except errors.RpcError as error:
+            self._turn_away(request, error)
+        except Exception as error:  # a bug, or a disk that fails in a new way: the caller must hear of it all the same
+            self._log.error("resolving a model failed", request=request.sink.request_name, exc_info=error)
+            self._turn_away(request, errors.InternalError(f"the model could not be looked up: {type(error).__name__}"))
+        else:
+            self._submit(request, model)
+
+    def _turn_away(self, request: Open, error: errors.RpcError) -> None:
+        del self._open[request.rid]
+        self._refused(request, error)
+
+    def _submit(self, request: Open, model: str) -> None:
+        if request.gave_up:
+            self._turn_away(request, errors.Cancelled("the request was cancelled"))
+            return
+        params = request.params
+        request.model = model
+        loading = self.core.models[model].lifecycle.state != "Ready"
+        self.tell(
+            ev.Submit(
+                request.rid, request.client, model, params.priority,
+                timeout_s=None if params.timeout_s is UNSET else params.timeout_s,
+                keep_alive_s=None if params.keep_alive is UNSET else params.keep_alive,
+            )
+        )  # fmt: skip
+        if request.dispatched_at is None and request.rid in self._open:
+            request.sink.phase("loading" if loading else "queued", None)
+
+    async def count_tokens(self, client: int, params: types.TokensParams) -> types.TokensResult:
+        if (params.text is UNSET) == (params.messages is UNSET):
+            raise errors.InvalidParams("give either text or messages", field="text")
+        ref = self._settings.default_model if params.model is UNSET else params.model
+        lease = await self.acquire(client, ref)  # so that the model cannot go between loading and counting
+        try:
+            worker = self.core.models[lease.model.id].worker
+            link = None if worker is None else self._links.get(worker)
+            if link is None:
+                raise errors.WorkerDied("the model's worker went away", cause="exit")
+            counted: asyncio.Future[int] = self.loop.create_future()
+            link.count(count_params(params), lambda answer: settle(counted, answer))
+            return types.TokensResult(tokens=await counted)
+        finally:
+            self.tell(ev.Release(client, lease.lease))
+
+    # --- clients, status, the end ---------------------------------------------------------------------------------
+
+    def client_gone(self, client: int) -> None:
+        self.tell(ev.ClientGone(client))
+
+    @property
+    def draining(self) -> bool:
+        return self.core.draining
+
+    def snapshot(self) -> types.Snapshot:
+        return self.core.snapshot()
+
+    def status(self, *, clients: int, subscribers: int) -> types.Status:
+        core, now = self.core, self.loop.time()
+        return types.Status(
+            version=self.version, pid=self._process.pid, uptime_s=now - self._started_at,
+            rss_bytes=self._process.memory_info().rss,
+            models=types.StatusModels(
+                known=len(core.models), loaded=sum(m.lifecycle.state == "Ready" for m in core.models.values())
+            ),
+            queue=types.StatusQueue(waiting=core.waiting, running=core.running),
+            clients=clients, subscribers=subscribers,
+            memory=types.Memory(budget_bytes=core.limits.budget_bytes, used_bytes=core.used_bytes),
+            workers=[self._health(model, now) for model in core.deaths],
+            draining=core.draining,
+        )  # fmt: skip
+
+    def _health(self, model: str, now: float) -> types.WorkerHealth:
+        core = self.core
+        retry_at = core.breakers.retry_at(model)
+        return types.WorkerHealth(
+            model=model, deaths=core.deaths[model], last_death=core.last_deaths.get(model),
+            breaker=core.breakers.state(model, now).value,
+            retry_at=None if retry_at is None else retry_at + core.wall,
+        )  # fmt: skip
+
+    def request_shutdown(self) -> None:
+        self.on_shutdown()
+
+    async def drain(self, limit_s: float) -> None:
+        """Take no new work, and wait up to `limit_s` seconds for the work that was accepted."""
+        self.tell(ev.Drain())
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._quiet.wait()
+        except TimeoutError:
+            self._log.warning("drain limit reached", waiting=self.core.waiting, running=self.core.running)
+
+    def abort(self) -> None:
+        """Refuse whatever is still open, and stop all workers."""
+        self.tell(ev.Abort())
+
+    async def close(self, grace_s: float) -> None:
+        """Wait until no child is left; they get `grace_s` seconds to go by themselves."""
+        await self._supervisor.close(grace_s)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._disk.shutdown(wait=False, cancel_futures=True)
+
+
+def refuse_unsupported(params: types.GenerateParams) -> None:
+    """Raises Unsupported for what no worker honours, before a model is loaded for it."""
+    for option in UNSUPPORTED:
+        if getattr(params, option, UNSET) is not UNSET:
+            raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
+
+
+def worker_params(kind: str, params: types.GenerateParams) -> wire.Generate:
+    """The request as its worker gets it: turns, and the options that were set."""
+    if isinstance(params, types.ChatParams):
+        messages = [msgspec.to_builtins(message) for message in params.messages]
+    else:
+        assert isinstance(params, types.ProcessParams)
+        messages = [] if params.system is UNSET else [{"role": "system", "content": params.system}]
+        messages.append({"role": "user", "content": params.prompt})
+    options = {name: value for name in _SAMPLING if (value := getattr(params, name)) is not UNSET}
+    return wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream)
+
+
+def count_params(params: types.TokensParams) -> wire.CountTokens:
+    if params.messages is not UNSET:
+        return wire.CountTokens(messages=[msgspec.to_builtins(message) for message in params.messages])
+    return wire.CountTokens(text=params.text or "")
+
+
+def with_text(error: errors.RpcError, outcome: wire.Generated | errors.RpcError | None) -> errors.RpcError:
+    """The error, with what was generated before it."""
+    if isinstance(outcome, wire.Generated) and outcome.text:
+        error.details.setdefault("text", outcome.text)
+    return error
+
+
+def settle(future: asyncio.Future[int], answer: int | errors.RpcError) -> None:
+    if future.done():
+        return
+    if isinstance(answer, errors.RpcError):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)

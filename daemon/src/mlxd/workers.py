@@ -1,0 +1,118 @@
+"""The daemon's end of one worker: loads its model, hands it requests, and sorts what comes back.
+
+Knows the frames of childwire.py and nothing of queues, memory or clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from mlxd_client import errors
+
+from . import childwire as wire
+from .children.child import Child
+from .children.death import Death
+
+
+class WorkerEvents(Protocol):
+    """Whom a worker's end reports to."""
+
+    def worker_progress(self, worker: int, progress: float) -> None: ...
+    def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None: ...
+    def worker_load_failed(self, worker: int, error: errors.RpcError) -> None: ...
+    def worker_piece(self, rid: int, text: str, reasoning: str) -> None: ...
+    def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None: ...
+    def worker_memory(self, worker: int, memory_bytes: int) -> None: ...
+    def worker_exited(self, worker: int, death: Death) -> None: ...
+
+
+Counted = Callable[[int | errors.RpcError], None]
+
+
+class WorkerLink:
+    """One worker from spawn to exit; the handler of its child.
+
+    Args:
+        worker: the core's number for it.
+        load: what it is to load as soon as it is ready.
+        load_s: how long it may be silent while it loads, in seconds.
+    """
+
+    def __init__(self, worker: int, load: wire.LoadModel, events: WorkerEvents, *, load_s: float) -> None:
+        self.worker = worker
+        self.model = load.model
+        self.child: Child | None = None
+        self.loaded: wire.Loaded | None = None
+        self.ready_at: float | None = None
+        self._load = load
+        self._load_s = load_s
+        self._events = events
+        self._load_id: int | None = None
+        self._rids: dict[int, int] = {}  # the child's request id → rid
+        self._ids: dict[int, int] = {}  # and back
+        self._counts: dict[int, Counted] = {}
+
+    # --- what the runtime does ------------------------------------------------------------------------------------
+
+    def generate(self, rid: int, params: wire.Generate) -> None:
+        assert self.child is not None
+        request_id = self.child.request("generate", params)
+        self._rids[request_id] = rid
+        self._ids[rid] = request_id
+
+    def cancel(self, rid: int) -> None:
+        if self.child is not None and rid in self._ids:
+            self.child.notify("cancel", {"id": self._ids[rid]})
+
+    def count(self, params: wire.CountTokens, answer: Counted) -> None:
+        """Count tokens; `answer` is called once, with the number or an error."""
+        assert self.child is not None
+        self._counts[self.child.request("count", params)] = answer
+
+    # --- what the child says --------------------------------------------------------------------------------------
+
+    def on_ready(self, child: Child, ready: wire.Ready, /) -> None:
+        child.expect_silence(self._load_s)
+        self._load_id = child.request("load", self._load)
+
+    def on_heartbeat(self, child: Child, heartbeat: wire.Heartbeat, /) -> None:
+        if self.loaded is not None:
+            self._events.worker_memory(self.worker, heartbeat.memory_bytes)
+
+    def on_message(self, child: Child, message: dict[str, Any], /) -> None:
+        method = message.get("method")
+        if method == "step":
+            for request_id, text, reasoning in message["params"]["pieces"]:
+                rid = self._rids.get(request_id)
+                if rid is not None:
+                    self._events.worker_piece(rid, text, reasoning)
+        elif method == "progress":
+            self._events.worker_progress(self.worker, min(1.0, max(0.0, float(message["params"]["progress"]))))
+        elif "id" in message:
+            self._on_answer(child, message)
+
+    def on_exit(self, child: Child, death: Death, /) -> None:
+        counts, self._counts = self._counts, {}
+        for answer in counts.values():
+            answer(death.to_error())
+        self._events.worker_exited(self.worker, death)
+
+    def _on_answer(self, child: Child, message: dict[str, Any]) -> None:
+        request_id = message["id"]
+        failed = errors.from_wire(message["error"]) if "error" in message else None
+        if request_id == self._load_id:
+            child.expect_silence(0)
+            if failed is not None:
+                self._events.worker_load_failed(self.worker, failed)
+            else:
+                self.loaded = msgspec.convert(message["result"], wire.Loaded)
+                self._events.worker_loaded(self.worker, self.loaded)
+        elif (answer := self._counts.pop(request_id, None)) is not None:
+            answer(failed if failed is not None else int(message["result"]["tokens"]))
+        elif (rid := self._rids.pop(request_id, None)) is not None:
+            del self._ids[rid]
+            outcome = failed if failed is not None else msgspec.convert(message["result"], wire.Generated)
+            self._events.worker_answered(rid, outcome)
