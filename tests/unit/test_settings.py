@@ -55,11 +55,10 @@ def test_flags_move_home_and_socket(env: dict[str, str], tmp_path: Path) -> None
 
 
 def test_tables(env: dict[str, str]) -> None:
-    write(env, '[aliases]\ndictation = "mlxd/cleanup"\n[models."mlxd/cleanup"]\nkeep_alive_s = -1\n')
+    write(env, '[aliases]\ndictation = "mlxd/cleanup"\n[keep_alive]\n"mlxd/cleanup" = -1\n')
     settings = load(env).settings
     assert settings.aliases == {"dictation": "mlxd/cleanup"}
-    assert settings.keep_alive_of("mlxd/cleanup") == -1
-    assert settings.keep_alive_of("another") == 300
+    assert settings.keep_alive == {"mlxd/cleanup": -1}
 
 
 def test_commands_from_the_environment(env: dict[str, str]) -> None:
@@ -72,11 +71,11 @@ def test_commands_from_the_environment(env: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("keep_alive = 3", ["no setting 'keep_alive'", "config.toml:1", "did you mean keep_alive_s?"]),
+        ("keepalive_s = 3", ["no setting 'keepalive_s'", "config.toml:1", "did you mean keep_alive_s?"]),
         ("\n\nmax_batch = 'many'", ["max_batch", "'many'", "config.toml:3", "expected `int`"]),
         ("max_batch = 0", ["max_batch", "0", ">= 1"]),
         ("log_level = 'loud'", ["log_level", "'loud'", "invalid enum value"]),
-        ("[models.a]\nkeepalive = 1", ["models", "config.toml:1", "keepalive"]),
+        ("\n[keep_alive]\na = 'x'", ["keep_alive", "config.toml:2", "expected `float`"]),
         ("home = '/x'", ["home", "MLXD_HOME"]),
         ("socket = '/x'", ["socket", "MLXD_SOCKET"]),
         ("x = 1\ny = = 2", ["config.toml is no TOML", "line 2"]),

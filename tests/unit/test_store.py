@@ -73,7 +73,7 @@ def store(tmp_path: Path, cache: Path) -> Store:
 
 def test_builtin_and_alias(store: Store, tmp_path: Path) -> None:
     found = store.resolve("mlxd/cleanup")
-    assert (found.id, found.source, found.path) == ("mlxd/cleanup", "builtin", str(tmp_path / "builtin" / "cleanup"))
+    assert (found.model, found.source, found.path) == ("mlxd/cleanup", "builtin", str(tmp_path / "builtin" / "cleanup"))
     assert store.resolve("dictation") == found
     assert found.weights_bytes == 64
     assert found.context_length == 512
@@ -84,19 +84,19 @@ def test_memory_is_weights_cache_and_worker(store: Store, monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.platform", "darwin")
     found = store.resolve("mlxd/cleanup")
     assert found.kv_token_bytes == 2 * 2 * 8 * 2 * 2
-    assert found.need_bytes == 64 + 512 * found.kv_token_bytes + WORKER_BYTES
+    assert found.memory_bytes == 64 + 512 * found.kv_token_bytes + WORKER_BYTES
     model(tmp_path / "long", {"max_position_embeddings": 131_072, "quantization": None, "torch_dtype": "bfloat16"})
     long = store.resolve(str(tmp_path / "long"))
-    assert long.need_bytes == 64 + RESERVED_TOKENS * long.kv_token_bytes + WORKER_BYTES
+    assert long.memory_bytes == 64 + RESERVED_TOKENS * long.kv_token_bytes + WORKER_BYTES
     monkeypatch.setattr("sys.platform", "linux")
     model(tmp_path / "linux", {"quantization": None, "torch_dtype": "bfloat16"})
     linux = store.resolve(str(tmp_path / "linux"))
     assert linux.kv_token_bytes == 2 * found.kv_token_bytes
-    assert linux.need_bytes == 2 * 64 + 512 * linux.kv_token_bytes + WORKER_BYTES
+    assert linux.memory_bytes == 2 * 64 + 512 * linux.kv_token_bytes + WORKER_BYTES
 
 
 def test_the_cache(store: Store, cache: Path) -> None:
-    assert [found.id for found in store.scan()] == ["mlxd/cleanup"]  # no cache folder at all
+    assert [found.model for found in store.scan()] == ["mlxd/cleanup"]  # no cache folder at all
     snapshot = cached(cache, "org/some-model_1.5")
     found = store.resolve("org/some-model_1.5")
     assert (found.source, found.revision, found.path) == ("hub", COMMIT, str(snapshot))
@@ -104,7 +104,7 @@ def test_the_cache(store: Store, cache: Path) -> None:
     (cache / "models--org--half" / "snapshots").mkdir(parents=True)
     (cache / "datasets--org--data").mkdir()
     (cache / "models--..--x").mkdir()
-    assert [found.id for found in store.scan()] == ["mlxd/cleanup", "gpt2", "org/some-model_1.5"]
+    assert [found.model for found in store.scan()] == ["mlxd/cleanup", "gpt2", "org/some-model_1.5"]
 
 
 def test_main_decides_which_snapshot(store: Store, cache: Path) -> None:
@@ -135,7 +135,7 @@ def test_models_that_generate_nothing_are_not_listed(store: Store, cache: Path) 
     config = json.dumps({**CONFIG, "architectures": ["BertForMaskedLM"]})
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").write_text(config)
-    assert [found.id for found in store.scan()] == ["mlxd/cleanup"]
+    assert [found.model for found in store.scan()] == ["mlxd/cleanup"]
 
 
 def test_unchanged_folders_are_not_examined_again(
@@ -229,7 +229,7 @@ def test_links_out_of_the_cache_are_refused(store: Store, cache: Path, tmp_path:
     (snapshot / "tokenizer.json").symlink_to(tmp_path / "elsewhere" / "tokenizer.json")
     with pytest.raises(ModelInvalid, match=r"tokenizer.json leads outside"):
         store.resolve("org/m")
-    assert [found.id for found in store.scan()] == ["mlxd/cleanup"]
+    assert [found.model for found in store.scan()] == ["mlxd/cleanup"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from msgspec import Meta
 from mlxd_client import paths
 from mlxd_client.errors import MlxdError
 
-__all__ = ["LOG_LEVELS", "Loaded", "LogLevel", "ModelSettings", "Origin", "Settings", "SettingsError", "load"]
+__all__ = ["LOG_LEVELS", "Loaded", "LogLevel", "Origin", "Settings", "SettingsError", "load"]
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOG_LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
@@ -33,12 +33,6 @@ Name = Annotated[str, Meta(min_length=1, max_length=4096)]
 
 class SettingsError(MlxdError):
     """A setting that cannot be used; the message names it, where it stands, and what would be right."""
-
-
-class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What differs for one model: a table `[models."org/name"]` in config.toml."""
-
-    keep_alive_s: KeepAlive | None = None
 
 
 def default_worker_command() -> list[str]:
@@ -67,9 +61,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         socket: where it listens, absolute.
         default_model: answers requests that name none.
         aliases: further names for models.
-        keep_alive_s: a model that nobody used for so long is unloaded; -1 never, 0 at once. `models` and requests may
-            say otherwise.
-        models: settings of single models, by id.
+        keep_alive_s: a model that nobody used for so long is unloaded; -1 never, 0 at once.
+        keep_alive: the same for single models, by id. Requests may say otherwise.
         memory_budget_bytes: bounds all loaded models together.
         max_batch: how many requests decode together in one model.
         queue_limit: how many requests may wait, over all models.
@@ -92,7 +85,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     default_model: Name = "mlxd/cleanup"
     aliases: dict[Name, Name] = {}
     keep_alive_s: KeepAlive = 300.0
-    models: dict[Name, ModelSettings] = {}
+    keep_alive: dict[Name, KeepAlive] = {}
     memory_budget_bytes: Annotated[int, Meta(ge=1)] = msgspec.field(default_factory=memory_budget)
     max_batch: Annotated[int, Meta(ge=1, le=1024)] = 32
     queue_limit: Count = 512
@@ -113,11 +106,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def log_file(self) -> Path:
         return Path(self.home) / "logs" / "mlxd.log"
-
-    def keep_alive_of(self, model: str) -> float:
-        """How long `model` stays loaded unused, where a request does not say."""
-        own = self.models.get(model)
-        return self.keep_alive_s if own is None or own.keep_alive_s is None else own.keep_alive_s
 
 
 class Origin(msgspec.Struct, frozen=True):
@@ -262,7 +250,7 @@ def _parsed(name: str, text: str, origin: Origin) -> object:
             return shlex.split(text)
         except ValueError as error:
             raise SettingsError(f"{name} cannot be {_short(text)} ({origin}): {error}") from None
-    if name in ("aliases", "models", "worker_command"):
+    if name in ("aliases", "keep_alive", "worker_command"):
         try:
             return msgspec.json.decode(text)
         except msgspec.DecodeError as error:

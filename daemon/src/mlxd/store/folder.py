@@ -59,7 +59,7 @@ class Folder(msgspec.Struct, frozen=True, kw_only=True):
     architectures: tuple[str, ...] = ()
 
     @property
-    def need_bytes(self) -> int:
+    def memory_bytes(self) -> int:
         """The memory that running the model is expected to take."""
         return self.resident_bytes + self.kv_token_bytes * min(self.context_length, RESERVED_TOKENS) + WORKER_BYTES
 

@@ -36,22 +36,22 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     """A whole model on this disk.
 
     Attributes:
-        id: `mlxd/<name>`, `<org>/<name>` or the folder's real path.
+        model: its id: `mlxd/<name>`, `<org>/<name>` or the folder's real path.
         path: its folder, absolute.
         revision: the commit, for models from the hub.
         size_bytes: all files together.
         weights_bytes: tensor data on disk.
-        need_bytes: the memory that running it is expected to take.
+        memory_bytes: the memory that running it is expected to take.
         kv_token_bytes: what one token takes in the KV cache.
         context_length: tokens of prompt and answer together.
     """
 
-    id: str
+    model: str
     source: Source
     path: str
     size_bytes: int
     weights_bytes: int
-    need_bytes: int
+    memory_bytes: int
     kv_token_bytes: int
     context_length: int
     revision: str | None = None
@@ -150,8 +150,8 @@ class Store:
         except ModelInvalid as error:
             raise ModelInvalid(f"{name} is no usable model: {error.message}", model=name, **error.details) from None
         return Found(
-            id=name, source=source, path=str(path), revision=revision, size_bytes=folder.size_bytes,
-            weights_bytes=folder.weights_bytes, need_bytes=folder.need_bytes, kv_token_bytes=folder.kv_token_bytes,
+            model=name, source=source, path=str(path), revision=revision, size_bytes=folder.size_bytes,
+            weights_bytes=folder.weights_bytes, memory_bytes=folder.memory_bytes, kv_token_bytes=folder.kv_token_bytes,
             context_length=folder.context_length,
         )  # fmt: skip
 
