@@ -1,4 +1,4 @@
-"""The asyncio shell around rpc.py: `AsyncClient`, its streams, leases and events. One event loop, any number of tasks."""
+"""The asyncio shell around rpc.py: `AsyncClient`, its streams, leases and events. One event loop, many tasks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOST_EVENTS = 256
 
 
 class _Link(asyncio.Protocol):
-    """One connection: a transport and its session. Waiters are futures, one per call at a time."""
+    """One connection: a transport and its session. A call's waiter is the list of futures to wake at its news."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -35,6 +35,7 @@ class _Link(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._writable: asyncio.Future[None] | None = None
         self._reading = True
+        self.gone: asyncio.Future[None] = self._loop.create_future()
 
     # --- called by the transport ----------------------------------------------------------------------------------
 
@@ -44,9 +45,7 @@ class _Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         session = self.session
         for call in session.receive(data):
-            waiter = call.waiter
-            if waiter is not None and not waiter.done():
-                waiter.set_result(None)
+            _wake(call)
             if isinstance(call, Subscription) and len(call.events) > _MOST_EVENTS and self._reading:
                 self._reading = False
                 cast(asyncio.Transport, self._transport).pause_reading()
@@ -55,6 +54,8 @@ class _Link(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.end(ConnectionLost(f"mlxd closed the connection: {error}") if error else None)
+        if not self.gone.done():
+            self.gone.set_result(None)
 
     def pause_writing(self) -> None:
         self._writable = self._loop.create_future()
@@ -95,10 +96,13 @@ class _Link(asyncio.Protocol):
                 if self.session.closed is not None:
                     call.error, call.done = self.session.closed, True
                     break
-                call.waiter = self._loop.create_future()
-                await call.waiter
+                waiter = self._loop.create_future()
+                if call.waiter is None:
+                    call.waiter = [waiter]
+                else:
+                    call.waiter.append(waiter)
+                await waiter
         finally:
-            call.waiter = None
             if handle is not None:
                 handle.cancel()
         return True
@@ -106,8 +110,7 @@ class _Link(asyncio.Protocol):
     @staticmethod
     def _expire(call: Call[Any], expired: list[bool]) -> None:
         expired.append(True)
-        if call.waiter is not None and not call.waiter.done():
-            call.waiter.set_result(None)
+        _wake(call)
 
     async def drained(self, wait_s: float | None) -> None:
         """Wait while the daemon reads slower than this client writes."""
@@ -136,11 +139,17 @@ class _Link(asyncio.Protocol):
     def end(self, error: MlxdError | None = None) -> None:
         """Close the connection; everything that is pending ends with `error`."""
         for call in self.session.lost(error):
-            if call.waiter is not None and not call.waiter.done():
-                call.waiter.set_result(None)
+            _wake(call)
         self.resume_writing()
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()
+
+
+def _wake(call: Call[Any]) -> None:
+    waiters, call.waiter = call.waiter, None
+    for waiter in waiters or ():
+        if not waiter.done():
+            waiter.set_result(None)
 
 
 class AsyncClient(Methods, Awaiting):
@@ -195,7 +204,7 @@ class AsyncClient(Methods, Awaiting):
         self._closed = True
         if self._link is not None:
             self._link.end(ConnectionLost("the client was closed"))
-            await asyncio.sleep(0)  # the transport closes its socket in the loop's next round
+            await self._link.gone
 
     @property
     def hello(self) -> types.HelloResult | None:
@@ -495,7 +504,8 @@ class AsyncEventStream:
             if self._made:
                 return self._made.popleft()
             link, subscription = self._link, self._subscription
-            assert link is not None and subscription is not None
+            assert link is not None
+            assert subscription is not None
             if subscription.events:
                 event = subscription.events.popleft()
                 if not subscription.events:
@@ -558,7 +568,7 @@ class AsyncEventStream:
         self._ended.set()
         if self._link is not None:
             self._link.end()
-            await asyncio.sleep(0)
+            await self._link.gone
 
     async def __aenter__(self) -> Self:
         await self._subscribed()
