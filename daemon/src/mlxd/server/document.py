@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 
 from mlxd_client import errors, types
+from mlxd_client.codec import Encoding
 
 from .methods.table import METHODS, Method
 
-__all__ = ["markdown_parts", "openrpc", "rewrite"]
+__all__ = ["encoded_openrpc", "markdown_parts", "openrpc", "rewrite"]
 
 OPENRPC_VERSION = "1.3.2"
 _REF = "#/components/schemas/"
@@ -32,6 +33,12 @@ _NOTIFICATIONS: tuple[tuple[str, type[Any], str], ...] = (
 
 
 @cache
+def encoded_openrpc(version: str, encoding: Encoding) -> msgspec.Raw:
+    """The OpenRPC document as it goes into a reply."""
+    encode = msgspec.json.encode if encoding is Encoding.JSON else msgspec.msgpack.encode
+    return msgspec.Raw(encode(openrpc(version)))
+
+
 def openrpc(version: str) -> dict[str, Any]:
     """The OpenRPC document of this interface (https://spec.open-rpc.org, 1.3); schemas are JSON Schema draft 7.
 

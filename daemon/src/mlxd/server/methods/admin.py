@@ -23,6 +23,6 @@ def shutdown(call: Call, params: Empty) -> Empty:
 
 
 def discover(call: Call, params: Empty) -> Any:
-    from ..document import openrpc  # schemas are generated on demand: most daemons are never asked
+    from ..document import encoded_openrpc  # schemas are generated on demand: most daemons are never asked
 
-    return openrpc(call.runtime.version)
+    return encoded_openrpc(call.runtime.version, call.session.encoding)
