@@ -1,0 +1,14 @@
+"""What runs inside a worker process: one loaded model and the requests that decode on it in one batch.
+
+    __main__   starts the process and says `ready`
+    loop       the pipe, one decode step, the pipe again
+    load       a folder becomes a LoadedModel, or a typed error
+    options    what a request asks for, what the model defaults to, what is refused
+    prompt     messages become tokens, through the model's chat template
+    engine     the requests in flight and how each ends
+    batch      mlx_lm's BatchGenerator with sampling for all rows in one call
+    sampling   penalties, filters and seeded draws, for a whole batch
+    text       tokens become text: whole characters, stop strings, reasoning apart
+
+Only this package imports mlx, and only inside a worker.
+"""

@@ -1,0 +1,169 @@
+"""mlx_lm's continuous batching, with the choice of tokens made for all rows at once.
+
+mlx_lm's GenerationBatch calls one sampler and one list of processors for each row, and hands out each row's whole
+vector of log probabilities. Here a row's sampler is a `Sampling`, a Plan samples all of them in one call, and a row's
+`logprobs` say only what was asked. Joining, leaving, caches, prefill and end-of-text tokens are mlx_lm's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch, greedy_sampler
+
+from .sampling import Plan, Sampling
+
+# What a row's `logprobs` are where the model computed no finite numbers for it.
+NOT_FINITE = "not finite"
+
+
+class RowFailure:
+    """What a row's `logprobs` are where one of its own processors raised: the row must end, the others go on."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.cause = cause
+
+
+class RowBatch(GenerationBatch):  # type: ignore[misc]
+    """A GenerationBatch whose `samplers` are Sampling objects.
+
+    Responses carry in `logprobs`: None, NOT_FINITE, a RowFailure, or (chosen, ids, values) for a row that asked.
+    """
+
+    # What mlx_lm's class holds, as used here.
+    uids: list[int]
+    tokens: list[list[int]]
+    samplers: list[Sampling]
+    logits_processors: list[tuple[Any, ...]]
+    _next_tokens: Any
+    _next_logprobs: list[Any]
+
+    _plan: Plan | None = None
+    _next_mass: mx.array | None = None  # [rows, 1], log of the sum of exp(logits): not finite if any logit is not
+
+    def _step(self) -> tuple[list[int], list[Any]]:
+        inputs, mass, notes = self._next_tokens, self._next_mass, self._next_logprobs
+        self._current_tokens, self._current_logprobs = inputs, notes
+        if self._plan is None:
+            self._plan = Plan(self.samplers, self.tokens, inputs)
+        plan = self._plan
+
+        logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+        self._next_logprobs = [None] * len(self.uids)
+        if any(self.logits_processors):
+            logits = self._run_processors(inputs, logits)
+        logits = plan.penalise(inputs, logits)
+        self._next_mass = mx.logsumexp(logits, axis=-1, keepdims=True)
+        logprobs = logits - self._next_mass
+        self._next_tokens = plan.sample(logprobs)
+        pending: list[Any] = [self._next_tokens, self._next_mass]
+        for index, report in plan.report(logprobs, self._next_tokens).items():
+            if self._next_logprobs[index] is None:
+                self._next_logprobs[index] = report
+                pending.extend(report)
+        mx.async_eval(*pending)  # type: ignore[no-untyped-call]
+
+        # The next step computes while this one's tokens are read.
+        if mass is None:
+            mx.eval(inputs)
+        else:
+            mx.eval(inputs, mass)
+            masses: Any = mass.tolist()
+            for index, (value,) in enumerate(masses):
+                if not math.isfinite(value):
+                    notes[index] = NOT_FINITE
+        chosen: list[int] = inputs.tolist()
+        for history, token in zip(self.tokens, chosen, strict=True):
+            history.append(token)
+        return chosen, notes
+
+    def _run_processors(self, inputs: mx.array, logits: mx.array) -> mx.array:
+        """Each row's own processors, as mlx_lm runs them, but a processor that raises costs its own row only."""
+        rows = []
+        for index, processors in enumerate(self.logits_processors):
+            row = logits[index : index + 1]
+            if processors:
+                context = self._token_context[index].update_and_fetch(inputs[index : index + 1])
+                try:
+                    for processor in processors:
+                        row = processor(context, row)
+                except Exception as error:
+                    self._next_logprobs[index] = RowFailure(error)
+                    row = logits[index : index + 1]
+            rows.append(row)
+        return mx.concatenate(rows, axis=0)
+
+    def extend(self, batch: RowBatch) -> None:
+        super().extend(batch)
+        self._plan = None
+        if self._next_mass is None:
+            self._next_mass = batch._next_mass
+        elif batch._next_mass is not None:
+            self._next_mass = mx.concatenate([self._next_mass, batch._next_mass])
+
+    def filter(self, keep: list[int]) -> None:
+        super().filter(keep)
+        self._plan = None
+        self._next_mass = self._next_mass[keep] if keep and self._next_mass is not None else None
+
+
+class RowPrompts(PromptProcessingBatch):  # type: ignore[misc]
+    """A PromptProcessingBatch that hands over to a RowBatch."""
+
+    def generate(self, tokens: list[list[int]]) -> RowBatch:
+        if any(len(row) > 1 for row in tokens):
+            self.prompt([row[:-1] for row in tokens])
+        return RowBatch(
+            self.model,
+            self.uids,
+            mx.array([row[-1] for row in tokens]),
+            self.prompt_cache,
+            self.tokens,
+            self.samplers,
+            self.fallback_sampler,
+            self.logits_processors,
+            self.stop_sequences,
+            self.max_tokens,
+        )
+
+
+class RowGenerator(BatchGenerator):  # type: ignore[misc]
+    """A BatchGenerator over RowBatch.
+
+    Args:
+        model: the loaded model, called as model(tokens, cache=...).
+        max_batch: how many rows decode together; further ones wait.
+        prefill_step: how many tokens of each prompt are read between two decode steps.
+        prefill_batch: how many prompts are read together.
+    """
+
+    def __init__(self, model: Any, *, max_batch: int, prefill_step: int, prefill_batch: int = 8) -> None:
+        super().__init__(
+            model,
+            completion_batch_size=max_batch,
+            prefill_batch_size=min(prefill_batch, max_batch),
+            prefill_step_size=prefill_step,
+        )
+        self._prompt_batch = RowPrompts.empty(model, greedy_sampler, prefill_step_size=prefill_step)
+        self._generation_batch = RowBatch.empty(model, greedy_sampler)
+
+    def add(self, tokens: list[int], max_tokens: int, sampling: Sampling, processors: list[Any], stops: Any) -> int:
+        """Queue one prompt. Returns the number that its responses carry as `uid`."""
+        uids: list[int] = self.insert(
+            [tokens],
+            max_tokens=[max_tokens],
+            samplers=[sampling],
+            logits_processors=[processors],
+            stop_sequences=[stops],
+        )
+        return uids[0]
+
+    @property
+    def active(self) -> int:
+        return len(self._generation_batch) + len(self._prompt_batch)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._unprocessed_sequences)

@@ -1,0 +1,273 @@
+"""The requests in flight: each joins the batch, grows by a token a step, and ends in exactly one result or error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import StopSequences
+from mlx_lm.sample_utils import make_logits_processors
+
+from mlxd_client.errors import InternalError, ModelInvalid, RpcError
+
+from ..childwire import CountTokens, Generate, Generated, WorkerTimings
+from .batch import NOT_FINITE, RowFailure, RowGenerator
+from .load import LoadedModel
+from .options import Choices, resolve
+from .prompt import Prompt, PromptBuilder
+from .sampling import Sampling
+from .text import TextStream, make_machine
+
+# After this many failed steps in a row, no further batch is tried.
+MAX_FAILED_STEPS = 2
+# A device that said this does not compute again in this process.
+_FATAL = ("[METAL]", "command buffer", "[CUDA]")
+
+
+class EngineLost(Exception):
+    """The device, or MLX's state in this process, can no longer be trusted: the process must end."""
+
+
+@dataclass(slots=True)
+class Running:
+    """One request in flight. Times are of `time.perf_counter`, in seconds; 0 where not reached yet."""
+
+    id: int
+    request: Generate
+    prompt: Prompt
+    choices: Choices
+    text: TextStream
+    received_at: float
+    tokens: int = 0
+    prompt_at: float = 0.0
+    first_at: float = 0.0
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one step brought: `pieces` as in childwire.Step, and the requests that ended."""
+
+    pieces: list[tuple[int, str, str]] = field(default_factory=list)
+    ended: list[tuple[int, Generated | RpcError]] = field(default_factory=list)
+
+
+class Engine:
+    """Decodes any number of requests in one batch.
+
+    Args:
+        loaded: the model.
+        max_batch: how many decode together; further ones wait their turn.
+        prefill_step: how many tokens of a prompt are read between two decode steps.
+        guard: (source, answer) → words the answer invents; used for models that promise to rewrite faithfully.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        max_batch: int,
+        prefill_step: int,
+        guard: Callable[[str, str], tuple[str, ...]] | None = None,
+    ) -> None:
+        self._loaded = loaded
+        self._limits = {"max_batch": max_batch, "prefill_step": prefill_step}
+        self._guard = guard
+        self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary)
+        self._generator = RowGenerator(loaded.model, **self._limits)
+        self._eos: set[int] = set(loaded.tokenizer.eos_token_ids)
+        self._stops = StopSequences([(token,) for token in self._eos])
+        tokenizer = loaded.tokenizer
+        self._think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
+        self._running: dict[int, Running] = {}  # by the generator's uid
+        self._uids: dict[int, int] = {}  # request id → uid
+        self._failed_steps = 0
+
+    # --- requests
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._running)
+
+    @property
+    def active(self) -> int:
+        """Requests that hold a place in the batch, the ones whose prompt is being read included."""
+        return self._generator.active
+
+    @property
+    def waiting(self) -> int:
+        return self._generator.waiting
+
+    def submit(self, request_id: int, request: Generate) -> None:
+        """Take a request into the batch; it starts at the next step.
+
+        Raises:
+            RpcError: it cannot be honoured. Nothing of it remains.
+        """
+        received_at = time.perf_counter()
+        choices = resolve(request.kind, request.options, self._loaded.defaults, self._loaded.vocabulary)
+        prompt = self._prompts.build(request.kind, request.messages, thinking=choices.thinking)
+        machine = make_machine(choices.stop, self._think)
+        text = TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
+        room = self._loaded.context_length - len(prompt.tokens)
+        processors = make_logits_processors(choices.logit_bias)
+        uid = self._generator.add(
+            prompt.tokens, min(choices.max_tokens, room), choices.sampling, processors, self._stops
+        )
+        self._running[uid] = Running(request_id, request, prompt, choices, text, received_at)
+        self._uids[request_id] = uid
+
+    def cancel(self, request_id: int) -> Outcome:
+        """End a request now, with the text it has. One that has ended already, or never was, changes nothing."""
+        outcome = Outcome()
+        uid = self._uids.get(request_id)
+        if uid is not None:
+            self._generator.remove([uid])
+            self._end(uid, "cancelled", outcome)
+        return outcome
+
+    def count(self, request: CountTokens) -> int:
+        return self._prompts.count(text=request.text, messages=request.messages)
+
+    # --- steps
+
+    def step(self) -> Outcome:
+        """One decode step for all, and one prefill step for those whose prompts are still being read.
+
+        Raises:
+            EngineLost: no further step can work; every request in flight is lost with the process.
+        """
+        try:
+            prompts, responses = self._generator.next()
+        except Exception as error:
+            return self._fail_all(error)
+        self._failed_steps = 0
+        outcome = Outcome()
+        now = time.perf_counter()
+        for progress in prompts:
+            if progress.end_of_prompt and (running := self._running.get(progress.uid)) is not None:
+                running.prompt_at = now
+        for response in responses:
+            running = self._running.get(response.uid)
+            if running is None:
+                continue
+            try:
+                self._advance(running, response, now, outcome)
+            except Exception as error:
+                self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
+        return outcome
+
+    def _advance(self, running: Running, response: Any, now: float, outcome: Outcome) -> None:
+        token, note = response.token, response.logprobs
+        if note is not None:
+            if note is NOT_FINITE:
+                raise ModelInvalid("the model computed values that are no finite numbers")
+            if isinstance(note, RowFailure):
+                raise note.cause
+        if not running.tokens:
+            running.first_at = now
+        running.tokens += 1
+        if token not in self._eos:
+            if note is not None:
+                running.logprobs.append(self._report(running.choices.sampling.logprobs, token, note))
+            text, reasoning = running.text.add(token)
+            if (text or reasoning) and running.request.stream:
+                outcome.pieces.append((running.id, text, reasoning))
+        if running.text.stopped:
+            if response.finish_reason is None:
+                self._generator.remove([response.uid])
+            self._end(response.uid, "stop", outcome)
+        elif response.finish_reason is not None:
+            self._end(response.uid, response.finish_reason, outcome)
+
+    def _end(self, uid: int, reason: str, outcome: Outcome) -> None:
+        """Say how a request ended. It has left the batch already."""
+        running = self._running.pop(uid)
+        self._uids.pop(running.id, None)
+        try:
+            text, reasoning = running.text.finish()
+            if (text or reasoning) and running.request.stream:
+                outcome.pieces.append((running.id, text, reasoning))
+            outcome.ended.append((running.id, self._result(running, reason)))
+        except Exception as error:
+            outcome.ended.append((running.id, _typed(error)))
+
+    def _result(self, running: Running, reason: str) -> Generated:
+        text = "".join(running.text.text)
+        invented = None
+        if self._guard is not None and self._loaded.faithful and running.request.kind == "process":
+            invented = list(self._guard(running.prompt.source, text)) or None
+        now = time.perf_counter()
+        start, first = running.received_at, running.first_at
+        return Generated(
+            text=text,
+            finish_reason=reason,
+            prompt_tokens=len(running.prompt.tokens),
+            completion_tokens=running.tokens,
+            timings=WorkerTimings(
+                prompt_s=(running.prompt_at or now) - start,
+                first_token_s=first - start if first else 0.0,
+                decode_s=now - first if first else 0.0,
+            ),
+            reasoning="".join(running.text.reasoning) or None,
+            logprobs=running.logprobs if running.choices.sampling.logprobs >= 0 else None,
+            invented=invented,
+        )
+
+    def _report(self, count: int, token: int, note: tuple[mx.array, mx.array, mx.array]) -> dict[str, Any]:
+        """One entry of `logprobs`, as in the wire's TokenLogprob."""
+        parts: list[Any] = [part.tolist() for part in note]
+        chosen, ids, values = parts
+        decode = self._loaded.tokenizer.decode
+        entry: dict[str, Any] = {"token": decode([token]), "token_id": token, "logprob": max(chosen, -1e9)}
+        if count:
+            best = zip(ids[:count], values[:count], strict=True)
+            entry["top"] = [(decode([other]), value) for other, value in best if value > -1e9]
+        return entry
+
+    # --- failures
+
+    def _fail(self, uid: int, error: Exception, outcome: Outcome, *, in_batch: bool) -> None:
+        running = self._running.pop(uid, None)
+        if running is None:
+            return
+        self._uids.pop(running.id, None)
+        if in_batch:
+            self._generator.remove([uid])
+        outcome.ended.append((running.id, _typed(error)))
+
+    def _fail_all(self, error: Exception) -> Outcome:
+        """The shared step raised: nobody's state can be trusted. End all, and start a clean batch."""
+        message = str(error)
+        self._failed_steps += 1
+        if self._failed_steps > MAX_FAILED_STEPS or any(sign.lower() in message.lower() for sign in _FATAL):
+            raise EngineLost(f"{type(error).__name__}: {message}") from error
+        outcome = Outcome(ended=[(running.id, _typed(error)) for running in self._running.values()])
+        self._running.clear()
+        self._uids.clear()
+        self._generator.close()
+        self._generator = RowGenerator(self._loaded.model, **self._limits)
+        mx.clear_cache()
+        return outcome
+
+    def warm_up(self) -> None:
+        """Compile what the first request would otherwise wait for. Raises what the model raises."""
+        sampling = Sampling(temperature=0.7, top_p=0.8, repetition=1.15)
+        room = self._loaded.context_length
+        prompt = [min(1, self._loaded.vocabulary - 1)] * max(1, min(8, room - 2))
+        started = time.perf_counter()
+        for choice in (sampling, Sampling()):
+            self._generator.add(prompt, 2, choice, [], StopSequences())
+            while self._generator.active or self._generator.waiting:
+                self._generator.next()
+            if time.perf_counter() - started > 1.0:  # a large model on a slow device: the rest can wait
+                return
+
+
+def _typed(error: Exception) -> RpcError:
+    if isinstance(error, RpcError):
+        return error
+    return InternalError(f"the engine failed: {type(error).__name__}: {error}")

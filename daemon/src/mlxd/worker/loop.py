@@ -1,0 +1,169 @@
+"""The worker's one loop: read the pipe, take a decode step, write the pipe. MLX stays on the thread that runs it."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import msgspec
+
+from mlxd_client.errors import InvalidParams, InvalidRequest, LoadFailed, MethodNotFound, ModelInvalid, RpcError
+
+from ..childside import Pipe, Pulse, Stopped
+from ..childwire import CountTokens, Generate, Generated, Heartbeat, Loaded, LoadModel
+from .engine import Engine, Outcome
+from .load import load
+
+# MLX keeps freed memory for reuse; a worker that was idle this long gives it back.
+IDLE_TRIM_S = 5.0
+
+T = TypeVar("T")
+
+
+class Worker:
+    """Serves one pipe. `run` returns on `stop` and raises PipeClosed when the daemon is gone."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self._pulse = Pulse(pipe, self._vitals)
+        self._engine: Engine | None = None
+        self._early: list[dict[str, Any]] = []  # messages that came while a model was being loaded
+        self._busy_at = time.monotonic()
+        self._trimmed = True
+        self._methods: dict[str, Callable[[int, Any], None]] = {
+            "load": self._load,
+            "generate": self._generate,
+            "count": self._count,
+        }
+
+    def run(self) -> None:
+        while True:
+            engine = self._engine
+            busy = engine is not None and engine.busy
+            for message in self._receive(0.0 if busy else self._pulse.rest_s):
+                self._handle(message)
+            if self._engine is not None and self._engine.busy:
+                self._send(self._engine.step())
+                self._busy_at, self._trimmed = time.monotonic(), False
+            elif not self._trimmed and time.monotonic() - self._busy_at > IDLE_TRIM_S:
+                mx.clear_cache()
+                self._trimmed = True
+            self._pulse.beat()
+            self._pipe.flush()
+
+    def _receive(self, timeout_s: float) -> list[dict[str, Any]]:
+        if self._early:
+            messages, self._early = self._early, []
+            return messages
+        return self._pipe.receive(timeout_s)
+
+    def _vitals(self) -> Heartbeat:
+        engine = self._engine
+        if engine is None:
+            return Heartbeat(memory_bytes=mx.get_active_memory())
+        return Heartbeat(active=engine.active, waiting=engine.waiting, memory_bytes=mx.get_active_memory())
+
+    # --- messages
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        method, request_id, params = message.get("method"), message.get("id"), message.get("params", {})
+        if request_id is None:
+            self._notified(method, params)
+            return
+        try:
+            handler = self._methods.get(method) if isinstance(method, str) else None
+            if handler is None:
+                raise MethodNotFound(f"a worker has no method {method!r}")
+            handler(request_id, params)
+        except RpcError as error:
+            self._pipe.fail(request_id, error)
+
+    def _notified(self, method: Any, params: Any) -> None:
+        if method == "stop":
+            raise Stopped
+        if method == "cancel" and self._engine is not None and isinstance(params, dict):
+            self._send(self._engine.cancel(params.get("id", -1)))
+
+    def _load(self, request_id: int, params: Any) -> None:
+        request = _convert(params, LoadModel)
+        if self._engine is not None:
+            raise InvalidRequest("a worker loads one model in its life")
+        started = time.perf_counter()
+        loaded = load(request.path, self._progress)
+        engine = Engine(
+            loaded,
+            max_batch=request.max_batch,
+            prefill_step=fit_prefill_step(request.prefill_step),
+            guard=find_guard() if loaded.faithful else None,
+        )
+        try:
+            engine.warm_up()
+        except Exception as error:
+            raise ModelInvalid(f"the model loads but does not run: {type(error).__name__}: {error}") from error
+        mx.clear_cache()
+        self._engine = engine
+        result = Loaded(
+            context_length=loaded.context_length,
+            memory_bytes=mx.get_active_memory(),
+            load_s=time.perf_counter() - started,
+            capabilities=loaded.capabilities,
+        )
+        self._pipe.reply(request_id, result)
+
+    def _progress(self, fraction: float) -> None:
+        """Between two parts of a load: say how far it got, and notice whether it is still wanted."""
+        self._pipe.notify("progress", {"progress": fraction})
+        self._pulse.beat()
+        self._pipe.flush()
+        for message in self._pipe.receive(0.0):
+            if message.get("method") == "stop":
+                raise Stopped
+            self._early.append(message)
+
+    def _generate(self, request_id: int, params: Any) -> None:
+        self._loaded().submit(request_id, _convert(params, Generate))
+
+    def _count(self, request_id: int, params: Any) -> None:
+        request = _convert(params, CountTokens)
+        if (request.text is None) == (request.messages is None):
+            raise InvalidParams("count takes either text or messages", field="text")
+        self._pipe.reply(request_id, {"tokens": self._loaded().count(request)})
+
+    def _loaded(self) -> Engine:
+        if self._engine is None:
+            raise LoadFailed("no model is loaded in this worker")
+        return self._engine
+
+    def _send(self, outcome: Outcome) -> None:
+        if outcome.pieces:
+            self._pipe.notify("step", {"pieces": outcome.pieces})
+        for request_id, end in outcome.ended:
+            if isinstance(end, Generated):
+                self._pipe.reply(request_id, end)
+            else:
+                self._pipe.fail(request_id, end)
+
+
+def fit_prefill_step(wished: int) -> int:
+    """The prefill step bounds how soon a cancel works and how long others' streams pause; CPUs need a smaller one."""
+    return wished if mx.default_device() == mx.Device(mx.gpu) else min(wished, 128)
+
+
+def find_guard() -> Callable[[str, str], tuple[str, ...]] | None:
+    """The check for invented words, where this installation has it."""
+    try:
+        fidelity = importlib.import_module("mlxd.fidelity")
+    except ModuleNotFoundError:
+        return None
+    guard: Callable[[str, str], tuple[str, ...]] = fidelity.invented
+    return guard
+
+
+def _convert(params: Any, kind: type[T]) -> T:
+    try:
+        return msgspec.convert(params, kind)
+    except msgspec.ValidationError as error:
+        raise InvalidParams(str(error)) from None

@@ -1,0 +1,171 @@
+"""Messages become prompt tokens, through the model's own chat template.
+
+A model without a template can still `process`: its prompt is the plain text, which is what base models continue.
+`chat` needs turns, and turns need a template, so that it is refused there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from mlxd_client.errors import ContextExceeded, InvalidParams, ModelInvalid, RpcError, Unsupported
+
+# A template is a program from the model's folder: it gets this long.
+TEMPLATE_LIMIT_S = 5.0
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`source` is the text that the last user turn brought; `in_reasoning` says that the template opened a thought."""
+
+    tokens: list[int]
+    source: str
+    in_reasoning: bool = False
+
+
+class PromptBuilder:
+    """Builds the prompts of one model.
+
+    Args:
+        tokenizer: mlx_lm's TokenizerWrapper.
+        context_length: in tokens; longer prompts are refused.
+        vocabulary: how many rows the model's embeddings have.
+    """
+
+    def __init__(self, tokenizer: Any, context_length: int, vocabulary: int) -> None:
+        self._tokenizer = tokenizer
+        self._context_length = context_length
+        self._vocabulary = vocabulary
+        # No token spells more bytes than this, so that huge texts are refused without tokenizing them.
+        self._longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
+
+    def build(self, kind: str, messages: list[dict[str, Any]], *, thinking: bool) -> Prompt:
+        """The prompt for an answer to `messages`.
+
+        Raises:
+            InvalidParams: no or malformed messages, or ones that the template refuses.
+            Unsupported: roles or options that the model's template has no place for.
+            ModelInvalid: the template itself is broken.
+            ContextExceeded: too long to leave room for one token.
+        """
+        check_messages(messages)
+        source = next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), "")
+        if not self._tokenizer.has_chat_template:
+            if kind != "process":
+                raise Unsupported("this model has no chat template: it can process, not chat", option="messages")
+            text = "\n\n".join(turn["content"] for turn in messages)
+            return Prompt(self._encode(text, special=True), source)
+        if thinking and not self._tokenizer.has_thinking:
+            raise Unsupported("this model has no thinking mode", option="thinking")
+        text = self._render(messages, thinking)
+        opened = self._tokenizer.has_thinking and text.rstrip().endswith(self._tokenizer.think_start)
+        return Prompt(self._encode(text, special=False), source, opened)
+
+    def count(self, *, text: str | None, messages: list[dict[str, Any]] | None) -> int:
+        """How many tokens a plain text has, or the prompt that `chat` would make of messages, of any length."""
+        if messages is None:
+            return len(self._tokenizer.encode(text or "", add_special_tokens=False))
+        check_messages(messages)
+        if not self._tokenizer.has_chat_template:
+            raise Unsupported("this model has no chat template to count messages with", option="messages")
+        return len(self._tokenizer.encode(self._render(messages, False), add_special_tokens=False))
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        least = len(text) // self._longest_token
+        if least >= self._context_length:
+            raise self._too_long(least)
+        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
+        if not tokens:
+            raise InvalidParams("the prompt is empty", field="messages")
+        if len(tokens) >= self._context_length:
+            raise self._too_long(len(tokens))
+        if max(tokens) >= self._vocabulary:
+            raise Unsupported("the prompt holds a token that the model has no embedding for", option="messages")
+        return tokens
+
+    def _too_long(self, tokens: int) -> ContextExceeded:
+        return ContextExceeded(
+            f"the prompt has {tokens} tokens or more; the model's context holds {self._context_length},"
+            " of which one is for the answer",
+            prompt_tokens=tokens,
+            context_length=self._context_length,
+        )
+
+    def _render(self, messages: list[dict[str, Any]], thinking: bool) -> str:
+        try:
+            return self._apply(messages, thinking)
+        except RpcError:
+            raise
+        except Exception as error:
+            refusal = _refusal(error)
+        # Some templates raise on, others stumble over, a system turn: say that, where that is what it was.
+        if messages[0]["role"] == "system" and len(messages) > 1:
+            with contextlib.suppress(Exception):
+                self._apply(messages[1:], thinking)
+                raise_as = Unsupported(f"this model takes no system message: {refusal.message}", option="system")
+                refusal = raise_as
+        raise refusal
+
+    def _apply(self, messages: list[dict[str, Any]], thinking: bool) -> str:
+        with time_limit(TEMPLATE_LIMIT_S):
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            )
+        if not isinstance(text, str):
+            raise ModelInvalid("the model's chat template gives no text")
+        return text
+
+
+def check_messages(messages: list[dict[str, Any]]) -> None:
+    """Raises InvalidParams or Unsupported unless `messages` are turns of text that this engine can take."""
+    if not messages:
+        raise InvalidParams("there are no messages", field="messages")
+    for index, turn in enumerate(messages):
+        role, field = turn.get("role"), f"messages[{index}]"
+        if role == "tool":
+            raise Unsupported("this engine cannot take tool turns yet", option="messages", field=f"{field}.role")
+        if role not in ROLES:
+            raise InvalidParams(f"a message's role is one of {', '.join(ROLES)}", field=f"{field}.role")
+        if not isinstance(turn.get("content", ""), str):
+            raise InvalidParams("a message's content is text", field=f"{field}.content")
+        if turn.get("tool_calls") or turn.get("tool_call_id"):
+            raise Unsupported("this engine cannot take tool calls yet", option="messages", field=field)
+        turn.setdefault("content", "")
+
+
+def _refusal(error: Exception) -> RpcError:
+    """Why a template gave no prompt. A plain TemplateError is the template's own `raise_exception`."""
+    if type(error) is jinja2.TemplateError:
+        return InvalidParams(f"the model's chat template refuses: {error}", field="messages")
+    return ModelInvalid(f"the model's chat template fails: {type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt Python code that runs longer. On any thread but the main one there is no limit.
+
+    Raises:
+        ModelInvalid: out of the code that ran too long.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def give_up(_number: int, _frame: Any) -> None:
+        raise ModelInvalid(f"the model's chat template ran longer than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
