@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import resource
 import signal
 import time
 from pathlib import Path
@@ -508,3 +509,49 @@ def test_what_a_child_inherits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert told["pgrp"] == os.getpgrp()
     assert told["stdin"] == ""
     assert Path(told["cwd"]).samefile(tmp_path / "run")
+
+
+def test_exit_statuses_survive_an_ignored_sigchld(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as the one who started the daemon may leave it
+    try:
+        _, death = run(end_of(tmp_path, quick("raise SystemExit(3)")))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert (death.cause, death.exit_code) == ("exit", 3)
+
+
+def test_running_out_of_descriptors_is_a_failed_spawn(tmp_path: Path) -> None:
+    async def main() -> None:
+        supervisor = supervise(tmp_path)
+        await supervisor.spawn(quick("pass"), Recorder()).wait()
+        taken: list[int] = []
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 40, hard))
+        try:
+            for spare in range(8):
+                while True:
+                    try:
+                        taken.append(os.dup(2))
+                    except OSError:
+                        break
+                for _ in range(spare):
+                    os.close(taken.pop())
+                before = os.dup(2) if spare else -1
+                if spare:
+                    os.close(before)
+                child = supervisor.spawn(quick("pass"), Recorder())
+                death = await child.wait()
+                assert death.cause in ("spawn_failed", "exit")
+                assert spare > 1 or death.cause == "spawn_failed"
+                if spare:
+                    after = os.dup(2)
+                    os.close(after)
+                    assert after == before
+        finally:
+            for fd in taken:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        death = await supervisor.spawn(quick("pass"), Recorder()).wait()
+        assert death.exit_code == 0
+
+    run(main())

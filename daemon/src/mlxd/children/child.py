@@ -406,6 +406,8 @@ class Child:
         elif self._verdict is not None and (status == -signal.SIGKILL or self._verdict[0] == "garbage"):
             # Otherwise it went by itself just before the kill, and its own status is the better reason.
             cause, detail = self._verdict
+        elif status == -signal.SIGKILL:
+            detail = "not by mlxd; most often by the system, for lack of memory"
         return Death(
             cause=cause,
             kind=self.kind,

@@ -98,17 +98,12 @@ def clean_last_words(raw: bytes, limit: int = LAST_WORDS_BYTES) -> str:
     fatal = max((at for at, line in enumerate(lines) if line.startswith(_FATAL)), default=None)
     if fatal is not None:
         return "\n".join(lines[fatal:]).encode()[:limit].decode("utf-8", "ignore").rstrip()
-    kept: list[str] = []
-    room = limit
-    for line in reversed(lines):
-        size = len(line.encode()) + 1
-        if size > room + 1:
-            if not kept:
-                kept.append(line.encode()[-limit:].decode("utf-8", "ignore"))
-            break
-        kept.append(line)
-        room -= size
-    return "\n".join(reversed(kept))
+    text = "\n".join(lines).encode()
+    tail = text[-limit:]
+    whole = tail.partition(b"\n")[2]
+    if len(text) > limit and len(whole) >= limit // 2:  # better no first line than a part of it
+        tail = whole
+    return tail.decode("utf-8", "ignore")
 
 
 def _clean_line(line: str) -> str:

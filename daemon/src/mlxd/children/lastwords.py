@@ -41,9 +41,6 @@ class LastWords:
         # The writer is gone, or not worth waiting for; a pipe holds 64 KiB, so that two reads see its end.
         if self._read():
             self._read()
-        if self._line:
-            self._on_line(_text(self._line))
-            self._line.clear()
         self._let_go()
 
     def _let_go(self) -> None:
@@ -51,6 +48,9 @@ class LastWords:
             self._loop.remove_reader(self._fd)
             os.close(self._fd)
             self._fd = -1
+            if self._line:
+                self._on_line(_text(self._line))
+                self._line.clear()
 
     def _read(self) -> bool:
         """Whether anything came."""
