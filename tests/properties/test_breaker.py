@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxd.children.breaker import Breaker, Breakers, BreakerSettings, BreakerState
+from mlxd.core.breaker import Breaker, Breakers, BreakerSettings, BreakerState
 
 SETTINGS = BreakerSettings(deaths=3, window_s=60, cooldown_s=5, max_cooldown_s=40)
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
