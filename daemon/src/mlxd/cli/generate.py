@@ -1,0 +1,179 @@
+"""`mlxd run`: one prompt through `process`; and the sampling options that `chat` shares with it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .common import Commands, add_command, connect, duration, model_ref
+from .exits import OK, USAGE
+
+if TYPE_CHECKING:
+    from mlxd_client.types import Completion
+
+    from .output import Output
+
+__all__ = ["add_sampling", "sampling", "show_reasoning", "show_stats"]
+
+# The options of the wire that are one number: name, type, help.
+_NUMBERS: tuple[tuple[str, type, str], ...] = (
+    ("max_tokens", int, "end the answer after so many tokens"),
+    ("temperature", float, "0 always takes the likeliest token; higher is more varied"),
+    ("top_p", float, "choose among the likeliest tokens that together have this probability"),
+    ("top_k", int, "choose among so many of the likeliest tokens"),
+    ("min_p", float, "choose among tokens at least so likely, relative to the likeliest"),
+    ("repetition_penalty", float, "above 1, make tokens that occurred less likely"),
+    ("presence_penalty", float, "lower the score of tokens that occurred"),
+    ("frequency_penalty", float, "lower the score of tokens by how often they occurred"),
+    ("seed", int, "the same seed, prompt and options give the same answer"),
+    ("logprobs", int, "with --json: each token's log probability, and of so many alternatives"),
+)
+_OTHERS = ("model", "stop", "logit_bias", "schema", "grammar", "thinking", "keep_alive", "timeout_s", "priority")
+
+
+def register(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
+        commands, "run", run, "put one prompt through a model",
+        epilog="Without a prompt, standard input is it. The answer streams to a terminal and comes whole to a pipe.",
+    )  # fmt: skip
+    parser.add_argument("prompt", nargs="*", help="the prompt; several words need no quotes")
+    parser.add_argument("--stream", action="store_true", help="stream to a pipe too; with --json, one line per piece")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show speed and token counts on stderr")
+    parser.add_argument("--system", metavar="TEXT", help="instructions that precede the prompt")
+    add_sampling(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The generation options of the wire, by the same names."""
+    group = parser.add_argument_group("generation")
+    group.add_argument("-m", "--model", type=model_ref, help="an id, an alias or a folder (default: the daemon's)")
+    for name, kind, text in _NUMBERS:
+        group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N", help=text)
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
+    group.add_argument("--logit-bias", action="append", metavar="TOKEN=BIAS", type=_bias, help="add to a token's score")
+    group.add_argument("--schema", type=_schema, metavar="JSON|FILE", help="the answer is JSON that fits this schema")
+    group.add_argument("--grammar", metavar="TEXT", help="the answer fits this grammar")
+    group.add_argument(
+        "--thinking", action=argparse.BooleanOptionalAction, default=None, help="let the model reason before it answers"
+    )
+    group.add_argument(
+        "--keep-alive",
+        type=duration,
+        metavar="TIME",
+        help="then unload the model when unused for so long: 90, 5m, forever",
+    )
+    group.add_argument("--timeout", dest="timeout_s", type=float, metavar="SECONDS", help="fail if it takes longer")
+    group.add_argument("--priority", choices=("interactive", "batch"), help="batch work makes way for the interactive")
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, as the client takes them."""
+    options = {name: getattr(args, name) for name in (*(name for name, _, _ in _NUMBERS), *_OTHERS)}
+    if options["logit_bias"] is not None:
+        options["logit_bias"] = dict(options["logit_bias"])
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _bias(text: str) -> tuple[str, float]:
+    token, equals, bias = text.rpartition("=")
+    try:
+        if not equals or int(token) < 0:
+            raise ValueError
+        return token, float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TOKEN=BIAS, e.g. 42=-100") from None
+
+
+def _schema(text: str) -> Any:
+    import json
+
+    try:
+        if not text.lstrip().startswith("{"):
+            with open(text, encoding="utf-8") as file:
+                text = file.read()
+        schema = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"no JSON schema: {error}") from None
+    if not isinstance(schema, dict):
+        raise argparse.ArgumentTypeError("a JSON schema is an object")
+    return schema
+
+
+def run(args: argparse.Namespace, output: Output) -> int:
+    prompt = _prompt(args.prompt, output)
+    if prompt is None:
+        return USAGE
+    options = sampling(args)
+    if args.system is not None:
+        options["system"] = args.system
+    with connect(args) as client:
+        if args.stream or output.terminal:
+            completion = _streamed(client.stream_process(prompt, **options), output)
+        else:
+            completion = client.process(prompt, **options)
+            if output.json:
+                output.document(completion)
+            else:
+                output.line(completion.text)
+    if completion.invented:
+        output.note(f"the answer has words that the prompt does not account for: {', '.join(completion.invented)}")
+    if args.verbose:
+        show_stats(completion, output)
+    return OK
+
+
+def _prompt(words: list[str], output: Output) -> str | None:
+    """What to send: the words, or standard input if there are none, less its last newline."""
+    if words and words != ["-"]:
+        return " ".join(words)
+    if not words and sys.stdin.isatty():
+        output.note("there is no prompt: give one as arguments, or pipe one in")
+        return None
+    text = sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
+    if not text.strip():
+        output.note("the prompt is empty")
+        return None
+    return text
+
+
+def _streamed(stream: Any, output: Output) -> Completion:
+    """Print an answer as it comes. Leaving early, by ctrl-C or a closed pipe, cancels the request."""
+    ended = True
+    with stream:
+        for piece in stream.pieces():
+            if output.json:
+                output.document(piece)
+                continue
+            if piece.reasoning:
+                show_reasoning(piece.reasoning, output)
+            if piece.text:
+                output.text(piece.text)
+                ended = piece.text.endswith("\n")
+        completion: Completion = stream.result
+    if output.json:
+        output.document(completion)
+    elif not ended or not completion.text:
+        output.line()
+    return completion
+
+
+def show_reasoning(text: str, output: Output) -> None:
+    """Thoughts go to a terminal, dimmed; whoever reads a pipe wants the answer only."""
+    if output.terminal:
+        from .output import safe
+
+        output.out.write(f"\x1b[2m{safe(text)}\x1b[0m")
+        output.out.flush()
+
+
+def show_stats(completion: Completion, output: Output) -> None:
+    usage, timings = completion.usage, completion.timings
+    rate = usage.completion_tokens / timings.decode_s if timings.decode_s > 0 else 0.0
+    output.note(
+        f"{completion.model}: {usage.completion_tokens} tokens, {rate:.0f} tokens/s, "
+        f"first after {timings.first_token_s * 1000:.0f} ms, {timings.total_s:.2f} s in all, "
+        f"prompt {usage.prompt_tokens} tokens ({usage.cached_tokens} cached), ended by {completion.finish_reason}"
+    )

@@ -1,0 +1,130 @@
+"""`mlxd list`, `ps`, `load` and `unload`: the models and their memory."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from .common import Commands, add_command, connect, duration, model_ref
+from .exits import OK
+
+if TYPE_CHECKING:
+    from mlxd_client.types import Model
+
+    from .output import Output
+
+
+def register(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(commands, "list", list_models, "list the models on this machine")
+    parser.add_argument("-q", "--quiet", action="store_true", help="ids only")
+
+    add_command(commands, "ps", ps, "show the models that are loaded, and for how long they stay")
+
+    parser = add_command(commands, "load", load, "load a model, so that its first answer comes at once")
+    parser.add_argument("model", type=model_ref, help="an id, an alias or a folder")
+    parser.add_argument(
+        "--keep-alive", type=duration, metavar="TIME", help="unload when unused for so long: 90, 5m, 2h, forever"
+    )
+
+    parser = add_command(commands, "unload", unload, "unload a model and free its memory")
+    parser.add_argument("model", type=model_ref, help="an id, an alias or a folder")
+
+
+def list_models(args: argparse.Namespace, output: Output) -> int:
+    with connect(args) as client:
+        models = client.models()
+    if output.json:
+        output.document(models)
+    elif args.quiet:
+        for model in models:
+            output.line(model.id)
+    else:
+        _show_list(models, output)
+    return OK
+
+
+def _show_list(models: list[Model], output: Output) -> None:
+    from .output import bytes_text
+
+    rows = [
+        (model.id, model.state, bytes_text(model.size_bytes), _count(model.context_length), model.source,
+         model.error.message if model.error is not None else "")
+        for model in models
+    ]  # fmt: skip
+    header = ["MODEL", "STATE", "SIZE", "CONTEXT", "SOURCE", "LAST ERROR"]
+    if not any(row[-1] for row in rows):
+        header.pop()
+        rows = [row[:-1] for row in rows]  # type: ignore[misc]  # one column less
+    output.table(header, rows, right=frozenset({2, 3}))
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else str(number)
+
+
+def ps(args: argparse.Namespace, output: Output) -> int:
+    with connect(args) as client:
+        models = [model for model in client.models() if model.state in ("Loading", "Ready") or model.phase is not None]
+    if output.json:
+        output.document(models)
+    elif not models:
+        output.line("no model is loaded")
+    else:
+        _show_loaded(models, output)
+    return OK
+
+
+def _show_loaded(models: list[Model], output: Output) -> None:
+    from .output import bytes_text
+
+    rows = [
+        (model.id, _state(model), bytes_text(model.memory_bytes), str(model.active), str(model.waiting), _stays(model))
+        for model in models
+    ]
+    output.table(("MODEL", "STATE", "MEMORY", "ACTIVE", "WAITING", "UNLOADS"), rows, right=frozenset({2, 3, 4}))
+
+
+def _state(model: Model) -> str:
+    """The state, and how far it got."""
+    if model.state == "Loading" and model.progress is not None:
+        return f"{model.state} {model.progress:.0%}"
+    return f"{model.state}, {model.phase}" if model.phase not in (None, "loading") else model.state
+
+
+def _stays(model: Model) -> str:
+    """When the model goes if nobody uses it."""
+    from .output import seconds_text
+
+    if model.idle_unload_at is not None:
+        return f"in {seconds_text(model.idle_unload_at - time.time())}"
+    if model.state != "Ready":
+        return "-"
+    if model.active or model.waiting:
+        return "in use"
+    return "leased" if model.leases else "never"
+
+
+def load(args: argparse.Namespace, output: Output) -> int:
+    from .output import bytes_text, seconds_text
+
+    began = time.monotonic()
+    with connect(args) as client:
+        model = client.load(args.model, keep_alive=args.keep_alive)
+    if output.json:
+        output.document(model)
+    else:
+        took = time.monotonic() - began
+        shown = f"{took:.1f} s" if took < 10 else seconds_text(took)
+        output.line(f"{model.id} is ready after {shown}, {bytes_text(model.memory_bytes)} in memory")
+    return OK
+
+
+def unload(args: argparse.Namespace, output: Output) -> int:
+    with connect(args) as client:
+        model = client.unload(args.model)
+    if output.json:
+        output.document(model)
+    else:
+        output.line(f"{model.id} is unloaded")
+    return OK

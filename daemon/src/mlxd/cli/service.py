@@ -1,0 +1,130 @@
+"""`mlxd serve`, `stop` and `status`: the daemon itself."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from .common import Commands, add_command, connect
+from .exits import FAILED, OK
+
+if TYPE_CHECKING:
+    from mlxd_client.types import Status
+
+    from .output import Output
+
+
+def register(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(commands, "serve", serve, "run the daemon in the foreground", daemon=False)
+    parser.add_argument("--home", metavar="PATH", help="the folder that holds everything the daemon keeps")
+    parser.add_argument("--socket", metavar="PATH", help="where to listen (default: mlxd.sock in the home folder)")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--log-prompts", action="store_true", default=None, help="log prompts and answers too")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
+        help="any setting of config.toml, e.g. --set keep_alive_s=60; may be repeated",
+    )  # fmt: skip
+
+    add_command(commands, "status", status, "show how the daemon is doing")
+
+    parser = add_command(commands, "stop", stop, "stop the daemon, once running requests are done or out of time")
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="how long to wait (default: 60)")
+
+
+def serve(args: argparse.Namespace, output: Output) -> int:
+    from mlxd import settings
+
+    flags: dict[str, Any] = {
+        "home": args.home, "socket": args.socket, "log_level": args.log_level, "log_prompts": args.log_prompts,
+    }  # fmt: skip
+    for text in args.settings:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise settings.SettingsError(f"--set {text} has no value: write --set {name}=VALUE")
+        flags[name.strip().replace("-", "_")] = value
+    loaded = settings.load(flags=flags)
+    for warning in loaded.warnings:
+        output.note(warning)
+    from mlxd import app
+
+    return app.serve(loaded.settings)
+
+
+def status(args: argparse.Namespace, output: Output) -> int:
+    with connect(args) as client:
+        answer = client.status()
+    if output.json:
+        output.document(answer)
+    else:
+        output.table(("", ""), _status_rows(answer))
+    return OK
+
+
+def _status_rows(answer: Status) -> list[tuple[str, str]]:
+    from .output import bytes_text, seconds_text
+
+    memory = answer.memory
+    rows = [
+        ("mlxd", f"{answer.version}, process {answer.pid}, up {seconds_text(answer.uptime_s)}"
+                 + (", stopping" if answer.draining else "")),
+        ("memory", f"{bytes_text(answer.rss_bytes)} itself, models {bytes_text(memory.used_bytes)} "
+                   f"of {bytes_text(memory.budget_bytes)}"),
+        ("models", f"{answer.models.loaded} loaded of {answer.models.known} known"),
+        ("requests", f"{answer.queue.running} running, {answer.queue.waiting} waiting"),
+        ("clients", f"{answer.clients}, of them {answer.subscribers} subscribed to events"),
+    ]  # fmt: skip
+    for worker in answer.workers:
+        told = f"{worker.model}: died {worker.deaths} times"
+        if worker.last_death is not None:
+            told += f", last: {worker.last_death.message}"
+        if worker.breaker != "closed":
+            told += f"; not started again for {seconds_text((worker.retry_at or time.time()) - time.time())}"
+        rows.append(("worker", told))
+    return rows
+
+
+def stop(args: argparse.Namespace, output: Output) -> int:
+    """Ask the daemon to end and wait until it has. None running is fine: that is what was wanted."""
+    from mlxd_client.errors import ConnectFailed, ConnectionLost
+
+    args.no_start = True
+    try:
+        with connect(args) as client:
+            path, pid = client.path, client.status().pid
+            client.shutdown()
+    except (ConnectFailed, ConnectionLost):
+        if output.json:
+            output.document({"stopped": False})
+        else:
+            output.line("mlxd is not running")
+        return OK
+    if not _gone(path, pid, args.timeout):
+        output.note(f"mlxd (process {pid}) agreed to stop, but still runs after {args.timeout:g} s")
+        return FAILED
+    if output.json:
+        output.document({"stopped": True, "pid": pid})
+    else:
+        output.line("mlxd has stopped")
+    return OK
+
+
+def _gone(path: str, pid: int, timeout_s: float) -> bool:
+    """Wait for the end of a process that is no child of ours, which only asking again and again can tell."""
+    deadline = time.monotonic() + timeout_s
+    while os.path.exists(path) or _runs(pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # the number belongs to another user's process by now
+        return False
+    return True

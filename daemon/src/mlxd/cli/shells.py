@@ -1,0 +1,173 @@
+"""Completion scripts for shells, written from the parser itself, so that they never miss an option."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = ["Described", "Word", "bash", "describe", "fish", "zsh"]
+
+# Ids of models, asked only of a daemon that already runs: a tab key should not start one.
+_MODELS = "mlxd list --quiet --no-start 2>/dev/null"
+
+
+@dataclass(frozen=True)
+class Word:
+    """One option or positional. `values` is a fixed set, `files`, `models`, or nothing that can be completed."""
+
+    flags: tuple[str, ...]
+    help: str
+    takes_value: bool
+    values: tuple[str, ...] | str = ()
+
+
+@dataclass(frozen=True)
+class Described:
+    name: str
+    help: str
+    words: tuple[Word, ...]
+
+    @property
+    def options(self) -> tuple[Word, ...]:
+        return tuple(word for word in self.words if word.flags)
+
+    @property
+    def positional(self) -> Word | None:
+        return next((word for word in self.words if not word.flags), None)
+
+
+def describe(parser: argparse.ArgumentParser) -> Iterator[Described]:
+    """Every command of the parser with its words."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            helps = {pseudo.dest: pseudo.help or "" for pseudo in action._choices_actions}
+            for name, sub in action.choices.items():
+                yield Described(name, helps.get(name, ""), tuple(_word(each) for each in sub._actions))
+
+
+def _word(action: argparse.Action) -> Word:
+    values: tuple[str, ...] | str = tuple(map(str, action.choices or ()))
+    if action.dest == "model":
+        values = "models"
+    elif action.dest in ("socket", "home", "schema"):
+        values = "files"
+    return Word(tuple(action.option_strings), action.help or "", action.nargs != 0, values)
+
+
+def bash(commands: list[Described]) -> str:
+    cases = []
+    for command in commands:
+        flags = " ".join(flag for word in command.options for flag in word.flags)
+        lines = [f"        {command.name})", '            case "$previous" in']
+        for word in command.options:
+            if word.takes_value:
+                lines.append(f"                {'|'.join(word.flags)}) {_bash_values(word)}; return ;;")
+        lines += ["            esac", f'            COMPREPLY=($(compgen -W "{flags}" -- "$current"))']
+        if command.positional is not None and command.positional.values:
+            lines.append(f"            [[ $current == -* ]] || {_bash_values(command.positional)}")
+        cases += [*lines, "            ;;"]
+    names = " ".join(command.name for command in commands)
+    return f"""\
+# bash completion for mlxd, written by `mlxd completion bash`
+_mlxd() {{
+    local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}}
+    COMPREPLY=()
+    if [[ $COMP_CWORD -eq 1 ]]; then
+        COMPREPLY=($(compgen -W "{names} --help --version" -- "$current"))
+        return
+    fi
+    case "${{COMP_WORDS[1]}}" in
+{chr(10).join(cases)}
+    esac
+}}
+complete -F _mlxd mlxd
+"""
+
+
+def _bash_values(word: Word) -> str:
+    if word.values == "files":
+        return 'COMPREPLY=($(compgen -f -- "$current"))'
+    if word.values == "models":
+        return f'COMPREPLY=($(compgen -W "$({_MODELS})" -- "$current"))'
+    return f'COMPREPLY=($(compgen -W "{" ".join(word.values)}" -- "$current"))'
+
+
+def zsh(commands: list[Described]) -> str:
+    def quoted(text: str) -> str:
+        return (
+            text.replace("\\", "\\\\").replace("'", "'\\''").replace("[", "\\[").replace("]", "\\]").replace(":", "\\:")
+        )
+
+    def action(word: Word) -> str:
+        if word.values == "files":
+            return "_files"
+        if word.values == "models":
+            return "_mlxd_models"
+        return f"({' '.join(word.values)})" if word.values else ""
+
+    cases = []
+    for command in commands:
+        specs = []
+        for word in command.options:
+            value = f":value:{action(word)}" if word.takes_value else ""
+            specs += [f"'*{flag}[{quoted(word.help)}]{value}'" for flag in word.flags]
+        if command.positional is not None:
+            specs.append(f"'*:{quoted(command.positional.help or 'argument')}:{action(command.positional)}'")
+        cases.append(f"        {command.name}) _arguments {' '.join(specs)} ;;")
+    names = "\n".join(f"        '{command.name}:{quoted(command.help)}'" for command in commands)
+    return f"""\
+#compdef mlxd
+# zsh completion for mlxd, written by `mlxd completion zsh`
+_mlxd_models() {{
+    local -a models
+    models=(${{(f)"$({_MODELS})"}})
+    compadd -a models
+}}
+_mlxd() {{
+    local -a commands
+    commands=(
+{names}
+    )
+    if (( CURRENT == 2 )); then
+        _describe command commands
+        return
+    fi
+    local command=$words[2]
+    shift words
+    (( CURRENT-- ))
+    case $command in
+{chr(10).join(cases)}
+    esac
+}}
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+    _mlxd "$@"
+else
+    compdef _mlxd mlxd
+fi
+"""
+
+
+def fish(commands: list[Described]) -> str:
+    def quoted(text: str) -> str:
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+    lines = ["# fish completion for mlxd, written by `mlxd completion fish`", "complete -c mlxd -f"]
+    for command in commands:
+        lines.append(f"complete -c mlxd -n __fish_use_subcommand -a {command.name} -d {quoted(command.help)}")
+    for command in commands:
+        when = f"-n '__fish_seen_subcommand_from {command.name}'"
+        for word in command.words:
+            parts = [f"complete -c mlxd {when}"]
+            parts += [f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in word.flags]
+            if word.takes_value and word.flags:
+                parts.append("-r")
+            if word.values == "files":
+                parts.append("-F")
+            elif word.values:
+                values = f"({_MODELS})" if word.values == "models" else " ".join(word.values)
+                parts.append(f"-a {quoted(values)}")
+            elif not word.flags:
+                continue
+            lines.append(" ".join([*parts, f"-d {quoted(word.help)}"]))
+    return "\n".join(lines) + "\n"
