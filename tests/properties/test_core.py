@@ -50,13 +50,17 @@ class World(RuleBasedStateMachine):
                 self.loading[worker] = model
                 self.slots[worker] = set()
             case do.StopWorker(worker):
-                assert worker in self.slots and worker not in self.stopping, "stopped twice, or never started"
+                assert worker in self.slots, "never started"
+                assert worker not in self.stopping, "stopped twice"
                 self.stopping.add(worker)
             case do.Dispatch(rid, worker):
-                assert rid in self.open and worker in self.ready and worker not in self.stopping
+                assert rid in self.open
+                assert worker in self.ready
+                assert worker not in self.stopping
                 self.slots[worker].add(rid)
             case do.CancelOnWorker(rid, worker):
-                assert rid in self.slots[worker] and rid not in self.cancelled_on_worker, "cancelled twice"
+                assert rid in self.slots[worker]
+                assert rid not in self.cancelled_on_worker, "cancelled twice"
                 self.cancelled_on_worker.add(rid)
             case do.Deliver(rid) | do.Answer(rid) | do.Fail(rid):
                 assert rid in self.open, "a second last word"
@@ -217,7 +221,8 @@ class Aborts(World):
         for worker in sorted(self.slots):
             assert worker in self.stopping, "a worker was left behind"
             self.exit(worker, None)
-        assert self.core.quiet and not self.open
+        assert self.core.quiet
+        assert not self.open
 
 
 Aborts.TestCase.settings = World.TestCase.settings

@@ -302,21 +302,21 @@ class Runtime:
         found = await self.loop.run_in_executor(self._disk, self._store.scan)
         for one in found:
             self._note(one)
-        here = {one.id for one in found}
+        here = {one.model for one in found}
         for record in list(self.core.models.values()):
             if record.id not in here and record.source != "path":
                 self.tell(ev.Lost(record.id))
 
     def _note(self, found: Found) -> str:
         """Tell the core of a model that was found on disk. Returns its id."""
-        self._paths[found.id] = found.path
+        self._paths[found.model] = found.path
         self.tell(
             ev.Found(
-                found.id, found.source, found.need_bytes, found.revision, found.size_bytes, found.context_length,
-                self._settings.keep_alive_of(found.id),
+                found.model, found.source, found.memory_bytes, found.revision, found.size_bytes, found.context_length,
+                self._settings.keep_alive.get(found.model),
             )
         )  # fmt: skip
-        return found.id
+        return found.model
 
     def _known(self, ref: str) -> str | None:
         """The id that `ref` stands for, if that model is loaded or about to be: then the disk need not be asked."""

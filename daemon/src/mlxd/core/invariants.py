@@ -28,7 +28,7 @@ def _hold(condition: object, what: str) -> None:
 def _check_model(core: Core, m: ModelRecord) -> None:
     state = m.lifecycle.state
     _hold((m.worker is not None) == (state in ("Loading", "Ready")), f"{m.id} is {state} with worker {m.worker}")
-    _hold(m.worker is None or core._by_worker.get(m.worker) is m, f"{m.id}'s worker is not on the books")
+    _hold(m.worker is None or core._book.by_worker.get(m.worker) is m, f"{m.id}'s worker is not on the books")
     _hold(not m.running or state == "Ready", f"{m.id} runs requests while {state}")
     _hold(m.stopping is None or m.worker is not None, f"{m.id} is stopping without a worker")
     _hold(m.last_seq is None or m.worker is not None, f"{m.id} makes room without a worker")
@@ -40,8 +40,8 @@ def _check_model(core: Core, m: ModelRecord) -> None:
     if m.serving and m.last_seq is None:
         _hold(not m.queue or len(m.running) == core.limits.max_batch, f"{m.id} lets requests wait beside free slots")
     if m.wanted and m.worker is None:
-        _hold(m.id in core._pending, f"{m.id} is wanted, but is in no line")
-    live = m.id in core._pending or (state == "Loading" and m.stopping is None)
+        _hold(m.id in core._book.pending, f"{m.id} is wanted, but is in no line")
+    live = m.id in core._book.pending or (state == "Loading" and m.stopping is None)
     _hold((m.job is not None) == live, f"{m.id} is {state} with job {m.job}")
 
 
@@ -55,11 +55,11 @@ def _check_requests(core: Core) -> None:
 
 
 def _check_loads(core: Core) -> None:
-    needs = sum(m.need_bytes for m in core._by_worker.values())
+    needs = sum(m.need_bytes for m in core._book.by_worker.values())
     _hold(needs <= core.limits.budget_bytes, "the loaded models take more than the budget")
-    for name in core._pending:
+    for name in core._book.pending:
         m = core.models[name]
         _hold(m.worker is None and m.job is not None and m.job.state == "queued", f"{name} waits in line wrongly")
-    if core._pending:
-        going = any(m.stopping is not None or m.last_seq is not None for m in core._by_worker.values())
+    if core._book.pending:
+        going = any(m.stopping is not None or m.last_seq is not None for m in core._book.by_worker.values())
         _hold(going, "a load waits for room, and nothing is going to make any")

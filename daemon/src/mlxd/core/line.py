@@ -1,0 +1,211 @@
+"""The line of loads: who may load next, who goes to make room, and what becomes of workers.
+
+First come, first served: only the head of the line is considered, so that nobody overtakes it for ever.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from mlxd_client import errors
+from mlxd_client.errors import RpcError
+from mlxd_client.types import ErrorObject
+
+from . import actions as do
+from . import events as ev
+from .book import Book, error_object
+from .breaker import Breakers
+from .records import ModelRecord, Request
+from .room import plan_room
+
+
+class LoadLine:
+    """Starts and stops the workers of the book's models.
+
+    Attributes:
+        breakers: stop a model whose workers keep dying from being tried again at once.
+        deaths: how many workers died unasked, by model; `last_deaths` says how.
+    """
+
+    def __init__(self, book: Book) -> None:
+        self.breakers = Breakers()
+        self.deaths: Counter[str] = Counter()
+        self.last_deaths: dict[str, ErrorObject] = {}
+        self._book = book
+        self._workers = 0
+
+    # --- waiting, starting, stopping ------------------------------------------------------------------------------
+
+    def pend(self, record: ModelRecord, now: float) -> None:
+        """Put the model into the line of loads."""
+        self._book.new_job(record, now)
+        self._book.pending[record.id] = None
+
+    def unpend(self, record: ModelRecord, refusal: RpcError | None, now: float) -> None:
+        """Take the model out of the line: nobody wants it any more, or it cannot be had."""
+        del self._book.pending[record.id]
+        announced = record.job is not None and record.job.announced
+        if refusal is None:
+            self._book.end_job(record, "cancelled", now)
+            if announced:
+                self._book.publish("loading_cancelled", record)
+            return
+        record.error = error_object(refusal)
+        self._book.fail_all(record, refusal, now)
+        self._book.end_job(record, "failed", now, record.error)
+        self._book.publish("error", record, error=record.error)
+
+    def make_room(self, now: float) -> None:
+        """Serve the line of loads: only its head is considered, so that nobody overtakes it for ever."""
+        while self._book.pending:
+            record = self._book.models[next(iter(self._book.pending))]
+            room = plan_room(self._book.by_worker.values(), record, self._book.limits.budget_bytes)
+            refusal = room.refusal
+            if room.fits and not self.breakers.admit(record.id, now):
+                refusal = self.broken(record, now)
+            if refusal is not None:
+                self.unpend(record, refusal, now)
+                continue
+            if room.fits:
+                self._start(record, now)
+                continue
+            for victim in room.stop:
+                self.stop(victim, now)
+            for victim in room.serve_out:
+                victim.last_seq = self._book.seq
+                self._book.touch(victim)
+            break
+        else:
+            for record in self._book.by_worker.values():
+                record.last_seq = None  # nobody needs the room any more
+        for name in self._book.pending:
+            record = self._book.models[name]
+            if record.job is not None and not record.job.announced:
+                record.job.announced = True
+                self._book.publish("loading_queued", record)
+
+    def _start(self, record: ModelRecord, now: float) -> None:
+        del self._book.pending[record.id]
+        self._workers += 1
+        record.worker = self._workers
+        self._book.by_worker[record.worker] = record
+        record.error = None
+        record.progress = 0.0
+        self._book.out.append(do.StartWorker(record.worker, record.id))
+        self._book.move(record, "load", now)
+        assert record.job is not None
+        record.job.state = "running"
+        self._book.publish_job(record.job)
+
+    def retire(self, now: float) -> None:
+        """Stop the models that are idle for long enough, or that have served what they owed before making room."""
+        for record in list(self._book.by_worker.values()):
+            if record.stopping is not None or record.lifecycle.state != "Ready":
+                continue
+            deadline = record.idle_deadline
+            if deadline is not None and deadline <= now and not record.busy:
+                self.stop(record, now)
+            elif record.last_seq is not None and not record.running:
+                self.stop(record, now)  # what may still be served was dispatched before this
+
+    def stop(self, record: ModelRecord, now: float, cause: str | None = None) -> None:
+        """Tell the model's worker to go. The model keeps its state, and its memory, until it is gone."""
+        if record.stopping is not None:
+            return
+        assert record.worker is not None
+        loading = record.lifecycle.state == "Loading"
+        record.stopping = cause or ("load_cancelled" if loading else "unloaded")
+        self._book.out.append(do.StopWorker(record.worker))
+        self._book.end_job(record, "cancelled", now)
+        self._book.publish("unloading_started", record)
+
+    def cancel(self, record: ModelRecord, now: float) -> None:
+        """Give up on a load, wherever it stands; who waits for it has been told."""
+        if record.worker is None:
+            self.unpend(record, None, now)
+        else:
+            self.stop(record, now)
+
+    def broken(self, record: ModelRecord, now: float) -> RpcError:
+        """Why no worker is started for this model at present: its workers kept dying."""
+        wait = max(0.0, (self.breakers.retry_at(record.id) or now) - now)
+        last = self.last_deaths.get(record.id)
+        told = {} if last is None else {"last": last.message}
+        return errors.WorkerDied(
+            f"workers of {record.id} kept dying; the next try is in {wait:.0f} s, or now with a load",
+            cause="crash_loop", model=record.id, retry_after_s=round(wait, 3), **told,
+        )  # fmt: skip
+
+    # --- what workers do ------------------------------------------------------------------------------------------
+
+    def load_progress(self, event: ev.LoadProgress, now: float) -> None:
+        record = self._book.by_worker[event.worker]
+        if record.lifecycle.state != "Loading" or record.stopping is not None:
+            return
+        record.progress = event.progress
+        self._book.publish("loading_progress", record, progress=event.progress)
+        if record.job is not None:
+            record.job.progress = event.progress
+            self._book.publish_job(record.job)
+
+    def loaded(self, event: ev.Loaded, now: float) -> None:
+        record = self._book.by_worker[event.worker]
+        if record.stopping is not None:
+            return  # it was told to go meanwhile; its exit will follow
+        record.memory_bytes = event.memory_bytes
+        record.context_length = event.context_length
+        record.error = record.progress = None
+        self._book.move(record, "loaded", now)
+        self._book.end_job(record, "done", now)
+        for goal in [g for g in record.goals.values() if g.kind == "ensure"]:
+            del record.goals[goal.rid], self._book.goals[goal.rid]
+            self._book.reach(record, goal)
+        self._book.used(record, now)
+        self._book.rested(record, now)
+
+    def load_failed(self, event: ev.LoadFailed, now: float) -> None:
+        record = self._book.by_worker[event.worker]
+        if record.stopping is not None:
+            return
+        record.error = error_object(event.error)
+        self._book.fail_all(record, event.error, now)
+        self._book.end_job(record, "failed", now, record.error)
+        self.stop(record, now, "load_failed")
+
+    def worker_exited(self, event: ev.WorkerExited, now: float) -> None:
+        record = self._book.by_worker.pop(event.worker)
+        cause = record.stopping
+        was_loading = record.lifecycle.state == "Loading"
+        record.worker = record.stopping = record.last_seq = record.memory_bytes = record.idle_since = None
+        record.progress = None
+        if cause is None:
+            cause = "worker_died"
+            self._mourn(record, event.error, was_loading, now)
+        for request in list(record.running.values()):
+            self._lose(record, request, event.error)
+        self._book.move(record, cause, now)
+        for goal in [g for g in record.goals.values() if g.kind == "unload"]:
+            del record.goals[goal.rid], self._book.goals[goal.rid]
+            self._book.reach(record, goal)
+
+    def _mourn(self, record: ModelRecord, error: RpcError | None, was_loading: bool, now: float) -> None:
+        """A worker died unasked: remember it, and fail what it held."""
+        death = error or errors.WorkerDied(f"the worker of {record.id} died", cause="exit")
+        record.error = self.last_deaths[record.id] = error_object(death)
+        self.deaths[record.id] += 1
+        self.breakers.died(record.id, now)
+        if was_loading:
+            self._book.fail_all(record, death, now)
+            self._book.end_job(record, "failed", now, record.error)
+
+    def _lose(self, record: ModelRecord, request: Request, error: RpcError | None) -> None:
+        """A request whose worker is gone: it ends as was already decided, else with the worker's death."""
+        self._book.free_slot(record, request)
+        death = error or errors.WorkerDied(f"the worker of {record.id} was stopped", cause="stopped")
+        self._book.close(request, request.ending or death)
+
+    def memory_report(self, event: ev.MemoryReport, now: float) -> None:
+        record = self._book.by_worker.get(event.worker)
+        if record is not None and record.lifecycle.state == "Ready":
+            record.memory_bytes = event.memory_bytes
+            self._book.touch(record)
