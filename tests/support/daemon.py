@@ -1,0 +1,116 @@
+"""A real daemon as a process of its own, in a folder of its own; every end-to-end test has one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from mlxd_client import Client
+
+BAD_CHILD = Path(__file__).parent / "bad_child.py"
+PATIENCE_S = 60.0
+
+
+class Daemon:
+    """`with Daemon() as daemon:` starts it; leaving stops it, and fails if it left anything behind or ended badly.
+
+    Args:
+        settings: by their names; they go to the environment as MLXD_ variables.
+        bad_child: workers are tests/support/bad_child.py instead of real ones, in this mode.
+    """
+
+    def __init__(self, *, bad_child: str | None = None, env: dict[str, str] | None = None, **settings: Any) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="mlxd-"))  # short: a socket's path holds about a hundred bytes
+        self.socket = self.home / "mlxd.sock"
+        if bad_child is not None:
+            settings["worker_command"] = f"{sys.executable} {BAD_CHILD} --mode {bad_child}"
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith("MLXD_")}
+        self.env |= {"MLXD_HOME": str(self.home), "HF_HUB_CACHE": str(self.home / "hub")}
+        self.env |= {f"MLXD_{name.upper()}": str(value) for name, value in settings.items()} | (env or {})
+        self.process: subprocess.Popen[str] | None = None
+        self.expect_exit: int | None = 0
+
+    def start(self) -> Self:
+        """Start it, and wait until it serves."""
+        command = [sys.executable, "-m", "mlxd", "serve"]
+        self.process = subprocess.Popen(
+            command, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        with self.client(start=self._check_alive) as client:
+            client.ping(wait_s=PATIENCE_S)
+        return self
+
+    def _check_alive(self) -> None:
+        """Called by the client where nobody listens yet; it then tries again until its time is up."""
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise AssertionError(f"the daemon ended with {self.process.returncode}: {self.process.stderr.read()}")  # type: ignore[union-attr]
+
+    def client(self, **options: Any) -> Client:
+        return Client(self.socket, **{"name": "tests", "timeout_s": PATIENCE_S} | options)
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.pid).children(recursive=True)
+
+    def log(self) -> str:
+        file = self.home / "logs" / "mlxd.log"
+        return file.read_text() if file.exists() else ""
+
+    def kill(self) -> None:
+        """As a crash would."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(PATIENCE_S)
+        self.expect_exit = -signal.SIGKILL
+
+    def stop(self) -> int:
+        """Ask it to go by SIGTERM, and wait. Returns its exit status."""
+        assert self.process is not None
+        children = self.children() if self.process.poll() is None else []
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.communicate(timeout=PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+            raise
+        _, alive = psutil.wait_procs(children, timeout=10)
+        for child in alive:
+            child.kill()
+        assert not alive, f"the daemon left children behind: {alive}"
+        return self.process.returncode
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            if self.process is not None:
+                self.process.kill()
+                self.process.communicate()
+            shutil.rmtree(self.home, ignore_errors=True)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            status = self.stop()
+            if kind is None and self.expect_exit is not None:
+                assert status == self.expect_exit, f"the daemon ended with {status}"
+        finally:
+            if kind is not None:
+                print(self.log()[-8000:])
+            shutil.rmtree(self.home, ignore_errors=True)
