@@ -29,7 +29,7 @@ __all__ = ["Client", "EventStream", "ModelLease", "Stream"]
 # How long closing a stream waits for the daemon to confirm that it ended.
 _CLOSE_S = 5.0
 # A stream whose consumer is busy is read from time to time, so that the daemon does not take this client for stalled.
-_KEEP_S = 1.0
+_KEEP_S = 0.25
 
 
 def _left_s(deadline: float | None) -> float | None:
