@@ -42,7 +42,7 @@ def test_later_sources_win_and_are_named(env: dict[str, str]) -> None:
     assert (settings.max_batch, settings.keep_alive_s, settings.drain_s) == (3, 5.0, 3.5)
     assert str(loaded.origins["max_batch"]) == f"{path}:2"
     assert str(loaded.origins["keep_alive_s"]) == "the environment's MLXD_KEEP_ALIVE_S"
-    assert str(loaded.origins["drain_s"]) == "--drain-s"
+    assert str(loaded.origins["drain_s"]) == "--set drain_s"
     assert str(loaded.origins["log_level"]) == "the default"
 
 
@@ -65,6 +65,7 @@ def test_commands_from_the_environment(env: dict[str, str]) -> None:
     assert load({**env, "MLXD_WORKER_COMMAND": "python3 'a b.py'"}).settings.worker_command == ["python3", "a b.py"]
     assert load({**env, "MLXD_WORKER_COMMAND": '["x", "y z"]'}).settings.worker_command == ["x", "y z"]
     assert load({**env, "MLXD_ALIASES": '{"a": "b"}'}).settings.aliases == {"a": "b"}
+    assert load(env, {"worker_command": "a b", "max_batch": "3"}).settings.worker_command == ["a", "b"]
     assert load({**env, "MLXD_LOG_PROMPTS": "true"}).settings.log_prompts is True
 
 

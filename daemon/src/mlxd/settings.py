@@ -130,6 +130,8 @@ class Loaded(msgspec.Struct, frozen=True):
 
 # Clients find the daemon without reading its configuration, so the file cannot move it.
 _NOT_IN_FILE = frozenset({"home", "socket"})
+# The settings that `mlxd serve` has flags for; the others are set by `--set name=value`.
+_OWN_FLAGS = frozenset({"home", "socket", "log_level", "log_prompts"})
 # Read by others: the lookup of home and socket, and the tools of this repository.
 _OTHER_VARIABLES = frozenset({"MLXD_HOME", "MLXD_SOCKET"})
 
@@ -162,8 +164,9 @@ def load(env: Mapping[str, str] | None = None, flags: Mapping[str, object] | Non
         origin = Origin("env", f"MLXD_{name.upper()}")
         values[name], origins[name] = _checked(name, _parsed(name, text, origin), origin, strict=False), origin
     for name, value in given.items():
-        origin = Origin("flag", "--" + name.replace("_", "-"))
+        origin = Origin("flag", f"--{name.replace('_', '-')}" if name in _OWN_FLAGS else f"--set {name}")
         if name not in _NOT_IN_FILE:
+            value = _parsed(name, value, origin) if isinstance(value, str) else value
             values[name] = _checked(name, value, origin, strict=False)
         origins[name] = origin
     return Loaded(Settings(**values), origins, warnings)  # type: ignore[arg-type]  # each was checked on its own
@@ -242,7 +245,7 @@ def _from_env(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _parsed(name: str, text: str, origin: Origin) -> object:
-    """A variable's text as the value it stands for: lists as shell words or JSON, tables as JSON, the rest as it is."""
+    """A variable's or flag's text as its value: lists as shell words or JSON, tables as JSON, the rest as it is."""
     if name == "worker_command" and not text.lstrip().startswith("["):
         import shlex
 

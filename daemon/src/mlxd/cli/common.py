@@ -18,7 +18,7 @@ Commands = argparse._SubParsersAction  # the class has no public name
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """As the base, but asks for the width itself: the base imports shutil for it, a tenth of the time that help takes."""
+    """As the base, but asks for the width itself: the base imports shutil for it, which takes time."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=_columns() - 2)

@@ -50,13 +50,14 @@ class Output:
         self.text(text + "\n")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> None:
-        """Columns under a header; those in `right` are flush right."""
+        """Columns under a header, unless that is empty; those in `right` are flush right."""
         rows = [[safe(cell) for cell in row] for row in rows]
         if self.terminal:
             self._rich_table(header, rows, right)
             return
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        for row in (header, *rows):
+        lines = [header, *rows] if header else rows
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for row in lines:
             cells = (
                 cell.rjust(width) if place in right else cell.ljust(width)
                 for place, (cell, width) in enumerate(zip(row, widths, strict=True))
@@ -68,8 +69,8 @@ class Output:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for place, name in enumerate(header):
+        table = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(header))
+        for place, name in enumerate(header or rows[0]):
             table.add_column(name, justify="right" if place in right else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))

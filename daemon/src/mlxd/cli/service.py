@@ -58,7 +58,7 @@ def status(args: argparse.Namespace, output: Output) -> int:
     if output.json:
         output.document(answer)
     else:
-        output.table(("", ""), _status_rows(answer))
+        output.table((), _status_rows(answer))
     return OK
 
 
