@@ -290,7 +290,8 @@ def _string_body(body: bytes, start: int, end: int) -> bytes:
 
 # --- JSON lines ---------------------------------------------------------------------------------------------------
 
-_JSON_STRING = re.compile(rb'"(?:[^"\\]+|\\.)*+"', re.DOTALL)
+# Also a string that the line cuts off: else the search would begin anew at each quote in it, in quadratic time.
+_JSON_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _JSON_NOT_STRUCTURE = bytes(sorted(set(range(256)) - set(b"{}[]")))
 
 
@@ -312,7 +313,8 @@ def _decode_json(line: bytes, max_depth: int) -> dict[str, Any] | Invalid:
         return int(text) if len(text) < 20 else MAX_INTEGER + 1
 
     try:
-        message = json.loads(line, object_pairs_hook=pairs, parse_int=integer)
+        # Decoded here: given bytes, json guesses at UTF-16 and UTF-32, in which brackets hide from the scan above.
+        message = json.loads(line.decode(), object_pairs_hook=pairs, parse_int=integer)
         if b"\\u" in line:  # an escape may spell half of a surrogate pair, which is no text
             json.dumps(message, ensure_ascii=False).encode()
     except UnicodeEncodeError:
