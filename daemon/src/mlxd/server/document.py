@@ -158,10 +158,9 @@ def _methods_text(document: dict[str, Any]) -> str:
                 for param in method["params"]
             ]
             lines.append("")
-        own = [ref["$ref"].rpartition("/")[2] for ref in method["errors"]]
-        lines += [
-            f"Result: {_type_text(method['result']['schema'])}. Errors: " + ", ".join(f"`{e}`" for e in own) + "."
-        ]
+        own = [f"`{cls.kind}`" for cls in _errors_of(METHODS[method["name"]]) if cls not in _COMMON]
+        lines.append(f"Result: {_type_text(method['result']['schema'])}.")
+        lines += [f"Errors: {', '.join(own)}."] if own else []
         lines.append("")
     return "\n".join(lines)
 
@@ -172,7 +171,7 @@ def _structs_text(document: dict[str, Any]) -> str:
     for name, schema in document["components"]["schemas"].items():
         if name in params:
             continue
-        lines += [f"### {name}", ""]
+        lines += [f"### struct {name}", ""]
         if "description" in schema:
             lines += [" ".join(schema["description"].split()), ""]
         required = schema.get("required", [])
@@ -203,17 +202,18 @@ def _type_text(schema: dict[str, Any]) -> str:
     """A JSON Schema as a few words, with its bounds."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
-        return "`{}`" if name == "Empty" else f"[{name}](#{name.lower()})"
+        return "`{}`" if name == "Empty" else f"[{name}](#struct-{name.lower()})"
     if "anyOf" in schema:
         return " or ".join(_type_text(entry) for entry in schema["anyOf"])
     if "enum" in schema:
-        return " \\| ".join(f"`{value}`" for value in schema["enum"])
+        text = " \\| ".join(f"`{value}`" for value in schema["enum"])
+        return f"{text}, default `{schema['default']}`" if "default" in schema else text
     kind = schema.get("type", "any value")
     if kind == "array":
         items = schema.get("items", {})
         inner = ", ".join(map(_type_text, items)) if isinstance(items, list) else _type_text(items) if items else "any"
         return f"[{inner}]"
-    bounds = [f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema]
+    bounds = [f"{sign} {schema[key]:,}" for key, sign in _BOUNDS.items() if key in schema]
     if schema.get("default") not in (None, "", {}, []):
         bounds.append(f"default `{str(schema['default']).lower()}`")
     return ", ".join([{"object": "map"}.get(kind, kind), *bounds])
