@@ -92,7 +92,7 @@ def mutated(draw: random.Random, mutations: int, *, line: bool = False) -> bytes
 
 
 def grown(draw: random.Random, depth: int = 0) -> bytes:
-    """A well-formed msgpack value in any spelling: long headers, odd keys, keys twice, extensions, numbers too large."""
+    """A well-formed msgpack value in any spelling: long headers, odd keys, keys twice, extensions, large numbers."""
     kind = draw.randrange(8 if depth < 5 else 6) if depth else 7
     if kind < 2:
         return draw.choice((b"\xc0", b"\xc2", b"\xc3", b"\x07", b"\xd0\x05", b"\xcf" + bytes(7) + b"\x01", *NUMBERS))
