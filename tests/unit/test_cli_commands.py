@@ -1,0 +1,491 @@
+"""Each command against a scripted daemon: what it asks, what it prints, as text, as JSON and on a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxd.cli import exits, service
+from mlxd.cli.main import main
+from mlxd_client import errors, types
+from support.scripted_daemon import NOTHING, PATIENCE_S, Connection, ScriptedDaemon, completion, model
+
+MLXD = [sys.executable, "-m", "mlxd"]
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[ScriptedDaemon]:
+    with ScriptedDaemon(str(tmp_path / "s")) as made:
+        yield made
+
+
+@pytest.fixture
+def mlxd(daemon: ScriptedDaemon, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        command, *rest = arguments
+        status = main([command, "--socket", daemon.path, *rest])
+        shown = capsys.readouterr()
+        return status, shown.out, shown.err
+
+    return run
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+STATUS = types.Status(
+    version="0.1.0", pid=4242, uptime_s=7320, rss_bytes=31_000_000, clients=3, subscribers=1,
+    models=types.StatusModels(known=4, loaded=1), queue=types.StatusQueue(waiting=2, running=1),
+    memory=types.Memory(budget_bytes=8_000_000_000, used_bytes=20_000_000),
+    workers=[
+        types.WorkerHealth(
+            model="org/m", deaths=3, breaker="open", retry_at=time.time() + 60.5,
+            last_death=types.ErrorObject(kind="worker_died", message="killed by SIGKILL"),
+        )
+    ],
+)  # fmt: skip
+MODELS = [
+    model("mlxd/cleanup", "Ready", size_bytes=8_300_000, context_length=1024, memory_bytes=9_000_000, active=1,
+          waiting=2, idle_unload_at=time.time() + 200.5),
+    model("org/big", "Loading", size_bytes=4_200_000_000, progress=0.4, phase="loading"),
+    model("org/pinned", "Ready", memory_bytes=10, leases=1),
+    model("org/other", "Downloaded", error=types.ErrorObject(kind="load_failed", message="it did not fit")),
+]  # fmt: skip
+
+
+# --- status, list, ps, load, unload ---------------------------------------------------------------------------------
+
+
+def test_status(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    daemon.on("status", STATUS)
+    status, out, err = mlxd("status")
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [
+        "mlxd      0.1.0, process 4242, up 2 h 2 min",
+        "memory    31.0 MB itself, models 20.0 MB of 8.0 GB",
+        "models    1 loaded of 4 known",
+        "requests  1 running, 2 waiting",
+        "clients   3, of them 1 subscribed to events",
+        "worker    org/m: died 3 times, last: killed by SIGKILL; not started again for 60 s",
+    ]
+    assert json.loads(mlxd("status", "--json")[1])["queue"] == {"waiting": 2, "running": 1}
+
+
+def test_list(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    daemon.on("models.list", types.ModelsResult(models=MODELS))
+    status, out, _ = mlxd("list")
+    assert status == 0
+    assert [" ".join(line.split()) for line in out.splitlines()] == [
+        "MODEL STATE SIZE CONTEXT SOURCE LAST ERROR",
+        "mlxd/cleanup Ready 8.3 MB 1024 hub",
+        "org/big Loading 4.2 GB - hub",
+        "org/pinned Ready - - hub",
+        "org/other Downloaded - - hub it did not fit",
+    ]
+    assert mlxd("list", "-q")[1].split() == [each.id for each in MODELS]
+    assert [each["id"] for each in json.loads(mlxd("list", "--json")[1])] == [each.id for each in MODELS]
+
+
+def test_ps(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    daemon.on("models.list", types.ModelsResult(models=MODELS))
+    assert [" ".join(line.split()) for line in mlxd("ps")[1].splitlines()] == [
+        "MODEL STATE MEMORY ACTIVE WAITING UNLOADS",
+        "mlxd/cleanup Ready 9.0 MB 1 2 in 3 min",
+        "org/big Loading 40% - 0 0 -",
+        "org/pinned Ready 10 B 0 0 leased",
+    ]
+    daemon.on("models.list", types.ModelsResult(models=[]))
+    assert mlxd("ps")[1] == "no model is loaded\n"
+    assert mlxd("ps", "--json")[1] == "[]\n"
+
+
+def test_load_and_unload(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    daemon.on("models.load", MODELS[0])
+    daemon.on("models.unload", model("mlxd/cleanup", "Downloaded"))
+    status, out, _ = mlxd("load", "mlxd/cleanup", "--keep-alive", "5m")
+    assert status == 0
+    assert out.startswith("mlxd/cleanup is ready after ")
+    assert daemon.connections[-1].requests("models.load")[0]["params"] == {"model": "mlxd/cleanup", "keep_alive": 300.0}
+    assert mlxd("unload", "mlxd/cleanup")[1] == "mlxd/cleanup is unloaded\n"
+    assert json.loads(mlxd("unload", "./x", "--json")[1])["state"] == "Downloaded"
+    assert daemon.connections[-1].requests("models.unload")[0]["params"] == {"model": os.path.abspath("x")}
+
+
+# --- stop -----------------------------------------------------------------------------------------------------------
+
+
+def test_stop_waits_for_the_end(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    daemon.on("status", types.Status(**{**_fields(STATUS), "pid": process.pid}))
+
+    def end(_connection: Connection, _request: dict[str, Any]) -> dict[str, Any]:
+        os.unlink(daemon.path)
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+        return {}
+
+    daemon.on("shutdown", end)
+    assert mlxd("stop") == (0, "mlxd has stopped\n", "")
+    Path(daemon.path).touch()  # the fixture removes it
+
+
+def _fields(status: types.Status) -> dict[str, Any]:
+    return {name: getattr(status, name) for name in status.__struct_fields__}
+
+
+def test_stop_says_when_it_takes_too_long(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    daemon.on("status", types.Status(**{**_fields(STATUS), "pid": os.getpid()}))
+    daemon.on("shutdown", {})
+    status, _, err = mlxd("stop", "--timeout", "0")
+    assert status == exits.FAILED
+    assert "still runs" in err
+
+
+def test_stop_without_a_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stop", "--socket", str(tmp_path / "nobody")]) == 0
+    assert capsys.readouterr().out == "mlxd is not running\n"
+    assert main(["stop", "--json", "--socket", str(tmp_path / "nobody")]) == 0
+    assert capsys.readouterr().out == '{"stopped":false}\n'
+
+
+def test_ended_processes_are_seen(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    assert service._gone(str(tmp_path / "no-socket"), process.pid, 0)
+
+
+# --- run ------------------------------------------------------------------------------------------------------------
+
+
+def test_run_prints_the_whole_text_into_a_pipe(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    daemon.on("process", completion("I think so."))
+    assert mlxd("run", "um", "i think so") == (0, "I think so.\n", "")
+    assert daemon.connections[-1].requests("process")[0]["params"] == {"prompt": "um i think so"}
+
+
+def test_run_sends_every_option(daemon: ScriptedDaemon, mlxd: Run, tmp_path: Path) -> None:
+    daemon.on("process", completion("x"))
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    line = (
+        "run -m org/m --system be-brief --max-tokens 5 --temperature 0 --top-p 0.5 --top-k 3 --min-p 0.1 "
+        "--repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 --seed 7 --logprobs 2 "
+        f"--stop A --stop B --logit-bias 42=-100 --schema {schema} --no-thinking --keep-alive forever "
+        "--timeout 9 --priority batch hello"
+    )
+    assert mlxd(*line.split())[0] == 0
+    assert daemon.connections[-1].requests("process")[0]["params"] == {
+        "prompt": "hello", "model": "org/m", "system": "be-brief", "max_tokens": 5, "temperature": 0, "top_p": 0.5,
+        "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3,
+        "seed": 7, "logprobs": 2, "stop": ["A", "B"], "logit_bias": {"42": -100}, "schema": {"type": "object"},
+        "thinking": False, "keep_alive": -1, "timeout_s": 9, "priority": "batch",
+    }  # fmt: skip
+
+
+def test_run_takes_standard_input(daemon: ScriptedDaemon, mlxd: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon.on("process", completion("x"))
+
+    def pipe(data: bytes) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    pipe("grüße\nan alle\n".encode())
+    assert mlxd("run")[0] == 0
+    assert daemon.connections[-1].requests("process")[0]["params"] == {"prompt": "grüße\nan alle"}
+    pipe(b" \n")
+    status, _, err = mlxd("run", "-")
+    assert (status, err) == (exits.USAGE, "mlxd: the prompt is empty\n")
+
+
+@pytest.mark.parametrize(
+    "bad", ["--logit-bias=x=1", "--schema={", "--schema=/nowhere", "--schema=[]", "--keep-alive=x"]
+)
+def test_run_refuses_bad_options(mlxd: Run, bad: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        mlxd("run", bad, "hello")
+    assert ended.value.code == exits.USAGE
+
+
+def test_run_streams_where_asked(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    def stream(connection: Connection, request: dict[str, Any]) -> Any:
+        connection.stream(request["id"], 0, phase="loading", progress=0.5)
+        connection.stream(request["id"], 1, text="I think ")
+        connection.stream(request["id"], 2, text="so.")
+        return completion("I think so.")
+
+    daemon.on("process", stream)
+    assert mlxd("run", "--stream", "x") == (0, "I think so.\n", "")
+    lines = [json.loads(line) for line in mlxd("run", "--stream", "--json", "x")[1].splitlines()]
+    assert "".join(line.get("text", "") for line in lines[:-1]) == "I think so."
+    assert lines[0]["phase"] == "loading"
+    assert lines[-1]["finish_reason"] == "stop"
+    assert json.loads(mlxd("run", "--json", "x")[1])["text"] == "I think so."
+
+
+def test_run_warns_of_invented_words(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    daemon.on("process", completion("Meet Tofia.", invented=["Tofia"]))
+    status, out, err = mlxd("run", "meet maria", "-v")
+    assert (status, out) == (0, "Meet Tofia.\n")
+    assert err.splitlines()[0] == "mlxd: the answer has words that the prompt does not account for: Tofia"
+    assert "tokens/s" in err.splitlines()[1]
+
+
+# --- events ---------------------------------------------------------------------------------------------------------
+
+
+def subscribed() -> Callable[[Connection, dict[str, Any]], Any]:
+    """Answers a subscription, then sends three events."""
+
+    def reply(connection: Connection, request: dict[str, Any]) -> Any:
+        known = {"id": "org/m", "state": "Downloaded", "source": "hub"}
+        answer = {"subscription": 1, "epoch": "e1", "rev": 5, "snapshot": {"models": [known]}}
+        connection.reply(request["id"], answer)
+        connection.event(6, "loading_started", model_id="org/m", model=model("org/m", "Loading", phase="loading"))
+        connection.event(7, "loading_progress", model_id="org/m", progress=0.25)
+        connection.event(8, "error", model_id="org/m", error=types.ErrorObject(kind="load_failed", message="no room"))
+        return NOTHING
+
+    return reply
+
+
+def test_events(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    daemon.on("events.subscribe", subscribed())
+    status, out, _ = mlxd("events", "--count", "3", "--topic", "models", "--model", "org/m")
+    assert status == 0
+    request = daemon.connections[-1].requests("events.subscribe")[0]
+    assert request["params"] == {"topics": ["models"], "models": ["org/m"]}
+    assert [line.split("  ", 1)[1] for line in out.splitlines()] == [
+        "org/m is Downloaded",
+        "loading_started  org/m  → Loading, loading",
+        "loading_progress  org/m  25%",
+        "error  org/m  load_failed: no room",
+    ]
+
+
+def test_events_as_json(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    daemon.on("events.subscribe", subscribed())
+    lines = [json.loads(line) for line in mlxd("events", "--count", "3", "--json")[1].splitlines()]
+    assert [line["name"] for line in lines] == ["snapshot", "loading_started", "loading_progress", "error"]
+    assert [line["rev"] for line in lines] == [5, 6, 7, 8]
+    assert lines[0]["snapshot"]["models"][0]["id"] == "org/m"
+
+
+# --- on a terminal --------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A command whose three standard streams are a terminal."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._master, slave = pty.openpty()
+        self.shown = ""
+        self._seen = 0
+        self.process = subprocess.Popen(
+            [*MLXD, *arguments], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+        )  # fmt: skip
+        os.close(slave)
+
+    def until(self, text: str) -> str:
+        """Read until `text` is shown after what was waited for before; returns what came up to its end."""
+        while (found := self.shown.find(text, self._seen)) < 0:
+            assert self._read(), f"{text!r} never came: {self.shown!r}"
+        began, self._seen = self._seen, found + len(text)
+        return self.shown[began : self._seen]
+
+    def _read(self) -> bool:
+        if not select.select([self._master], [], [], PATIENCE_S)[0]:
+            return False
+        try:
+            data = os.read(self._master, 65_536)
+        except OSError:  # Linux says EIO once nobody has the other end open
+            return False
+        self.shown += data.decode("utf-8", "replace")
+        return bool(data)
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def end(self) -> int:
+        while self._read():
+            pass
+        return self.process.wait(PATIENCE_S)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    made: list[Terminal] = []
+
+    def start(*arguments: str) -> Terminal:
+        made.append(Terminal(*arguments))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
+
+
+Start = Callable[..., Terminal]
+
+
+def beside(reply: Callable[[Connection, dict[str, Any]], Any]) -> Callable[[Connection, dict[str, Any]], Any]:
+    """Answers in a thread of its own, so that the connection is read meanwhile."""
+
+    def start(connection: Connection, request: dict[str, Any]) -> Any:
+        def work() -> None:
+            result = reply(connection, request)
+            if result is not NOTHING:
+                connection.reply(request["id"], result)
+
+        threading.Thread(target=work, daemon=True).start()
+        return NOTHING
+
+    return start
+
+
+def test_tables_on_a_terminal(daemon: ScriptedDaemon, terminal: Start) -> None:
+    daemon.on("models.list", types.ModelsResult(models=[model("org/\x1b[31mevil", "Ready"), *MODELS]))
+    screen = terminal("list", "--socket", daemon.path)
+    assert screen.end() == 0
+    assert "\x1b[1mMODEL" in screen.shown
+    assert "org/[31mevil" in screen.shown
+    assert "\x1b[31m" not in screen.shown
+
+
+def test_run_streams_to_a_terminal(daemon: ScriptedDaemon, terminal: Start) -> None:
+    def stream(connection: Connection, request: dict[str, Any]) -> Any:
+        connection.stream(request["id"], 0, reasoning="hmm")
+        connection.stream(request["id"], 1, text="I think\x1b]0;evil\x07 so.")
+        connection.cancel_of(request["id"]).wait(PATIENCE_S)
+        connection.fail(request["id"], errors.Cancelled("the request was cancelled"))
+        return NOTHING
+
+    daemon.on("process", beside(stream))
+    screen = terminal("run", "x", "--socket", daemon.path)
+    screen.until("so.")
+    assert "\x1b[2mhmm\x1b[0m" in screen.shown
+    assert "I think]0;evil so." in screen.shown
+    screen.process.send_signal(signal.SIGINT)
+    assert screen.end() == exits.INTERRUPTED
+    assert "Traceback" not in screen.shown
+
+
+def test_run_without_a_prompt_on_a_terminal(daemon: ScriptedDaemon, terminal: Start) -> None:
+    screen = terminal("run", "--socket", daemon.path)
+    assert screen.end() == exits.USAGE
+    assert "there is no prompt" in screen.shown
+
+
+# --- chat -----------------------------------------------------------------------------------------------------------
+
+
+def echo(connection: Connection, request: dict[str, Any]) -> Any:
+    """Answers with the last turn, in two pieces."""
+    text = request["params"]["messages"][-1]["content"].upper()
+    connection.stream(request["id"], 0, text=text[:2])
+    connection.stream(request["id"], 1, text=text[2:])
+    return completion(text)
+
+
+def turns(daemon: ScriptedDaemon) -> list[list[str]]:
+    """What each chat request held, as `role: content`."""
+    return [
+        [f"{turn['role']}: {turn['content']}" for turn in request["params"]["messages"]]
+        for connection in daemon.connections
+        for request in connection.requests("chat")
+    ]
+
+
+def test_chat_from_a_pipe(daemon: ScriptedDaemon, mlxd: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon.on("chat", echo)
+    lines = b'hello\n\n/system be brief\nworld\n/clear\n"""\ntwo\nlines"""\n/bye\nnever\n'
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    status, out, err = mlxd("chat", "--temperature", "0")
+    assert (status, err) == (0, "")
+    assert out == "HELLO\nWORLD\nTWO\nLINES\n"
+    assert turns(daemon) == [
+        ["user: hello"],
+        ["system: be brief", "user: hello", "assistant: HELLO", "user: world"],
+        ["system: be brief", "user: two\nlines"],
+    ]
+
+
+def test_chat_from_a_pipe_ends_with_the_first_failure(
+    daemon: ScriptedDaemon, mlxd: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise errors.ModelNotFound("there is no model x")
+
+    daemon.on("chat", fail)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    status, _, err = mlxd("chat", "-m", "x")
+    assert (status, err) == (exits.NO_MODEL, "mlxd: model_not_found: there is no model x\n")
+    assert len(turns(daemon)) == 1
+
+
+def test_chat_as_json(daemon: ScriptedDaemon, mlxd: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon.on("chat", echo)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo")))
+    assert [json.loads(line)["text"] for line in mlxd("chat", "--json")[1].splitlines()] == ["ONE", "TWO"]
+
+
+def test_ctrl_c_cancels_the_answer_and_not_the_program(daemon: ScriptedDaemon, terminal: Start) -> None:
+    def slow(connection: Connection, request: dict[str, Any]) -> Any:
+        if request["params"]["messages"][-1]["content"] != "slow":
+            return echo(connection, request)
+        connection.stream(request["id"], 0, text="I be")
+        connection.cancel_of(request["id"]).wait(PATIENCE_S)
+        connection.fail(request["id"], errors.Cancelled("the request was cancelled"))
+        return NOTHING
+
+    daemon.on("chat", beside(slow))
+    screen = terminal("chat", "--socket", daemon.path)
+    screen.until(">>> ")
+    screen.type("slow\n")
+    screen.until("I be")
+    screen.process.send_signal(signal.SIGINT)
+    screen.until(">>> ")
+    screen.type("more\n")
+    screen.until("MORE")
+    assert turns(daemon)[-1] == ["user: slow", "assistant: I be", "user: more"]
+    screen.until(">>> ")
+    screen.process.send_signal(signal.SIGINT)
+    screen.until("ctrl-C again")
+    screen.until(">>> ")
+    screen.process.send_signal(signal.SIGINT)
+    assert screen.end() == exits.INTERRUPTED
+    assert "Traceback" not in screen.shown
+
+
+def test_chat_on_a_terminal(daemon: ScriptedDaemon, terminal: Start) -> None:
+    daemon.on("chat", echo)
+    screen = terminal("chat", "--socket", daemon.path)
+    screen.until(">>> ")
+    screen.type("/help\n")
+    screen.until("/system TEXT")
+    screen.until(">>> ")
+    screen.type("/nonsense\n")
+    screen.until("there is no command /nonsense")
+    screen.until(">>> ")
+    screen.type("\x04")
+    assert screen.end() == 0

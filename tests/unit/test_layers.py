@@ -1,0 +1,150 @@
+"""Imports run one way only: what each part of the code may know of the others, and what the daemon never loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TREES = {"mlxd_client": ROOT / "client/src/mlxd_client", "mlxd": ROOT / "daemon/src/mlxd"}
+
+# What may be imported besides a part's own modules: parts of this code, and packages from elsewhere.
+# A part is a top-level module or folder of a package; `mlxd_client` as a whole is one.
+STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
+    "mlxd_client": (set(), {"msgspec"}),
+    "mlxd": (set(), set()),
+    "mlxd.childwire": (set(), {"msgspec"}),
+    "mlxd.fidelity": (set(), set()),
+    "mlxd.logs": (set(), {"msgspec", "structlog"}),
+    "mlxd.settings": ({"mlxd_client"}, {"msgspec"}),
+    "mlxd.core": ({"mlxd_client"}, {"msgspec"}),
+    "mlxd.store": ({"mlxd_client"}, {"msgspec"}),
+    "mlxd.childside": ({"mlxd_client", "mlxd.childwire"}, {"msgspec"}),
+    "mlxd.children": ({"mlxd_client", "mlxd.childwire"}, {"msgspec", "psutil"}),
+    "mlxd.worker": (
+        {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.store"},
+        {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2"},
+    ),
+    "mlxd.server": ({"mlxd_client", "mlxd.logs"}, {"msgspec", "psutil"}),
+    "mlxd.workers": ({"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.runtime"}, {"msgspec"}),
+    "mlxd.runtime": (
+        {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.logs", "mlxd.server",
+         "mlxd.settings", "mlxd.store", "mlxd.workers"},
+        {"msgspec", "psutil"},
+    ),
+    "mlxd.app": (
+        {"mlxd_client", "mlxd.children", "mlxd.logs", "mlxd.runtime", "mlxd.server", "mlxd.settings",
+         "mlxd.store"},
+        {"uvloop", "msgspec"},
+    ),
+    "mlxd.cli": ({"mlxd_client", "mlxd.app", "mlxd.settings"}, {"msgspec", "rich"}),
+    "mlxd.__main__": ({"mlxd.cli"}, set()),
+}  # fmt: skip
+
+# The core decides; it may not look at the world.
+NOT_IN_CORE = {"asyncio", "os", "time", "logging", "threading", "socket", "subprocess", "pathlib", "random", "signal"}
+
+
+def imports(path: Path, package: str) -> Iterator[str]:
+    """Full names of all modules that a file imports, in functions and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parts, *([base] if base else [])])
+            yield base
+            # `from mlxd import app` and `from . import logs` name modules too
+            yield from (f"{base}.{alias.name}" for alias in node.names if base in ("mlxd", "mlxd_client"))
+
+
+def files() -> Iterator[tuple[str, str, Path]]:
+    """(part, package, path) of every source file."""
+    for name, root in TREES.items():
+        for path in sorted(root.rglob("*.py")):
+            relative = path.relative_to(root)
+            package = ".".join([name, *relative.parent.parts])
+            if name == "mlxd_client":
+                yield name, package, path
+            else:
+                yield part_of(".".join([package, path.stem])), package, path
+
+
+def part_of(module: str) -> str:
+    """The part that a module of ours belongs to: `mlxd.server.methods.table` to `mlxd.server`."""
+    if module.split(".")[0] == "mlxd_client":
+        return "mlxd_client"
+    parts = [part for part in module.split(".")[:2] if part != "__init__"]
+    root = TREES["mlxd"]
+    if len(parts) == 2 and not (root / parts[1]).is_dir() and not (root / f"{parts[1]}.py").exists():
+        return "mlxd"  # a name inside mlxd/__init__.py, such as __version__
+    return ".".join(parts)
+
+
+SOURCES = list(files())
+
+
+@pytest.mark.parametrize("part", sorted({part for part, _, _ in SOURCES}))
+def test_imports_run_one_way(part: str) -> None:
+    assert part in STANDS_ON, f"{part} is new: say in STANDS_ON what it may import"
+    ours, others = STANDS_ON[part]
+    for owner, package, path in SOURCES:
+        if owner != part:
+            continue
+        for name in imports(path, package):
+            top = name.split(".")[0]
+            if top in TREES:
+                allowed = part_of(name) in {"mlxd", part, *ours}  # `mlxd` itself holds the version only
+            else:
+                allowed = top in sys.stdlib_module_names or top in others
+            assert allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_parts_form_no_circle() -> None:
+    """But for the two that are one loop: the runtime and its links to workers."""
+    graph = {part: ours - {part} for part, (ours, _) in STANDS_ON.items()}
+    graph["mlxd.workers"] = graph["mlxd.workers"] - {"mlxd.runtime"}
+    done: set[str] = set()
+    while len(done) < len(graph):
+        ready = {part for part, needs in graph.items() if part not in done and needs <= done}
+        assert ready, f"a circle among {sorted(set(graph) - done)}"
+        done |= ready
+
+
+def test_the_core_does_not_look_at_the_world() -> None:
+    for part, package, path in SOURCES:
+        if part == "mlxd.core":
+            tops = {name.split(".")[0] for name in imports(path, package)}
+            assert tops.isdisjoint(NOT_IN_CORE), path.name
+
+
+def test_only_workers_touch_mlx() -> None:
+    for part, package, path in SOURCES:
+        tops = {name.split(".")[0] for name in imports(path, package)}
+        assert part == "mlxd.worker" or tops.isdisjoint({"mlx", "mlx_lm", "transformers", "tokenizers"}), path
+
+
+def test_the_daemon_loads_nothing_heavy() -> None:
+    """Everything that `mlxd serve` imports, and nothing that would cost memory for nothing."""
+    script = "import sys, mlxd.cli.main, mlxd.settings, mlxd.app; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    heavy = {
+        "mlx",
+        "mlx_lm",
+        "numpy",
+        "transformers",
+        "tokenizers",
+        "huggingface_hub",
+        "rich",
+        "hf_xet",
+        "httpx",
+        "yaml",
+    }
+    assert heavy.isdisjoint(done.stdout.split())
