@@ -14,10 +14,23 @@ from mlxd.core import events as ev
 from mlxd.core.core import Core, Limits
 from mlxd.core.invariants import check
 from mlxd_client.errors import LoadFailed, WorkerDied
+from mlxd_client.mirror import Mirror
+from mlxd_client.types import Event, Snapshot
 
 MODELS = {"a/small": 2, "b/medium": 4, "c/large": 7, "d/huge": 50, "e/never-found": 1}
 CLIENTS = st.integers(1, 4)
 KEEP_ALIVE = st.sampled_from([None, None, 0.0, 5.0, -1.0])
+
+
+def as_event(said: do.Publish) -> Event:
+    return Event(
+        subscription=1, rev=1, name=said.name, at=0.0, model_id=said.model_id, model=said.model, job=said.job,
+        progress=said.progress, error=said.error,
+    )  # fmt: skip
+
+
+def by_id(state: Snapshot) -> Snapshot:
+    return Mirror(state).snapshot()
 
 
 class World(RuleBasedStateMachine):
@@ -34,6 +47,7 @@ class World(RuleBasedStateMachine):
         self.slots: dict[int, set[int]] = {}  # worker → requests it holds
         self.cancelled_on_worker: set[int] = set()
         self.gone: set[int] = set()
+        self.mirror = Mirror(self.core.snapshot())
         for name in list(MODELS)[:2]:
             self.tell(ev.Found(name, "hub", MODELS[name]))
 
@@ -45,6 +59,10 @@ class World(RuleBasedStateMachine):
 
     def perform(self, action: do.Action) -> None:
         match action:
+            case do.Publish():
+                self.mirror.apply(as_event(action))
+                if action.name == "generation_finished":
+                    assert action.rid in self.open, "told after the last word, when nobody knows its request any more"
             case do.StartWorker(worker, model):
                 assert worker not in self.slots
                 self.loading[worker] = model
@@ -182,6 +200,7 @@ class World(RuleBasedStateMachine):
     @invariant()
     def holds(self) -> None:
         check(self.core)
+        assert by_id(self.mirror.snapshot()) == by_id(self.core.snapshot()), "subscribers see another state"
         assert set(self.core.requests) | set(self.core.goals) == self.open
 
     def teardown(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -26,6 +28,8 @@ EXIT_ALREADY_RUNNING = 8
 # How long children get to go by themselves once the daemon has to end; then SIGTERM, then SIGKILL.
 _LAST_GRACE_S = 0.5
 _TERM_GRACE_S = 1.0
+# The most that macOS allows, and more than `max_clients` may need by default.
+_OPEN_FILES = 10_240
 
 
 def serve(settings: Settings) -> int:
@@ -41,6 +45,7 @@ def serve(settings: Settings) -> int:
     except ListenError as error:
         print(f"mlxd: {error}", file=sys.stderr)
         return EXIT_FAILED
+    _allow_many_files()
     installed = logs.configure(settings.log_file, level=settings.log_level, prompts=settings.log_prompts)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -49,6 +54,15 @@ def serve(settings: Settings) -> int:
         listener.close()
         installed.close()
     return EXIT_OK
+
+
+def _allow_many_files() -> None:
+    """Each client is a descriptor, and macOS gives a process 256 unless it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class _Daemon:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from mlxd_client import errors, types
 from mlxd_client.types import UNSET
@@ -60,7 +60,7 @@ class Open:
         self.kind = kind
         self.params = params
         self.sink = sink
-        self.accepted_at = runtime.loop.time()
+        self.accepted_at = time.monotonic()  # as fine as a token is short; the loop's own clock counts milliseconds
         self.dispatched_at: float | None = None
         self.outcome: wire.Generated | errors.RpcError | None = None
         self.gave_up = False
@@ -144,12 +144,18 @@ class Runtime:
         try:
             while self._inbox:
                 for action in self.core.handle(self._inbox.pop(0), self.loop.time()):
-                    self._perform[type(action)](action)
+                    self._do(action)
         finally:
             self._performing = False
         self._set_timer()
         if self.core.draining and self.core.quiet:
             self._quiet.set()
+
+    def _do(self, action: do.Action) -> None:
+        try:
+            self._perform[type(action)](action)
+        except Exception as error:  # a bug in one caller's sink; the other actions concern other callers
+            self._log.error("an action failed", action=type(action).__name__, exc_info=error)
 
     def _set_timer(self) -> None:
         due = self.core.next_deadline()
@@ -183,9 +189,14 @@ class Runtime:
     def _dispatch(self, action: do.Dispatch) -> None:
         request = self._open[action.rid]
         link = self._links[action.worker]
-        request.dispatched_at = self.loop.time()
+        request.dispatched_at = time.monotonic()
         request.ready_at = link.ready_at or 0.0
-        link.generate(request.rid, worker_params(request.kind, request.params))
+        try:
+            link.generate(request.rid, worker_params(request.kind, request.params))
+        except Exception as error:  # a bug; the caller must hear of it all the same
+            self._log.error("handing a request over failed", request=request.sink.request_name, exc_info=error)
+            request.outcome = errors.InternalError(f"the request could not be handed over: {type(error).__name__}")
+            self.tell(ev.Done(action.rid))
 
     def _cancel_on_worker(self, action: do.CancelOnWorker) -> None:
         self._links[action.worker].cancel(action.rid)
@@ -219,7 +230,7 @@ class Runtime:
         request.sink.fail(error)
 
     def _finished(self, request: Open, how: str) -> None:
-        took = round(self.loop.time() - request.accepted_at, 4)
+        took = round(time.monotonic() - request.accepted_at, 4)
         self._log.info("request ended", request=request.sink.request_name, how=how, took_s=took)
 
     def _publish(self, action: do.Publish) -> None:
@@ -238,7 +249,7 @@ class Runtime:
                 self._open[queued.rid].sink.phase("loading", action.progress)
 
     def _completion(self, request: Open, made: wire.Generated) -> types.Completion:
-        now = self.loop.time()
+        now = time.monotonic()
         dispatched = request.dispatched_at or now
         waited = dispatched - request.accepted_at
         load_s = max(0.0, min(request.ready_at, dispatched) - request.accepted_at)
@@ -262,7 +273,7 @@ class Runtime:
         self.tell(ev.LoadProgress(worker, progress))
 
     def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None:
-        self._links[worker].ready_at = self.loop.time()
+        self._links[worker].ready_at = time.monotonic()
         self._log.info("loaded", worker=worker, load_s=round(loaded.load_s, 3), memory_bytes=loaded.memory_bytes)
         self.tell(ev.Loaded(worker, loaded.memory_bytes, loaded.context_length))
 
@@ -321,7 +332,8 @@ class Runtime:
     def _known(self, ref: str) -> str | None:
         """The id that `ref` stands for, if that model is loaded or about to be: then the disk need not be asked."""
         model = self._ids.get(ref)
-        return model if model is not None and self.core.models[model].worker is not None else None
+        record = None if model is None else self.core.models.get(model)
+        return None if record is None or record.worker is None else model
 
     async def _resolve(self, ref: str) -> str:
         """The id of the model that `ref` names, which the disk holds, whole. Raises ModelNotFound, ModelInvalid."""
@@ -330,9 +342,8 @@ class Runtime:
             return known
         try:
             found = await self.loop.run_in_executor(self._disk, self._store.resolve, ref)
-        except errors.ModelNotFound:
-            if (gone := self._ids.pop(ref, None)) is not None:
-                self.tell(ev.Lost(gone))
+        except (errors.ModelNotFound, errors.ModelInvalid):
+            self.tell(ev.Lost(self._ids.pop(ref, ref)))
             raise
         model = self._note(found)
         if len(self._ids) >= 4096:
@@ -551,6 +562,12 @@ def refuse_unsupported(params: types.GenerateParams) -> None:
     for option in UNSUPPORTED:
         if getattr(params, option, UNSET) is not UNSET:
             raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
+    if params.cache_prompt is True:
+        raise errors.Unsupported("no prompt caches are kept yet", option="cache_prompt")
+    for number, turn in enumerate(params.messages if isinstance(params, types.ChatParams) else ()):
+        if turn.role == "tool" or turn.tool_calls is not UNSET or turn.tool_call_id is not UNSET:
+            told = f"messages[{number}]"
+            raise errors.Unsupported(f"{told}: tool turns are not supported yet", option="messages", field=told)
 
 
 def worker_params(kind: str, params: types.GenerateParams) -> wire.Generate:

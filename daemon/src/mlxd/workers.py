@@ -5,6 +5,7 @@ Knows the frames of childwire.py and nothing of queues, memory or clients.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -38,7 +39,7 @@ class WorkerLink:
     Args:
         worker: the core's number for it.
         load: what it is to load as soon as it is ready.
-        load_s: how long it may be silent while it loads, in seconds.
+        load_s: how long it may take to load, from when it is ready, in seconds.
     """
 
     def __init__(self, worker: int, load: wire.LoadModel, events: WorkerEvents, *, load_s: float) -> None:
@@ -51,6 +52,7 @@ class WorkerLink:
         self._load_s = load_s
         self._events = events
         self._load_id: int | None = None
+        self._load_timer: asyncio.TimerHandle | None = None
         self._rids: dict[int, int] = {}  # the child's request id → rid
         self._ids: dict[int, int] = {}  # and back
         self._counts: dict[int, Counted] = {}
@@ -77,6 +79,7 @@ class WorkerLink:
     def on_ready(self, child: Child, ready: wire.Ready, /) -> None:
         child.expect_silence(self._load_s)
         self._load_id = child.request("load", self._load)
+        self._load_timer = asyncio.get_running_loop().call_later(self._load_s, self._too_slow)
 
     def on_heartbeat(self, child: Child, heartbeat: wire.Heartbeat, /) -> None:
         if self.loaded is not None:
@@ -95,16 +98,28 @@ class WorkerLink:
             self._on_answer(child, message)
 
     def on_exit(self, child: Child, death: Death, /) -> None:
+        self._load_ended()
         counts, self._counts = self._counts, {}
         for answer in counts.values():
             answer(death.to_error())
         self._events.worker_exited(self.worker, death)
+
+    def _too_slow(self) -> None:
+        """It shows signs of life, and would load for ever."""
+        told = f"{self.model} was not loaded within {self._load_s:g} s"
+        self._events.worker_load_failed(self.worker, errors.LoadFailed(told, model=self.model, load_s=self._load_s))
+
+    def _load_ended(self) -> None:
+        if self._load_timer is not None:
+            self._load_timer.cancel()
+            self._load_timer = None
 
     def _on_answer(self, child: Child, message: dict[str, Any]) -> None:
         request_id = message["id"]
         failed = errors.from_wire(message["error"]) if "error" in message else None
         if request_id == self._load_id:
             child.expect_silence(0)
+            self._load_ended()
             if failed is not None:
                 self._events.worker_load_failed(self.worker, failed)
             else:

@@ -66,6 +66,11 @@ class Book:
         self.touch(record)
         self.out.append(do.Publish(name, model_id=record.id, model=view, progress=progress, error=error))
 
+    def forget(self, record: ModelRecord) -> None:
+        """Drop a model that is gone from the disk, and that nobody uses or waits for."""
+        del self.models[record.id]
+        self.touched.pop(record.id, None)
+
     def touch(self, record: ModelRecord) -> None:
         self.touched[record.id] = None
 
@@ -113,9 +118,9 @@ class Book:
     def close(self, request: Request, error: RpcError | None) -> None:
         """The last word on a request: the worker's answer, or an error."""
         del self.requests[request.rid]
-        self.out.append(do.Deliver(request.rid) if error is None else do.Fail(request.rid, error))
-        if request.started_at is not None:
+        if request.started_at is not None:  # before the last word, since the runtime forgets the request with it
             self.out.append(do.Publish("generation_finished", model_id=request.model, rid=request.rid))
+        self.out.append(do.Deliver(request.rid) if error is None else do.Fail(request.rid, error))
 
     def fail(self, rid: int, error: RpcError) -> None:
         self.out.append(do.Fail(rid, error))

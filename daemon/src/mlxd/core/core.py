@@ -109,7 +109,7 @@ class Core:
         if record is None:
             record = ModelRecord(event.model, event.source, Lifecycle(event.model), event.need_bytes)
             self.models[event.model] = record
-            record.keep_alive_s = self._default_keep_alive(event)
+            record.default_keep_alive_s = record.keep_alive_s = self._default_keep_alive(event)
         if record.lifecycle.state not in ("NotDownloaded", "Downloaded"):
             return
         facts = (event.source, event.need_bytes, event.revision, event.size_bytes, event.context_length)
@@ -130,6 +130,7 @@ class Core:
         if record is None or record.lifecycle.state != "Downloaded" or record.id in self._book.pending:
             return  # a loaded model does not need its files; whoever loads it next will find out
         self._book.move(record, "lost", now)
+        self._book.forget(record)
 
     # --- wishes ---------------------------------------------------------------------------------------------------
 

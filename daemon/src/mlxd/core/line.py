@@ -181,6 +181,8 @@ class LoadLine:
         if cause is None:
             cause = "worker_died"
             self._mourn(record, event.error, was_loading, now)
+        elif cause == "unloaded" and not record.wanted:
+            record.keep_alive_s = record.default_keep_alive_s  # what requests wished was for this stay in memory
         for request in list(record.running.values()):
             self._lose(record, request, event.error)
         self._book.move(record, cause, now)

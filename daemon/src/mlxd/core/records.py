@@ -76,7 +76,7 @@ class ModelRecord:
     revision: str | None = None
     size_bytes: int | None = None
     context_length: int | None = None
-    default_keep_alive_s: float | None = None
+    default_keep_alive_s: float = 0.0
     keep_alive_s: float = 0.0
     worker: int | None = None
     memory_bytes: int | None = None
