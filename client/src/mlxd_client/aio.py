@@ -112,6 +112,11 @@ class _Link(asyncio.Protocol):
         expired.append(True)
         _wake(call)
 
+    @property
+    def congested(self) -> bool:
+        """Whether more is waiting to be sent than should be added to."""
+        return self._writable is not None
+
     async def drained(self, wait_s: float | None) -> None:
         """Wait while the daemon reads slower than this client writes."""
         if self._writable is not None:
@@ -266,8 +271,11 @@ class AsyncClient(Methods, Awaiting):
     async def _begin(self, request: Request[Any], wait_s: float | None) -> tuple[_Link, Call[Any]]:
         """Send a request. One that meets a connection which had ended goes to a new one, as none of it was sent."""
         for _ in range(2):
-            link = await self._live(wait_s)
-            await link.drained(wait_s)
+            link = self._link
+            if link is None or link.session.closed is not None:
+                link = await self._live(wait_s)
+            if link.congested:
+                await link.drained(wait_s)
             call = link.begin(lambda to: to.start(request.method, request.params, request.result_type))
             if call is not None:
                 return link, call

@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import json
 import re
+import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class Invalid(NamedTuple):
     id: int | str | None = None
 
 
+_unpack_length = struct.Struct(">I").unpack_from
 _msgpack_encode = msgspec.msgpack.Encoder().encode
 _msgpack_decode = msgspec.msgpack.Decoder().decode
 _json_encode = msgspec.json.Encoder().encode
@@ -101,12 +103,14 @@ class Decoder:
         buffer = self._buffer
         if len(buffer) < 4:
             return None
-        end = 4 + int.from_bytes(buffer[:4], "big")
-        if end - 4 > self._max_bytes:
-            raise ProtocolError(f"a frame of {end - 4} bytes is over the limit of {self._max_bytes}")
+        (size,) = _unpack_length(buffer)
+        if size > self._max_bytes:
+            raise ProtocolError(f"a frame of {size} bytes is over the limit of {self._max_bytes}")
+        end = size + 4
         if len(buffer) < end:
             return None
-        body = bytes(memoryview(buffer)[4:end])
+        with memoryview(buffer) as view:
+            body = bytes(view[4:end])
         del buffer[:end]
         return _decode_msgpack(body, self._max_depth)
 
@@ -140,21 +144,24 @@ def _checked(message: Any, reason: str | None) -> dict[str, Any] | Invalid:
     return Invalid(reason, request_id if sound else None)
 
 
+_STR = {str}
+_PLAIN = {str, bool, type(None), bytes}
+
+
 def _odd_value(message: dict[str, Any]) -> str | None:
     """The first value that no JSON-RPC message may hold, in words. The depth is bounded already, so a stack serves."""
     stack: list[Any] = [message]
     while stack:
         top = stack.pop()
         if type(top) is dict:
-            for key in top:
-                if type(key) is not str:
-                    return "map keys must be strings"
+            if not _STR.issuperset(map(type, top)):
+                return "map keys must be strings"
             values = top.values()
         else:
             values = top
         for value in values:
             kind = type(value)
-            if kind is str or kind is bool or value is None:
+            if kind in _PLAIN:
                 continue
             if kind is int:
                 if not -MAX_INTEGER <= value <= MAX_INTEGER:
@@ -163,8 +170,9 @@ def _odd_value(message: dict[str, Any]) -> str | None:
                 if value - value != 0.0:
                     return "numbers must be finite"
             elif kind is dict or kind is list:
-                stack.append(value)
-            elif kind is not bytes:
+                if value:
+                    stack.append(value)
+            else:
                 return "msgpack extension types are not supported"
     return None
 
@@ -181,8 +189,8 @@ def _decode_msgpack(body: bytes, max_depth: int) -> dict[str, Any] | Invalid:
     Each level of nesting costs one container byte, so that counting those (in C) bounds the depth from above; only
     where that bound is too high, or the body large, is it walked in Python before it is decoded.
     """
-    reason = None
-    scanned = len(body) > _SMALL or len(body.translate(None, _NOT_CONTAINERS)) > max_depth
+    reason, size = None, len(body)
+    scanned = size > _SMALL or (size > max_depth and len(body.translate(None, _NOT_CONTAINERS)) > max_depth)
     if scanned:
         reason = _scan_msgpack(body, max_depth)
     try:

@@ -294,6 +294,8 @@ class Client(Methods, Blocking):
         patience_s = self._timeout_s if wait_s is UNSET else wait_s
         deadline = _deadline(patience_s)
         link = self._live(deadline)
+        if link.stale():
+            link = self._live(deadline)
         greeting = link.greet(deadline)
         if not link.wait(greeting, deadline):
             raise RequestTimeout(f"mlxd did not introduce itself within {patience_s:g} s")
@@ -332,7 +334,7 @@ class Client(Methods, Blocking):
 
     def _live(self, deadline: float | None) -> _Link:
         link = self._link
-        if link is not None and not link.stale():
+        if link is not None and link.session.closed is None:
             return link
         with self._opening:
             link = self._link
@@ -356,7 +358,8 @@ class Client(Methods, Blocking):
             time.sleep(step)
 
     def _begin(self, request: Request[Any], deadline: float | None) -> tuple[_Link, Call[Any]]:
-        """Send a request. One that meets a connection which had ended goes to a new one, as none of it was sent."""
+        """Send a request. One that meets a connection which had ended goes to a new one, as none of it was sent:
+        the first write to a Unix socket whose peer has closed it fails at once (EPIPE)."""
         for _ in range(2):
             link = self._live(deadline)
             call = link.begin(lambda to: to.start(request.method, request.params, request.result_type), deadline)
