@@ -133,9 +133,9 @@ class EventLaw(RuleBasedStateMachine):
     @rule(id=st.sampled_from(MODELS), step=LIFECYCLE, memory=st.integers(1, 9), progress=st.floats(0, 1))
     def a_model_changes(self, id: str, step: tuple[str, Any], memory: int, progress: float) -> None:
         name, state = step
-        loaded = {"memory_bytes": memory} if state == "Ready" else {}
         error = ErrorObject(kind="worker_died", message="x") if name == "worker_died" else None
-        self.models[id] = Model(id=id, state=state, source="hub", error=error, **loaded)
+        self.models[id] = Model(id=id, state=state, source="hub", error=error)
+        self.models[id].memory_bytes = memory if state == "Ready" else None
         self.log.publish(name, model=self.models[id], progress=progress, error=error)
         # Activity fields changed too; that is what `queue` tells.
         self.log.publish("queue", model=self.models[id])
