@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import subprocess
 import sys
 import tomllib
 import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from support.scripted_daemon import ScriptedDaemon, completion
 
 CLIENT = Path(__file__).parents[2] / "client"
 
@@ -24,6 +29,26 @@ try:
 except ConnectFailed:
     print(*sorted({name.split(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)))
 """
+
+
+def test_the_readmes_first_examples_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocking, waiting = re.findall(r"```python\n(.*?)```", (CLIENT / "README.md").read_text(), re.DOTALL)[:2]
+    monkeypatch.setenv("MLXD_SOCKET", str(tmp_path / "s"))
+    with ScriptedDaemon(str(tmp_path / "s")) as daemon:
+
+        def reply(connection: Any, request: dict[str, Any]) -> Any:
+            connection.stream(request["id"], 0, text="Rayleigh.")
+            return completion("Rayleigh.")
+
+        daemon.on("chat", reply)
+        exec(blocking, {})
+        code = "async def main():\n" + "".join(f"    {line}\n" for line in waiting.splitlines())
+        space: dict[str, Any] = {}
+        exec("from mlxd_client import AsyncClient\n" + code, space)
+        asyncio.run(space["main"]())
+    assert capsys.readouterr().out.count("Rayleigh.") == 2
 
 
 def test_it_depends_on_msgspec_alone() -> None:
