@@ -53,14 +53,14 @@ STATUS = types.Status(
     memory=types.Memory(budget_bytes=8_000_000_000, used_bytes=20_000_000),
     workers=[
         types.WorkerHealth(
-            model="org/m", deaths=3, breaker="open", retry_at=time.time() + 60.5,
+            model="org/m", deaths=3, breaker="open", retry_at=time.time() + 7410,
             last_death=types.ErrorObject(kind="worker_died", message="killed by SIGKILL"),
         )
     ],
 )  # fmt: skip
 MODELS = [
     model("mlxd/cleanup", "Ready", size_bytes=8_300_000, context_length=1024, memory_bytes=9_000_000, active=1,
-          waiting=2, idle_unload_at=time.time() + 200.5),
+          waiting=2, idle_unload_at=time.time() + 235),
     model("org/big", "Loading", size_bytes=4_200_000_000, progress=0.4, phase="loading"),
     model("org/pinned", "Ready", memory_bytes=10, leases=1),
     model("org/other", "Downloaded", error=types.ErrorObject(kind="load_failed", message="it did not fit")),
@@ -80,7 +80,7 @@ def test_status(daemon: ScriptedDaemon, mlxd: Run) -> None:
         "models    1 loaded of 4 known",
         "requests  1 running, 2 waiting",
         "clients   3, of them 1 subscribed to events",
-        "worker    org/m: died 3 times, last: killed by SIGKILL; not started again for 60 s",
+        "worker    org/m: died 3 times, last: killed by SIGKILL; not started again for 2 h 3 min",
     ]
     assert json.loads(mlxd("status", "--json")[1])["queue"] == {"waiting": 2, "running": 1}
 

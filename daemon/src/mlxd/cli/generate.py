@@ -119,7 +119,8 @@ def run(args: argparse.Namespace, output: Output) -> int:
             else:
                 output.line(completion.text)
     if completion.invented:
-        output.note(f"the answer has words that the prompt does not account for: {', '.join(completion.invented)}")
+        words = ", ".join(dict.fromkeys(completion.invented))
+        output.note(f"the answer has words that the prompt does not account for: {words}")
     if args.verbose:
         show_stats(completion, output)
     return OK
