@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from mlxd_client import errors, types
 from mlxd_client.types import UNSET

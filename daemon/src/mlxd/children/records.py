@@ -147,7 +147,7 @@ def command_line(pid: int) -> list[str]:
 
 def _seen_by_psutil(pid: int) -> tuple[float, list[str]] | None:
     """Start time and arguments; None where it is gone, a zombie, or not ours to look at."""
-    import psutil  # type: ignore[import-untyped]  # only here: the daemon counts its megabytes
+    import psutil  # only here: the daemon counts its megabytes
 
     try:
         process = psutil.Process(pid)
