@@ -14,6 +14,9 @@ from typing import Any, Self
 import psutil
 
 from mlxd_client import Client
+from mlxd_client.sync import EventStream
+from mlxd_client.types import Event
+from support import fake_model
 
 BAD_CHILD = Path(__file__).parent / "bad_child.py"
 PATIENCE_S = 60.0
@@ -25,9 +28,12 @@ class Daemon:
     Args:
         settings: by their names; they go to the environment as MLXD_ variables.
         bad_child: workers are tests/support/bad_child.py instead of real ones, in this mode.
+        steps: a bad_child's `!slow` generations take no step before `step` lets them.
     """
 
-    def __init__(self, *, bad_child: str | None = None, env: dict[str, str] | None = None, **settings: Any) -> None:
+    def __init__(
+        self, *, bad_child: str | None = None, steps: bool = False, env: dict[str, str] | None = None, **settings: Any
+    ) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="mlxd-"))  # short: a socket's path holds about a hundred bytes
         self.socket = self.home / "mlxd.sock"
         if bad_child is not None:
@@ -35,6 +41,9 @@ class Daemon:
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("MLXD_")}
         self.env |= {"MLXD_HOME": str(self.home), "HF_HUB_CACHE": str(self.home / "hub")}
         self.env |= {f"MLXD_{name.upper()}": str(value) for name, value in settings.items()} | (env or {})
+        if steps:
+            (self.home / "steps").mkdir()
+            self.env["BAD_CHILD_STEPS"] = str(self.home / "steps")
         self.process: subprocess.Popen[str] | None = None
         self.expect_exit: int | None = 0
 
@@ -63,12 +72,44 @@ class Daemon:
         assert self.process is not None
         return self.process.pid
 
+    # --- what tests do to it and its models -----------------------------------------------------------------------
+
+    def model(self, name: str, weights_bytes: int = 0) -> str:
+        """A new folder that a bad_child can load. Returns the model's id."""
+        return fake_model.build(self.home / "models" / name, weights_bytes=weights_bytes)
+
+    def step(self, *numbers: int) -> None:
+        """Let a bad_child's `!slow` generations take these steps; needs `steps=True`."""
+        for number in numbers:
+            (self.home / "steps" / f"step-{number}").touch()
+
+    def worker(self) -> psutil.Process:
+        """The only child that there is."""
+        (child,) = self.children()
+        return child
+
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.pid).children(recursive=True)
 
     def log(self) -> str:
         file = self.home / "logs" / "mlxd.log"
         return file.read_text() if file.exists() else ""
+
+    def restart(self, *, crash: bool = False) -> None:
+        """End it, by SIGKILL or in good order, and start another one in the same folder."""
+        if crash:
+            self.kill()
+        else:
+            self.stop()
+        self._close_output()
+        self.expect_exit = 0
+        self.start()
+
+    def _close_output(self) -> None:
+        assert self.process is not None
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
 
     def kill(self) -> None:
         """As a crash would."""
@@ -114,3 +155,19 @@ class Daemon:
             if kind is not None:
                 print(self.log()[-8000:])
             shutil.rmtree(self.home, ignore_errors=True)
+
+
+def until(events: EventStream, *names: str, **facts: Any) -> list[Event]:
+    """Read events up to the first of one of these names whose model has these facts. Returns all of them."""
+    seen: list[Event] = []
+    while True:
+        event = events.get(PATIENCE_S)
+        assert event is not None, "the stream was closed"
+        seen.append(event)
+        if event.name in names and all(getattr(event.model, name) == value for name, value in facts.items()):
+            return seen
+
+
+def active(events: EventStream, running: int, waiting: int = 0) -> list[Event]:
+    """Read events until a model says that so many of its requests run and wait."""
+    return until(events, "queue", active=running, waiting=waiting)
