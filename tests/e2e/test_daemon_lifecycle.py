@@ -116,24 +116,23 @@ def test_a_subscriber_survives_the_daemon(crash: bool) -> None:
 
 
 def test_a_model_that_nobody_uses_goes_and_a_used_one_stays() -> None:
-    with Daemon(bad_child="worker", keep_alive_s=0.2) as daemon, daemon.client() as client:
-        with client.events() as events:
-            client.process("x")
-            seen = until(events, "unloaded")
-            gone = next(event for event in seen if event.name == "unloading_started")
-            rested = next(e for e in reversed(seen) if e.model is not None and e.model.idle_unload_at is not None)
-            assert rested.model is not None
-            assert 0 <= gone.at - rested.model.idle_unload_at + 0.01 < 5
-            assert daemon.children() == []
-            pinned = client.load(CLEANUP, keep_alive=-1)
-            assert pinned.idle_unload_at is None
-            until(events, "loading_completed")
-            with client.acquire(CLEANUP) as lease:
-                assert client.process("x", keep_alive=0).text == "x"
-                model = client.model(CLEANUP)
-                assert (model.state, model.leases, model.idle_unload_at) == ("Ready", 1, None)
-                lease.release()
-            until(events, "unloaded")
+    with Daemon(bad_child="worker", keep_alive_s=0.2) as daemon, daemon.client() as client, client.events() as events:
+        client.process("x")
+        seen = until(events, "unloaded")
+        gone = next(event for event in seen if event.name == "unloading_started")
+        rested = next(e for e in reversed(seen) if e.model is not None and e.model.idle_unload_at is not None)
+        assert rested.model is not None
+        assert rested.model.idle_unload_at is not None
+        assert 0 <= gone.at - rested.model.idle_unload_at + 0.01 < 5
+        assert daemon.children() == []
+        pinned = client.load(CLEANUP, keep_alive=-1)
+        assert pinned.idle_unload_at is None
+        until(events, "loading_completed")
+        with client.acquire(CLEANUP):
+            assert client.process("x", keep_alive=0).text == "x"
+            model = client.model(CLEANUP)
+            assert (model.state, model.leases, model.idle_unload_at) == ("Ready", 1, None)
+        until(events, "unloaded")
 
 
 def test_a_requests_keep_alive_lasts_as_long_as_the_model_stays_loaded() -> None:
