@@ -202,7 +202,7 @@ def test_a_sweep_spares_the_children_of_its_own_supervisor(tmp_path: Path) -> No
         supervisor = supervise(tmp_path)
         recorder = Recorder()
         child = supervisor.spawn(bad(), recorder)
-        await recorder.is_ready.wait()
+        await recorder.until_ready()
         assert await supervisor.sweep() == []
         assert child.usable
         assert [path.name for path in (tmp_path / "run" / "children").iterdir()] == [f"{child.pid}.json"]
@@ -222,7 +222,7 @@ def test_a_record_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypat
         supervisor = supervise(tmp_path, log)
         recorder = Recorder()
         supervisor.spawn(bad(), recorder)
-        await asyncio.wait_for(recorder.is_ready.wait(), 20)
+        await asyncio.wait_for(recorder.until_ready(), 20)
         assert "no record of a child" in log.events()
         await supervisor.close()
 

@@ -9,6 +9,7 @@ import random
 import resource
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_the_silence_that_a_load_takes_is_borne(tmp_path: Path) -> None:
         supervisor = supervise(tmp_path, heartbeat_s=0.2)
         recorder = Recorder()
         child = supervisor.spawn(bad("hang"), recorder)
-        await recorder.is_ready.wait()
+        await recorder.until_ready()
         child.expect_silence(20)
         await asyncio.sleep(0.6)
         assert child.alive
@@ -138,15 +139,31 @@ def test_the_silence_that_a_load_takes_is_borne(tmp_path: Path) -> None:
 
 def test_silence_while_the_daemon_itself_stood_still_is_forgiven(tmp_path: Path) -> None:
     async def main() -> None:
-        supervisor = supervise(tmp_path, heartbeat_s=0.5)
+        asleep_s = 0.0
+        supervisor = supervise(tmp_path, clock=lambda: time.monotonic() + asleep_s, heartbeat_s=1.0)
         recorder = Recorder()
-        child = supervisor.spawn(bad(BAD_CHILD_HEARTBEAT_S="0.05"), recorder)
-        await recorder.until(lambda: recorder.heartbeats)
-        os.kill(child.pid, signal.SIGSTOP)  # both stand still, as when a machine is put to sleep
-        time.sleep(2.0)  # noqa: ASYNC251 - that is the fault
-        os.kill(child.pid, signal.SIGCONT)
-        seen = len(recorder.heartbeats)
-        await recorder.until(lambda: len(recorder.heartbeats) > seen + 5)
+        child = supervisor.spawn(bad("hang"), recorder)
+        await recorder.until_ready()
+        start = time.monotonic()
+        asleep_s = 60.0
+        death = await child.wait()
+        assert death.cause == "hang"  # in the end, but not for the sleep
+        assert time.monotonic() - start > 1.5
+
+    run(main())
+
+
+def test_what_came_while_the_loop_was_busy_is_a_sign_of_life(tmp_path: Path) -> None:
+    async def main() -> None:
+        supervisor = supervise(tmp_path, heartbeat_s=0.8)
+        recorder = Recorder()
+        child = supervisor.spawn(bad(), recorder)
+        await recorder.until_ready()
+        for _ in range(4):
+            seen = len(recorder.heartbeats)
+            time.sleep(0.9)  # noqa: ASYNC251 - that is the fault
+            await asyncio.sleep(0)
+            await recorder.until(lambda seen=seen: len(recorder.heartbeats) > seen)
         assert child.usable
         await supervisor.close()
 
@@ -159,14 +176,14 @@ def test_a_kill_from_outside_is_told_at_once(tmp_path: Path, loop_kind: str) -> 
         supervisor = supervise(tmp_path)
         recorder = Recorder()
         child = supervisor.spawn(bad(), recorder)
-        await recorder.is_ready.wait()
+        await recorder.until_ready()
         start = time.monotonic()
         os.kill(child.pid, signal.SIGKILL)
         death = await child.wait()
         assert (death.cause, death.signal) == ("signal", "SIGKILL")
         return time.monotonic() - start
 
-    assert run(main(), loop_kind=loop_kind) < 0.5
+    assert run(main(), loop_kind=loop_kind) < 1.0
 
 
 def test_without_an_exit_watch_the_pipe_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +234,7 @@ def test_the_stand_in_serves_like_a_worker(tmp_path: Path, loop_kind: str) -> No
         supervisor = supervise(tmp_path)
         recorder = Recorder()
         child = supervisor.spawn(bad(), recorder)
-        await recorder.is_ready.wait()
+        await recorder.until_ready()
         assert recorder.ready[0].pid == child.pid
         await recorder.answer(child.request("load", {"model": "m", "path": "/m"}))
         result = await recorder.answer(child.request("generate", generate("one two  three")))
@@ -253,23 +270,21 @@ def test_large_frames_cross_whole_in_both_directions(tmp_path: Path, loop_kind: 
 
 @both_loops
 def test_a_flood_stalls_nobody(tmp_path: Path, loop_kind: str) -> None:
-    async def main() -> float:
+    async def main() -> None:
         supervisor = supervise(tmp_path)
         recorder = Recorder()
         child = supervisor.spawn(bad("flood"), recorder)
-        await recorder.until(lambda: len(recorder.messages) > 1000)
-        worst = 0.0
-        for _ in range(50):
-            start = time.monotonic()
+        counts = [0]
+        while counts[-1] < 20_000:
             await asyncio.sleep(0)
-            worst = max(worst, time.monotonic() - start)
+            counts.append(len(recorder.messages))
+        assert max(after - before for before, after in pairwise(counts)) <= 512  # in one turn of the loop
         assert child._pipe is not None
         assert child._pipe._decoder.buffered <= 2 * 65_536
         child.stop(grace_s=0)
         await child.wait()
-        return worst
 
-    assert run(main(), loop_kind=loop_kind) < 0.5
+    run(main(), loop_kind=loop_kind)
 
 
 def test_a_flood_of_stderr_is_bounded(tmp_path: Path) -> None:
@@ -292,10 +307,10 @@ def test_a_flood_of_stderr_is_bounded(tmp_path: Path) -> None:
 @both_loops
 def test_a_child_that_does_not_read(tmp_path: Path, loop_kind: str) -> None:
     async def main() -> None:
-        supervisor = supervise(tmp_path, heartbeat_s=1.0)
+        supervisor = supervise(tmp_path, heartbeat_s=2.0)
         recorder = Recorder()
         child = supervisor.spawn(bad("deaf"), recorder)
-        await recorder.is_ready.wait()
+        await recorder.until_ready()
         child.request("generate", generate("x" * 2_000_000))
         death = await child.wait()
         assert death.cause == "hang"
@@ -310,7 +325,7 @@ def test_what_waits_for_a_child_is_bounded(tmp_path: Path) -> None:
         supervisor = supervise(tmp_path, send_buffer_bytes=1_000_000)
         recorder = Recorder()
         child = supervisor.spawn(bad("deaf"), recorder)
-        await recorder.is_ready.wait()
+        await recorder.until_ready()
         for _ in range(3):
             child.request("generate", generate("x" * 500_000))
         assert not recorder.deaths
@@ -350,10 +365,10 @@ def test_a_message_that_cannot_be_handled_ends_the_child(tmp_path: Path) -> None
 def test_stopping_escalates(tmp_path: Path, loop_kind: str, mode: str, signals: list[str]) -> None:
     async def main() -> None:
         log = QuietLog()
-        supervisor = supervise(tmp_path, log, term_grace_s=0.2)
+        supervisor = supervise(tmp_path, log, term_grace_s=0.2 if "SIGKILL" in signals else 20)
         recorder = Recorder()
         child = supervisor.spawn(bad(mode), recorder)
-        await recorder.is_ready.wait()
+        await recorder.until_ready()
         child.stop(grace_s=0.2)
         child.stop(grace_s=10)  # asking again, with more patience, changes nothing
         death = await child.wait()
@@ -399,7 +414,7 @@ def test_close_leaves_nobody(tmp_path: Path, loop_kind: str) -> None:
         recorders = [Recorder() for _ in range(5)]
         modes = ["worker", "ignore-all", "hang", "never-ready", "flood"]
         children = [supervisor.spawn(bad(mode), recorder) for mode, recorder in zip(modes, recorders, strict=True)]
-        await recorders[0].is_ready.wait()
+        await recorders[0].until_ready()
         await supervisor.close(grace_s=0.3)
         assert supervisor.children == ()
         assert all(gone(child.pid) for child in children)
@@ -508,7 +523,7 @@ def test_what_a_child_inherits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert told["fds"] == [0, 1, 2, told["fd"]]
     assert told["pgrp"] == os.getpgrp()
     assert told["stdin"] == ""
-    assert Path(told["cwd"]).samefile(tmp_path / "run")
+    assert told["cwd"] == os.getcwd()
 
 
 def test_exit_statuses_survive_an_ignored_sigchld(tmp_path: Path) -> None:

@@ -47,14 +47,12 @@ class Recorder:
         self.messages: list[dict[str, Any]] = []
         self.heartbeats: list[Heartbeat] = []
         self.deaths: list[Death] = []
-        self.is_ready = asyncio.Event()
         self.news = asyncio.Event()
 
     def on_ready(self, child: Child, ready: Ready, /) -> None:
         assert not self.ready
         assert not self.deaths
         self.ready.append(ready)
-        self.is_ready.set()
         self.news.set()
 
     def on_message(self, child: Child, message: dict[str, Any], /) -> None:
@@ -76,18 +74,25 @@ class Recorder:
         self.news.set()
 
     async def until(self, condition: Callable[[], object]) -> None:
+        """Wait for the condition; a death before it fails at once."""
         while not condition():
+            assert not self.deaths, self.deaths[0]
             self.news.clear()
             await self.news.wait()
+
+    async def until_ready(self) -> None:
+        await self.until(lambda: self.ready)
 
     async def answer(self, request_id: int) -> dict[str, Any]:
         await self.until(lambda: any(message.get("id") == request_id for message in self.messages))
         return next(message for message in self.messages if message.get("id") == request_id)
 
 
-def supervise(tmp_path: Path, log: QuietLog | None = None, **limits: Any) -> Supervisor:
+def supervise(
+    tmp_path: Path, log: QuietLog | None = None, clock: Callable[[], float] | None = None, **limits: Any
+) -> Supervisor:
     settings = msgspec.structs.replace(PATIENT, **limits)
-    return Supervisor(tmp_path / "run", log=log or QuietLog(), settings=settings)
+    return Supervisor(tmp_path / "run", log=log or QuietLog(), settings=settings, clock=clock)
 
 
 def bad(mode: str = "worker", **env: str) -> ChildSpec:

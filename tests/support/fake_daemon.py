@@ -45,7 +45,7 @@ async def main(run_dir: Path, modes: list[str]) -> None:
     recorders = [Recorder() for _ in modes]
     children = [supervisor.spawn(spec(mode), recorder) for mode, recorder in zip(modes, recorders, strict=True)]
     for recorder in recorders:
-        await recorder.is_ready.wait()
+        await recorder.until_ready()
     print(json.dumps({"swept": swept, "pids": [child.pid for child in children]}), flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await supervisor.close(grace_s=1)

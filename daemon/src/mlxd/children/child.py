@@ -37,7 +37,7 @@ __all__ = ["Child", "Spawned"]
 _POLL_DYING_S = 0.005
 _POLL_LIVING_S = 0.25
 # A timer that fires this much late says that the daemon itself stood still (suspended, stopped, starved): the
-# children's frames of that time are still unread, and their silence proves nothing.
+# children's silence proves nothing.
 _STALL_S = 1.0
 
 _STOP_FRAME = encode({"jsonrpc": "2.0", "method": "stop", "params": {}})
@@ -297,19 +297,22 @@ class Child:
         now = self._clock()
         late = now - self._watch_due
         if late > _STALL_S:
-            self._forgive(late)
+            self._forgive(now)
+        if now >= self._limit()[0] and self._pipe is not None:
+            self._pipe.poll()  # a busy loop runs its timers before it reads
+            if self._reap():
+                return
         due, cause, detail = self._limit()
         if now >= due:
             self._condemn(cause, detail)
         else:
             self._arm_watch()
 
-    def _forgive(self, seconds: float) -> None:
-        """Count `seconds` during which the daemon stood still as no time."""
-        self._awaited_since += seconds
-        self._last_sign += seconds
+    def _forgive(self, now: float) -> None:
+        """The daemon stood still, and the child perhaps with it: all patience starts anew."""
+        self._awaited_since = self._last_sign = now
         if self._pipe is not None and self._pipe.stalled_at is not None:
-            self._pipe.stalled_at += seconds
+            self._pipe.stalled_at = now
 
     # --- the end ---
 
@@ -323,12 +326,16 @@ class Child:
         self._signal(signal.SIGKILL)
 
     def _terminate(self) -> None:
+        if self._reap():
+            return
         self._terminated = True
         self._log.info("child does not stop, SIGTERM", kind=self.kind, name=self.name, pid=self.pid)
         self._signal(signal.SIGTERM)
         self._stop_timer = self._loop.call_later(self._settings.term_grace_s, self._kill_stubborn)
 
     def _kill_stubborn(self) -> None:
+        if self._reap():
+            return
         self._log.warning("child ignores SIGTERM, SIGKILL", kind=self.kind, name=self.name, pid=self.pid)
         self._stop_timer = None
         self._signal(signal.SIGKILL)

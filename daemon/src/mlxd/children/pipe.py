@@ -90,6 +90,11 @@ class FramePipe:
             if not self._out:
                 self._shut_down()
 
+    def poll(self) -> None:
+        """Handle what has come and the loop has not told of yet."""
+        if self._reading:
+            self._on_readable()
+
     def drain(self) -> None:
         """Handle what has come already, without waiting; the writer is gone."""
         self._pump(None)

@@ -184,7 +184,6 @@ class Supervisor:
                     stderr=stderr_write,
                     pass_fds=(theirs.fileno(),),
                     env=child_environment(self._environment, self._temp_dir, spec.env),
-                    cwd=self._run_dir,
                 )
             except BaseException:
                 os.close(stderr_read)
