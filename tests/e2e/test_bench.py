@@ -1,0 +1,74 @@
+"""The benchmark program runs, and its table has what it promises; what the figures are is not judged here."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench.py"
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCH), "--smoke", *arguments], capture_output=True, text=True, timeout=600
+    )
+
+
+def rows(*names: str) -> dict[str, dict[str, Any]]:
+    """By what they say they measured."""
+    done = bench("--json", "--rows", *names)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["machine"]["cpu"]
+    return {row["what"]: row for row in document["rows"]}
+
+
+def are_numbers(measured: dict[str, dict[str, Any]]) -> bool:
+    return all(math.isfinite(row["value"]) and math.isfinite(row["ours"]) for row in measured.values())
+
+
+def test_the_sockets_rows_are_ratios() -> None:
+    measured = rows("ping", "pipelined")
+    assert len(measured) == 6
+    assert are_numbers(measured)
+    assert [row["target"] for row in measured.values() if row["target"]] == [["<=", 2.0], [">=", 20_000]]
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_the_built_in_models_rows_are_ratios() -> None:
+    measured = rows("stream/cleanup", "batch/cleanup", "http/cleanup")
+    assert len(measured) == 4
+    assert are_numbers(measured)
+    assert all(row["theirs"] > 0 and row["target"] for row in measured.values())
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_the_made_models_rows_are_ratios_and_nothing_is_left_running() -> None:
+    measured = rows("size", "stream/shape")
+    assert are_numbers(measured)
+    assert measured["workers while a model is loaded"]["ours"] == 1
+    assert measured["workers after it was unloaded"]["holds"]
+
+
+def test_the_table_names_the_machine_and_each_column() -> None:
+    done = bench("--markdown", "--rows", "pipelined")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("- cpu: ") for line in lines)
+    header = lines.index("| what | ours | theirs | ratio | target | holds |")
+    assert len(lines[header:]) == 2 + 3
+
+
+def test_a_row_that_does_not_exist_is_refused_by_name() -> None:
+    done = bench("--rows", "pong")
+    assert done.returncode == 2
+    assert "pong" in done.stderr
+    assert "pipelined" in done.stderr

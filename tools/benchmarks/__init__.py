@@ -1,0 +1,1 @@
+"""The benchmark program's parts; tools/bench.py starts it."""

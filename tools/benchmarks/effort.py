@@ -1,0 +1,42 @@
+"""How much is measured: a full run for the docs, a quick one while working, a smoke that only shows that it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STREAMS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """One model's share: `tokens` of each answer, and how many pairs of runs each comparison gets."""
+
+    stream_tokens: int
+    stream_rounds: int
+    batch_tokens: int
+    batch_rounds: int
+    http_rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """
+    Attributes:
+        pings: round trips in one run; a comparison has `ping_rounds` pairs of runs.
+        pipelined: pings in one pipelined run.
+        width, layers: of the larger random-weight model.
+    """
+
+    ping_rounds: int
+    pings: int
+    pipelined: int
+    width: int
+    layers: int
+    cleanup: Scale
+    shape: Scale
+
+
+# The larger model has 0.1 B parameters; see models.py.
+FULL = Effort(15, 400, 20_000, 768, 14, Scale(192, 11, 96, 9, 7), Scale(24, 5, 12, 3, 3))
+QUICK = Effort(7, 200, 5_000, 768, 14, Scale(96, 5, 48, 3, 3), Scale(12, 1, 6, 1, 1))
+SMOKE = Effort(2, 10, 100, 64, 2, Scale(8, 1, 4, 1, 1), Scale(8, 1, 4, 1, 1))

@@ -1,0 +1,89 @@
+"""The program: which rows are wanted, in which order they are measured, and the table at the end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from . import generation_rows, models, size_rows, socket_rows, table
+from .effort import FULL, QUICK, SMOKE, Effort
+from .processes import Daemon, Reference, echo, folder
+
+MODELS = ("cleanup", "shape")
+NAMES = ("size", "ping", "pipelined", *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "http")))
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tools/dev.py bench", description=__doc__)
+    effort = parser.add_mutually_exclusive_group()
+    effort.add_argument("--quick", action="store_const", dest="effort", const=QUICK, help="fewer and shorter runs")
+    effort.add_argument("--smoke", action="store_const", dest="effort", const=SMOKE, help="no figures worth reading")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", default=[""], help="only these: " + ", ".join(NAMES))
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="the table as JSON")
+    output.add_argument("--markdown", action="store_true", help="the table as Markdown")
+    options = parser.parse_args(arguments)
+    wanted = [name for name in NAMES if any(name.startswith(row) for row in options.rows)]
+    if not wanted:
+        parser.error(f"no rows are named {' '.join(options.rows)}; there are {', '.join(NAMES)}")
+
+    about = table.machine()
+    began = time.monotonic()
+    rows = []
+    for row in measure(wanted, options.effort or FULL):
+        print(f"[{time.monotonic() - began:4.0f} s] " + "  ".join(row.cells()), file=sys.stderr, flush=True)
+        rows.append(row)
+    about["took"] = f"{time.monotonic() - began:.0f} s"
+    if options.json:
+        print(json.dumps(table.as_document(rows, about), ensure_ascii=False, indent=2))
+    else:
+        print((table.as_markdown if options.markdown else table.as_text)(rows, about))
+    return 0
+
+
+def measure(wanted: Sequence[str], effort: Effort) -> Iterator[table.Row]:
+    """All rows that are wanted. One daemon for all; memory is read while it is fresh."""
+    with ExitStack() as stack:
+        temp = stack.enter_context(folder())
+        daemon = stack.enter_context(Daemon())
+        if "size" in wanted:
+            yield from size_rows.before_rows(daemon)
+        if {"ping", "pipelined"} & set(wanted):
+            with echo(temp) as bare:
+                if "ping" in wanted:
+                    yield from socket_rows.ping_rows(daemon, bare, effort)
+                if "pipelined" in wanted:
+                    yield from socket_rows.pipelined_rows(daemon, bare, effort)
+        cleanup = models.make("cleanup", temp) if any(name.endswith(("/cleanup", "size")) for name in wanted) else temp
+        if "size" in wanted:
+            yield from size_rows.after_rows(daemon, cleanup)
+        yield from generation(wanted, "cleanup", daemon, temp, cleanup, effort)
+        if any(name.endswith("/shape") for name in wanted):
+            shape = models.make("shape", temp, effort.width, effort.layers)
+            yield from generation(wanted, "shape", daemon, temp, shape, effort)
+
+
+def generation(
+    wanted: Sequence[str], model: str, daemon: Daemon, temp: Path, path: Path, effort: Effort
+) -> Iterator[table.Row]:
+    """The rows of one model, which is unloaded afterwards."""
+    scale = effort.cleanup if model == "cleanup" else effort.shape
+    label = model if model == "cleanup" else f"{models.parameters(path) / 1e6:.0f} M, 4-bit"
+    if not any(name.endswith(f"/{model}") for name in wanted):
+        return
+    with daemon.client() as client:
+        client.load(str(path), keep_alive=-1)
+        if {f"stream/{model}", f"batch/{model}"} & set(wanted):
+            with Reference(path, temp) as reference:
+                if f"stream/{model}" in wanted:
+                    yield from generation_rows.stream_rows(label, daemon, reference, path, scale)
+                if f"batch/{model}" in wanted:
+                    yield from generation_rows.batch_rows(label, daemon, reference, path, scale)
+        if f"http/{model}" in wanted:
+            yield from generation_rows.http_rows(label, daemon, temp, path, scale)
+        client.unload(str(path))
