@@ -163,7 +163,7 @@ def test_what_came_while_the_loop_was_busy_is_a_sign_of_life(tmp_path: Path) -> 
             seen = len(recorder.heartbeats)
             time.sleep(0.9)  # noqa: ASYNC251 - that is the fault
             await asyncio.sleep(0)
-            await recorder.until(lambda seen=seen: len(recorder.heartbeats) > seen)
+            await recorder.until_beats(seen + 1)
         assert child.usable
         await supervisor.close()
 

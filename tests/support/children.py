@@ -83,6 +83,9 @@ class Recorder:
     async def until_ready(self) -> None:
         await self.until(lambda: self.ready)
 
+    async def until_beats(self, count: int) -> None:
+        await self.until(lambda: len(self.heartbeats) >= count)
+
     async def answer(self, request_id: int) -> dict[str, Any]:
         await self.until(lambda: any(message.get("id") == request_id for message in self.messages))
         return next(message for message in self.messages if message.get("id") == request_id)
