@@ -144,7 +144,7 @@ class Core:
             return
         self._book.seq += 1
         deadline = None if event.timeout_s is None else now + event.timeout_s
-        request = Request(event.rid, event.client, record.id, self._book.seq, event.priority, now, deadline)
+        request = Request(event.rid, event.client, record.id, self._book.seq, event.priority, event.timeout_s, deadline)
         self.requests[event.rid] = request
         record.queue.put(request)
         if deadline is not None:
@@ -298,7 +298,7 @@ class Core:
             phase = "generating"
         else:
             phase = "queued" if record.lifecycle.state == "Ready" else "loading"
-        limit = (request.deadline or request.accepted_at) - request.accepted_at
+        limit = request.timeout_s or 0.0
         return errors.DeadlineExceeded(f"not done within {limit:g} s (still {phase})", phase=phase, timeout_s=limit)
 
     # --- the end --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ class Request:
     model: str
     seq: int
     priority: Priority
-    accepted_at: float
+    timeout_s: float | None
     deadline: float | None
     started_at: float | None = None
     ending: RpcError | None = None
