@@ -237,4 +237,4 @@ class EventLaw(RuleBasedStateMachine):
 
 
 TestEventLaw = EventLaw.TestCase
-TestEventLaw.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestEventLaw.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)

@@ -17,7 +17,7 @@ from support.loops import run
 from support.serving import RawClient, serving
 
 ENCODINGS = st.sampled_from(list(Encoding))
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # --- any bytes ----------------------------------------------------------------------------------------------------
 
