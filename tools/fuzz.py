@@ -143,7 +143,8 @@ def judge(body: bytes, *, walk: bool) -> Any:
         return "ProtocolError"
     finally:
         codec._SMALL = small
-    return ("Invalid", made.reason, made.id) if isinstance(made, Invalid) else repr(made)
+    # Of several faults either way may name another first.
+    return ("Invalid", made.id) if isinstance(made, Invalid) else repr(made)
 
 
 @dataclass

@@ -336,6 +336,14 @@ def test_a_client_that_shall_not_reconnect(daemon: ScriptedDaemon) -> None:
     assert len(daemon.connections) == 1
 
 
+def test_a_connection_closed_before_its_first_use_is_replaced_in_any_case(daemon: ScriptedDaemon) -> None:
+    with Client(daemon.path, reconnect=False, timeout_s=PATIENCE_S) as client:
+        daemon.connection().drop()
+        assert daemon.connection().ended.wait(PATIENCE_S)
+        client.ping()
+        assert client.connect() == daemon.hello
+
+
 # --- streams ------------------------------------------------------------------------------------------------------
 
 

@@ -339,9 +339,10 @@ class Client(Methods, Blocking):
         with self._opening:
             link = self._link
             if link is None or link.session.closed is not None:
-                if link is not None and not self._reconnect:
+                used = link is not None and link.session.hello is not None  # an unused one may be closed as idle
+                if used and not self._reconnect:
                     raise ConnectionLost("the connection ended, and this client does not reconnect")
-                link = self._link = self._open(deadline, self._start, again=link is not None)
+                link = self._link = self._open(deadline, self._start, again=used)
         return link
 
     def _open(self, deadline: float | None, start: Start, *, again: bool) -> _Link:
