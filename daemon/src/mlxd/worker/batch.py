@@ -2,7 +2,9 @@
 
 mlx_lm's GenerationBatch calls one sampler and one list of processors for each row, and hands out each row's whole
 vector of log probabilities. Here a row's sampler is a `Sampling`, a Plan samples all of them in one call, and a row's
-`logprobs` say only what was asked. Joining, leaving, caches, prefill and end-of-text tokens are mlx_lm's.
+`logprobs` say only what was asked. A row that decodes alone does so on a plain cache, as mlx_lm's `stream_generate`
+does: the batched one costs a mask and per-row offsets in every layer. Joining, leaving, prefill and end-of-text tokens
+are mlx_lm's.
 """
 
 from __future__ import annotations
@@ -12,11 +14,14 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch, greedy_sampler
+from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from .sampling import Plan, Sampling
 
 # What a row's `logprobs` are where the model computed no finite numbers for it.
 NOT_FINITE = "not finite"
+# A row must have been alone for this many steps to get a plain cache: each change copies it.
+STEPS_ALONE = 2
 
 
 class RowFailure:
@@ -39,9 +44,12 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
     logits_processors: list[tuple[Any, ...]]
     _next_tokens: Any
     _next_logprobs: list[Any]
+    prompt_cache: list[Any]
 
     _plan: Plan | None = None
     _next_mass: mx.array | None = None  # [rows, 1], log of the sum of exp(logits): not finite if any logit is not
+    _steps_alone = 0
+    _plain = False  # one row, on plain caches
 
     def _step(self) -> tuple[list[int], list[Any]]:
         inputs, mass, notes = self._next_tokens, self._next_mass, self._next_logprobs
@@ -49,6 +57,10 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
         if self._plan is None:
             self._plan = Plan(self.samplers, self.tokens, inputs)
         plan = self._plan
+        if len(self.uids) == 1 and not self._plain:
+            self._steps_alone += 1
+            if self._steps_alone >= STEPS_ALONE:
+                self._make_plain()
 
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         self._next_logprobs = [None] * len(self.uids)
@@ -96,6 +108,8 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
         return mx.concatenate(rows, axis=0)
 
     def extend(self, batch: RowBatch) -> None:
+        self._make_batched()
+        batch._make_batched()
         super().extend(batch)
         self._plan = None
         if self._next_mass is None:
@@ -104,9 +118,27 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
             self._next_mass = mx.concatenate([self._next_mass, batch._next_mass])
 
     def filter(self, keep: list[int]) -> None:
-        super().filter(keep)
+        if len(keep) == len(self.uids):
+            return
+        super().filter(keep)  # where the caches are plain there is one row, so that nothing is left of them
         self._plan = None
+        self._steps_alone, self._plain = 0, False
         self._next_mass = self._next_mass[keep] if keep and self._next_mass is not None else None
+
+    def extract_cache(self, idx: int) -> list[Any]:
+        return list(self.prompt_cache) if self._plain else super().extract_cache(idx)
+
+    def _make_plain(self) -> None:
+        """Caches of other types stay as they are: a batch of one."""
+        if any(type(cache) is BatchKVCache and cache.keys is None for cache in self.prompt_cache):
+            return
+        self.prompt_cache = [c.extract(0) if type(c) is BatchKVCache else c for c in self.prompt_cache]
+        self._plain = True
+
+    def _make_batched(self) -> None:
+        if self._plain:
+            self.prompt_cache = [BatchKVCache.merge([c]) if type(c) is KVCache else c for c in self.prompt_cache]
+        self._steps_alone, self._plain = 0, False
 
 
 class RowPrompts(PromptProcessingBatch):  # type: ignore[misc]
