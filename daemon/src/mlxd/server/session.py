@@ -10,18 +10,14 @@ buffer is full): then pieces merge per request, events wait in their subscriptio
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 import socket
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from mlxd_client import codec
 from mlxd_client.errors import Cancelled as CancelledRpc
 from mlxd_client.errors import (
     InternalError,
-    InvalidParams,
     InvalidRequest,
     MethodNotFound,
     ParseError,
@@ -34,8 +30,9 @@ from mlxd_client.types import ClientInfo
 
 from .call import PENDING, Call
 from .listen import Peer, peer_gone, peer_of
-from .methods.connection import EMPTY
-from .methods.table import METHODS, Method
+from .methods.table import METHODS
+from .requests import MAX_ID_CHARS, MEMBERS, checked_params, what_is_wrong
+from .stall import StallWatch
 
 if TYPE_CHECKING:
     from .events import Subscription
@@ -43,12 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Session"]
 
-_MEMBERS = frozenset(("jsonrpc", "id", "method", "params"))
-_MAX_ID_CHARS = 256
 _ABSENT = object()
 _HALF_CLOSED_CHECK_S = 0.25
-_FIELD_PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
-_FIELD_NAME = re.compile(r"^Object (?:contains unknown|missing required) field `([^`]*)`")
 
 
 class Session(asyncio.Protocol):
@@ -80,7 +73,7 @@ class Session(asyncio.Protocol):
         self._held_back = False  # frames wait in the decoder until the peer reads, or the others had their turn
         self._in_turn = False  # answers are gathered, to be written when the turn ends
         self._flush_scheduled = False
-        self._stall_timer: asyncio.TimerHandle | None = None
+        self._stall = StallWatch(self._loop, limits.write_stall_s, self._stalled)
 
     @property
     def encoding(self) -> codec.Encoding:
@@ -126,16 +119,16 @@ class Session(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._drop()
-        self._stop_stall_timer()
+        self._stall.stop()
         self.server.session_ended(self)
 
     def pause_writing(self) -> None:
         self._paused = True
-        self._start_stall_timer()
+        self._stall.start(self._transport)
 
     def resume_writing(self) -> None:
         self._paused = False
-        self._stop_stall_timer()
+        self._stall.stop()
         self._flush()
         if self._held_back and not self._paused:
             self._turn()
@@ -204,9 +197,9 @@ class Session(asyncio.Protocol):
         name = message.get("method")
         request_id = message.get("id", _ABSENT)
         kind = type(request_id)
-        sound = kind is int or (kind is str and 0 < len(request_id) <= _MAX_ID_CHARS)
-        if type(name) is not str or message.get("jsonrpc") != "2.0" or not message.keys() <= _MEMBERS:
-            self._refuse(request_id if sound else None, _what_is_wrong(message))
+        sound = kind is int or (kind is str and 0 < len(request_id) <= MAX_ID_CHARS)
+        if type(name) is not str or message.get("jsonrpc") != "2.0" or not message.keys() <= MEMBERS:
+            self._refuse(request_id if sound else None, what_is_wrong(message))
         elif sound:
             if request_id in self._calls:
                 self._refuse(request_id, f"the id {request_id!r} is that of a request under way")
@@ -215,7 +208,7 @@ class Session(asyncio.Protocol):
         elif request_id is _ABSENT:
             self._on_notification(name, message)
         else:
-            self._refuse(None, f"an id is an integer or a string of 1 to {_MAX_ID_CHARS} characters")
+            self._refuse(None, f"an id is an integer or a string of 1 to {MAX_ID_CHARS} characters")
 
     def _on_request(self, request_id: int | str, name: str, message: dict[str, Any]) -> None:
         method = METHODS.get(name)
@@ -225,7 +218,7 @@ class Session(asyncio.Protocol):
             return
         call = Call(self, request_id, method)
         try:
-            params = _params(method, message)
+            params = checked_params(method, message)
             if method.waits:
                 self._admit(call)
             result = method.handler(call, params)
@@ -405,29 +398,6 @@ class Session(asyncio.Protocol):
         if not self._transport.is_closing():
             self._transport.write(data)
 
-    # --- a peer that does not read --------------------------------------------------------------------------------
-
-    def _start_stall_timer(self) -> None:
-        self._stop_stall_timer()
-        self._watch_stall(self._transport.get_write_buffer_size(), self._loop.time())
-
-    def _stop_stall_timer(self) -> None:
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
-            self._stall_timer = None
-
-    def _watch_stall(self, size: int, since: float) -> None:
-        """Look a few times per `write_stall_s` whether the peer took anything; `since` is when it last did."""
-        limit = self.server.limits.write_stall_s
-        now, left = self._loop.time(), self._transport.get_write_buffer_size()
-        if left < size:
-            since = now
-        if now - since >= limit:
-            self.server.log.warning("write_stalled", client=self.client, unsent_bytes=left, stalled_s=limit)
-            self._transport.abort()
-            return
-        self._stall_timer = self._loop.call_later(limit / 4, self._watch_stall, left, since)
-
     # --- the end --------------------------------------------------------------------------------------------------
 
     def _refuse_bytes(self, reason: str) -> None:
@@ -463,8 +433,13 @@ class Session(asyncio.Protocol):
             self._out.clear()
         self._drop()
         self._transport.close()
-        if self._transport.get_write_buffer_size() and self._stall_timer is None:
-            self._start_stall_timer()
+        if self._transport.get_write_buffer_size() and not self._stall.running:
+            self._stall.start(self._transport)
+
+    def _stalled(self, unsent_bytes: int) -> None:
+        limit = self.server.limits.write_stall_s
+        self.server.log.warning("write_stalled", client=self.client, unsent_bytes=unsent_bytes, stalled_s=limit)
+        self._transport.abort()
 
     def _drop(self) -> None:
         """Everything that this connection held ends now. Idempotent."""
@@ -507,38 +482,3 @@ class Session(asyncio.Protocol):
         return InternalError(
             f"something went wrong inside the daemon; its log has it as {reference}", reference=reference
         )
-
-
-def _what_is_wrong(message: dict[str, Any]) -> str:
-    if message.get("jsonrpc") != "2.0":
-        return 'a request has "jsonrpc": "2.0"'
-    if type(message.get("method")) is not str:
-        return "a request has a `method`, which is a string"
-    odd = sorted(message.keys() - _MEMBERS)[0]
-    return f"a request has no member named {odd[:80]!r}"
-
-
-def _params(method: Method, message: dict[str, Any]) -> Any:
-    """The parameters as the method's struct. Raises InvalidParams that names the field."""
-    given = message.get("params", _ABSENT)
-    if method.no_params and (given is _ABSENT or given == {}):
-        return EMPTY
-    if given is _ABSENT:
-        given = {}
-    elif type(given) is not dict:
-        positional = type(given) is list
-        reason = "parameters are given by name, not by position" if positional else "`params` is a map of parameters"
-        raise InvalidParams(reason, field="params")
-    try:
-        return msgspec.convert(given, method.params)
-    except msgspec.ValidationError as error:
-        text = str(error)
-        raise InvalidParams(f"{method.name}: {text}", field=_field(text)) from None
-
-
-def _field(text: str) -> str:
-    """The field that msgspec complains about, as a path such as `messages[0].role`."""
-    path = _FIELD_PATH.search(text)
-    name = _FIELD_NAME.search(text)
-    parts = [found[1] for found in (path, name) if found is not None and found[1]]
-    return ".".join(parts) or "params"
