@@ -18,7 +18,7 @@ from mlxd_client.codec import Decoder, Encoding, Invalid, encode
 from mlxd_client.errors import MethodNotFound, ProtocolError, RpcError
 
 # The most that any wait in a test takes before it is a failure.
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 HELLO = types.HelloResult(
     protocol=1,

@@ -309,7 +309,7 @@ def test_a_restarted_daemon_begins_anew_with_resync(daemon: ScriptedDaemon) -> N
 
 
 def test_events_that_nobody_takes_are_left_in_the_socket(daemon: ScriptedDaemon) -> None:
-    count, written = 20_000, threading.Event()
+    count, written = 5_000, threading.Event()
 
     def subscribe(connection: Connection, request: dict[str, Any]) -> Any:
         connection.reply(request["id"], msgspec.to_builtins(subscribed("e1", 0, snapshot=types.Snapshot())))
