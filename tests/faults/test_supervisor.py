@@ -137,6 +137,25 @@ def test_the_silence_that_a_load_takes_is_borne(tmp_path: Path) -> None:
     run(main())
 
 
+def test_what_waited_unread_during_a_load_is_not_held_against_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        supervisor = supervise(tmp_path, heartbeat_s=2.0)
+        recorder = Recorder()
+        child = supervisor.spawn(bad(), recorder)
+        early = child.request("generate", generate("x" * 2_000_000))
+        await recorder.until_ready()
+        child.expect_silence(20)
+        load = child.request("load", {"model": "m", "path": "/!sleep/2.5"})
+        waiting = child.request("generate", generate("x" * 2_000_000))
+        await recorder.answer(load)
+        child.expect_silence(0)
+        await recorder.answer(early)
+        await recorder.answer(waiting)
+        await supervisor.close()
+
+    run(main())
+
+
 def test_silence_while_the_daemon_itself_stood_still_is_forgiven(tmp_path: Path) -> None:
     async def main() -> None:
         asleep_s = 0.0
@@ -377,6 +396,21 @@ def test_stopping_escalates(tmp_path: Path, loop_kind: str, mode: str, signals: 
         assert [step.rpartition(" ")[2] for step in steps] == signals
 
     run(main(), loop_kind=loop_kind)
+
+
+def test_nothing_is_called_from_within_a_call(tmp_path: Path) -> None:
+    async def main() -> None:
+        supervisor = supervise(tmp_path)
+        recorder = Recorder()
+        child = supervisor.spawn(quick("pass"), recorder)
+        time.sleep(0.3)  # noqa: ASYNC251 - it ends unseen
+        child.send({"method": "nobody", "params": {}})
+        child.stop(grace_s=0)
+        child.kill()
+        assert not recorder.deaths
+        await child.wait()
+
+    run(main())
 
 
 def test_stopping_before_the_ready_frame(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ Modes (default: `worker`):
 A worker answers `load`, `count` and `generate`; the last echoes the prompt, a word a step. A prompt (the last
 message's text), or a path given to `load`, that contains one of these words makes it act on that instead:
     !segfault  !abort  !exit N  !hang  !spin  !garbage  !error
+    !sleep SECONDS      neither reads nor beats for that long, then goes on as if nothing had been
     !slow N             N steps, each of which waits for the file `step-<k>` (k from 0) in the folder named by
                         BAD_CHILD_STEPS, or 20 ms where there is none; `cancel` ends it
 """
@@ -193,6 +194,8 @@ class Worker:
                 action()
         if "!exit" in words:
             leave(int(words[words.index("!exit") + 1]))
+        if "!sleep" in words:
+            time.sleep(float(words[words.index("!sleep") + 1]))
         if "!garbage" in words:
             self.pipe.sock.sendall(b"\xff" * 64)
             hang()
@@ -282,7 +285,10 @@ def main(argv: list[str]) -> None:
     if mode in ("worker", "late"):
         return Worker(pipe).serve()
     if mode in ("ignore-stop", "ignore-all"):
-        return Worker(pipe, obedient=False).serve()
+        try:
+            Worker(pipe, obedient=False).serve()
+        except OSError:  # the daemon is gone, which is no reason either
+            time.sleep(3600)
     return go_wrong(mode, value, pipe)
 
 

@@ -148,7 +148,8 @@ class Child:
     def expect_silence(self, seconds: float) -> None:
         """Bear up to `seconds` of silence (where that is more than `heartbeat_s`), until called again with 0."""
         self._silence_s = seconds
-        if self.ready is not None and self.death is None:
+        if self.ready is not None and self._process is not None:
+            self._be_patient()
             self._arm_watch()
 
     def stop(self, grace_s: float | None = None) -> None:
@@ -168,7 +169,7 @@ class Child:
         if grace_s <= 0:
             self._terminate()
         else:
-            self._stop_timer = self._loop.call_later(grace_s, self._terminate)
+            self._stop_timer = self._loop.call_later(grace_s, self._on_grace_over)
 
     def kill(self) -> None:
         """End it at once by SIGKILL; the cause is `stopped`. For a child whose work is of no use any more."""
@@ -240,6 +241,7 @@ class Child:
             self.ready = msgspec.convert(message.get("params"), Ready)
         except msgspec.ValidationError as error:
             return self._on_garbage(f"an odd ready frame: {error}")
+        self._be_patient()
         self._arm_watch()
         self._log.info(
             "child ready",
@@ -297,7 +299,7 @@ class Child:
         now = self._clock()
         late = now - self._watch_due
         if late > _STALL_S:
-            self._forgive(now)
+            self._be_patient()
         if now >= self._limit()[0] and self._pipe is not None:
             self._pipe.poll()  # a busy loop runs its timers before it reads
             if self._reap():
@@ -308,8 +310,9 @@ class Child:
         else:
             self._arm_watch()
 
-    def _forgive(self, now: float) -> None:
-        """The daemon stood still, and the child perhaps with it: all patience starts anew."""
+    def _be_patient(self) -> None:
+        """Count anew: what it did not do until now says nothing, since it could not, or the daemon stood still."""
+        now = self._clock()
         self._awaited_since = self._last_sign = now
         if self._pipe is not None and self._pipe.stalled_at is not None:
             self._pipe.stalled_at = now
@@ -325,9 +328,11 @@ class Child:
             self._log.warning("killing child", kind=self.kind, name=self.name, pid=self.pid, cause=cause, detail=detail)
         self._signal(signal.SIGKILL)
 
+    def _on_grace_over(self) -> None:
+        if not self._reap():
+            self._terminate()
+
     def _terminate(self) -> None:
-        if self._reap():
-            return
         self._terminated = True
         self._log.info("child does not stop, SIGTERM", kind=self.kind, name=self.name, pid=self.pid)
         self._signal(signal.SIGTERM)
