@@ -266,7 +266,7 @@ class Session:
 
     def _succeed(self, call: Call[Any], result: Any) -> None:
         try:
-            call.result = msgspec.convert(result, call.result_type)
+            call.result = result if call.result_type is Any else msgspec.convert(result, call.result_type)
         except (msgspec.ValidationError, RecursionError) as error:
             self._fail(call, ProtocolError(f"the answer to `{call.method}` is not what it should be: {error}"))
             return
