@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -100,6 +101,7 @@ def test_of_daemons_started_at_once_exactly_one_serves() -> None:
         for one in crowd:
             one.kill()
             one.communicate()
+        daemon.remove()
 
 
 def test_a_stale_socket_blocks_nobody_and_a_live_one_is_not_stolen() -> None:
@@ -107,11 +109,11 @@ def test_a_stale_socket_blocks_nobody_and_a_live_one_is_not_stolen() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as left:
         left.bind(str(daemon.socket))  # nobody listens
     with daemon, daemon.client() as client:
-        until_pid = client.connect().server.pid
-        assert until_pid == daemon.pid
+        assert client.connect().server.pid == daemon.pid
         other = Daemon(bad_child="worker", env={"MLXD_SOCKET": str(daemon.socket)})  # another home, the same socket
         second = serve(other)
         _, told = second.communicate(timeout=PATIENCE_S)
+        other.remove()
         assert second.returncode == ALREADY_RUNNING
         assert "already running" in told
         assert client.connect().server.pid == daemon.pid
@@ -126,8 +128,7 @@ def test_a_frozen_daemon_goes_on_where_it_stood() -> None:
         worker = daemon.worker()
         for pid in (daemon.pid, worker.pid):
             os.kill(pid, signal.SIGSTOP)
-        stopped = subprocess.run([sys.executable, "-c", "import time; time.sleep(2.5)"], check=True)
-        assert stopped.returncode == 0
+        time.sleep(2.5)  # what is tested is that time passes, more of it than a silent worker gets
         for pid in (worker.pid, daemon.pid):
             os.kill(pid, signal.SIGCONT)
         assert stream.wait().usage.completion_tokens == 5

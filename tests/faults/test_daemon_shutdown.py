@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
 
 import pytest
 
 from mlxd_client import errors
+from mlxd_client.codec import encode
 from support.daemon import PATIENCE_S, Daemon, active, until
 
 CLEANUP = "mlxd/cleanup"
@@ -118,10 +120,6 @@ def test_a_drain_that_waits_for_a_load() -> None:
 
 
 def test_clients_that_do_not_read_delay_the_end_by_little() -> None:
-    import socket
-
-    from mlxd_client.codec import encode
-
     with Daemon(bad_child="worker", drain_s=0.2) as daemon, daemon.client() as client:
         client.load(CLEANUP)
         with client.events() as events:
@@ -137,5 +135,3 @@ def test_clients_that_do_not_read_delay_the_end_by_little() -> None:
             assert ended(daemon) == 0
             assert time.monotonic() - asked_at < 0.2 + 2.0
             sock.close()
-
-

@@ -136,6 +136,10 @@ class Daemon:
         assert not alive, f"the daemon left children behind: {alive}"
         return self.process.returncode
 
+    def remove(self) -> None:
+        """Delete its folder; done by leaving the `with` block too."""
+        shutil.rmtree(self.home, ignore_errors=True)
+
     def __enter__(self) -> Self:
         try:
             return self.start()
@@ -143,7 +147,7 @@ class Daemon:
             if self.process is not None:
                 self.process.kill()
                 self.process.communicate()
-            shutil.rmtree(self.home, ignore_errors=True)
+            self.remove()
             raise
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
@@ -154,7 +158,7 @@ class Daemon:
         finally:
             if kind is not None:
                 print(self.log()[-8000:])
-            shutil.rmtree(self.home, ignore_errors=True)
+            self.remove()
 
 
 def until(events: EventStream, *names: str, **facts: Any) -> list[Event]:
