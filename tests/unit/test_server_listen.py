@@ -131,6 +131,14 @@ def test_a_lock_that_cannot_be_made(folder: Path) -> None:
         listen(folder)
 
 
+def test_a_missing_socket_folder_is_made_private(folder: Path) -> None:
+    listener = listen(folder / "home", folder / "sockets" / "a.sock")
+    assert (_mode(folder / "sockets"), _mode(folder / "sockets" / "a.sock")) == (0o700, 0o600)
+    listener.close()
+    with pytest.raises(SocketPathError, match="cannot be used"):
+        listen(folder / "home", folder / "not" / "there" / "a.sock")
+
+
 def test_a_socket_folder_that_others_may_write(folder: Path) -> None:
     loose = folder / "loose"
     loose.mkdir()

@@ -100,8 +100,13 @@ def prepare_home(home: Path) -> None:
 
 
 def _check_socket_folder(folder: Path) -> None:
-    """A socket outside of home: the folder must be one where nobody else can put a socket in our place."""
+    """A socket outside of home: the folder must be one where nobody else can put a socket in our place.
+
+    It is created where only it is missing, since the place for homes with too long a path is in the system's /tmp.
+    """
     try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
         found = os.stat(folder)
     except OSError as error:
         raise SocketPathError(f"the socket's folder {folder} cannot be used: {error.strerror}") from None
