@@ -1,4 +1,4 @@
-"""Daemons that are killed, and daemons that meet: nothing is left behind, nothing blocks the next, exactly one serves."""
+"""Daemons that are killed, and daemons that meet: nothing is left behind, nothing blocks the next, one serves."""
 
 from __future__ import annotations
 

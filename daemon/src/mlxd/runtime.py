@@ -6,6 +6,7 @@ Decides nothing. Holds what the core must not know: futures, sinks, workers' lin
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 import time
@@ -310,13 +311,20 @@ class Runtime:
 
     async def scan(self) -> None:
         """Tell the core what the disk holds now."""
-        found = await self.loop.run_in_executor(self._disk, self._store.scan)
+        known = list(self.core.models)
+        found = await self.loop.run_in_executor(self._disk, self._look, known)
         for one in found:
             self._note(one)
-        here = {one.model for one in found}
-        for record in list(self.core.models.values()):
-            if record.id not in here and record.source != "path":
-                self.tell(ev.Lost(record.id))
+        for model in set(known).difference(one.model for one in found):
+            self.tell(ev.Lost(model))
+
+    def _look(self, known: list[str]) -> list[Found]:
+        """All models that the store lists, and those of the known ones that it does not list but still has."""
+        found = self._store.scan()
+        for model in set(known).difference(one.model for one in found):
+            with contextlib.suppress(errors.ModelNotFound, errors.ModelInvalid):
+                found.append(self._store.resolve(model))
+        return found
 
     def _note(self, found: Found) -> str:
         """Tell the core of a model that was found on disk. Returns its id."""
