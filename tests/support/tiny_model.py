@@ -72,13 +72,14 @@ def build(
         "vocab_size": vocabulary,
         "max_position_embeddings": context,
         "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,
         "eos_token_id": 2,
     }
     mx.random.seed(seed)
     model = Model(ModelArgs.from_dict(settings))
-    # Wider embeddings than nn's default keep the logits apart, so that greedy decoding has no near-ties.
-    model.model.embed_tokens.weight = mx.random.normal((vocabulary, hidden)) * 0.5
+    # Scales at which layers matter and logits lie apart: greedy decoding wanders, and has no near-ties.
+    model.model.embed_tokens.weight = mx.random.normal((vocabulary, hidden))
+    model.lm_head.weight = mx.random.normal((vocabulary, hidden)) * (3.0 / hidden**0.5)
     if quantize is not None:
         nn.quantize(model, group_size=32, bits=quantize)
         settings["quantization"] = {"group_size": 32, "bits": quantize}

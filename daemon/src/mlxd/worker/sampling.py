@@ -171,6 +171,9 @@ class _Group:
             logprobs = apply_min_p(logprobs, self._min_p)
         if 0 < self._top_k < size:
             logprobs = apply_top_k(logprobs, self._top_k)
-        noise = mx.vmap(lambda key: mx.random.gumbel((size,), key=key))(self._keys)
+        if len(self.indices) == 1:  # the same noise, without the cost of vmap
+            noise = mx.random.gumbel((1, size), key=self._keys[0])
+        else:
+            noise = mx.vmap(lambda key: mx.random.gumbel((size,), key=key))(self._keys)
         self._keys = self._keys + _COUNT
         return mx.argmax(logprobs.astype(mx.float32) * self._heat + noise, axis=-1)
