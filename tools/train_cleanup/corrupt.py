@@ -28,7 +28,7 @@ from vocabulary import FUNCTION_WORDS, common_words, lines
 #: always removed
 FILLERS = ("um", "uh", "um", "uh", "er", "erm", "uhm", "umm", "uhh", "hmm")
 #: removed only next to a filler, or inside a clause for "you know" and "i mean"
-SOFT = ("like", "so", "well", "you know", "i mean", "okay so", "basically", "actually")
+SOFT = ("like", "so", "well", "you know", "i mean", "okay so", "basically")
 DOUBLED = frozenset("very really so that had no bye ha yes many".split())
 MARKERS = (
     "no sorry",

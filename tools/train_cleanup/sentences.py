@@ -71,7 +71,9 @@ class Source:
 
     def last(self) -> str:
         name = made_up_name(self.rng) if self.rng.random() < 0.2 else self.pick(read("last_names"))
-        return "O'Brien" if name == "Obrien" else name
+        if name in ("Obrien", "OConnor", "ODonnell", "OLeary", "ONeill"):
+            return f"O'{name[1].upper()}{name[2:]}"
+        return name
 
 
 def said_file(text: str) -> str:
@@ -136,7 +138,7 @@ def ident(src: Source) -> tuple[str, str]:
 
 def title(src: Source, kinds: tuple[tuple[str, str], ...]) -> tuple[str, str]:
     written, said = src.rng.choice(kinds)
-    name = src.last()
+    name = src.last() if src.rng.random() < 0.85 else src.pick(common_words()).capitalize()
     return f"{written} {name}", f"{said} {name.lower()}"
 
 
@@ -145,6 +147,48 @@ def cased(name: str, rng: Random) -> tuple[str, str]:
     if name.isupper() and len(name) <= 5 and rng.random() < 0.15:
         return name, " ".join(name.lower())
     return name, name.lower()
+
+
+def noun_phrase(src: Source) -> str:
+    """A noun phrase without an article, of one to three words."""
+    rng = src.rng
+    head = rng.choice((plural(src.pick(read("nouns"))), src.pick(read("mass")), src.pick(read("mass"))))
+    roll = rng.random()
+    if roll < 0.35:
+        return head
+    if roll < 0.6:
+        return f"{src.pick(read('adjectives'))} {head}"
+    if roll < 0.8:
+        return f"{src.pick(read('nouns'))} {head}"
+    if roll < 0.9:
+        return f"{src.pick(read('nouns'))} of {src.pick(read('mass'))}"
+    return f"a {src.pick(read('nouns'))}" if rng.random() < 0.5 else f"some {head}"
+
+
+KIN = (
+    "Aunt {F}|Uncle {F}|Grandma {F}|Grandpa {F}|Professor {L}|Captain {L}|Coach {L}|Judge {L}|Senator {L}|"
+    "Officer {L}|Detective {L}|President {L}|Queen {F}|King {F}|Saint {F}|Father {F}|Sister {F}|Nurse {F}"
+).split("|")
+INSTITUTIONS = (
+    "{L} Hospital|{P} General Hospital|Saint {F} Hospital|{P} University|the University of {P}|{L} College|"
+    "{L} Elementary|{L} High School|{P} Airport|the {P} Museum of Art|the Bank of {P}|{L} and Sons|{L} Brothers|"
+    "the {P} Times|the {L} Institute|{P} City Hall|{L} Dental|{L} Pharmacy|the {L} Foundation"
+).split("|")
+PLACES = (
+    "Lake {L}|Mount {L}|the {L} River|{L} Park|{L} Beach|{L} County|{L} Bridge|{L} Square|{L} Street|"
+    "{L} Avenue|{L} Road|North {P}|South {P}|West {P}|East {P}|Fort {L}|Port {L}|{L} Island|{L} Falls|"
+    "Cape {L}|{L} Bay|{L} Valley|the {P} Canal|Mount {mk}|Lake {mk}"
+).split("|")
+
+
+def pattern(choices: list[str]) -> Callable[[Source], tuple[str, str]]:
+    """A slot filled from patterns that hold names."""
+
+    def make(source: Source) -> tuple[str, str]:
+        text = re.sub(r"\{(\w+)\}", lambda m: SLOTS[m[1]](source)[0], source.rng.choice(choices))
+        return text, text.lower()
+
+    return make
 
 
 TITLES = (("Mr.", "mister"), ("Mr.", "mr"), ("Mrs.", "mrs"), ("Ms.", "ms"))
@@ -164,13 +208,20 @@ SLOTS = {
     "F": lambda s: (w := s.first(), w.lower()),
     "L": lambda s: (w := s.last(), w.lower()),
     "FL": lambda s: (w := f"{s.first()} {s.last()}", w.lower()),
-    "P": lambda s: (w := s.rng.choice(read("places")), w.lower()),
+    "P": lambda s: (w := made_up_name(s.rng) if s.rng.random() < 0.1 else s.rng.choice(read("places")), w.lower()),
+    "rel": lambda s: (w := s.rng.choice(read("relations")), w),
+    "NP": lambda s: (w := noun_phrase(s), w),
     "B": lambda s: cased(s.rng.choice(read("brands")), s.rng),
     "A": lambda s: cased(s.rng.choice(read("acronyms")), s.rng),
     "mk": lambda s: (w := made_up_name(s.rng), w.lower()),
     "Dr": lambda s: title(s, DOCTORS),
     "Mr": lambda s: title(s, TITLES),
     "med": lambda s: (w := s.rng.choice(MEDICINES), w),
+    "kin": pattern(KIN),
+    "inst": pattern(INSTITUTIONS),
+    "geo": pattern(PLACES),
+    "lang": lambda s: (w := s.rng.choice(read("languages")), w.lower()),
+    "holi": lambda s: (w := s.rng.choice(read("holidays")), w.lower()),
     "email": email,
     "url": url,
     "file": file,
@@ -273,14 +324,17 @@ def salad(src: Source) -> list[Unit]:
     """Random words in random order: nothing to lean on, so the model has to copy."""
     rng = src.rng
     units = []
-    mix = rng.random()
+    mix, values = rng.random(), rng.random() < 0.45
     for _ in range(rng.choice((1, 2, 3, 4, 6, 8, 10, 12, 15, 20))):
         roll = rng.random()
+        if values and units and roll < 0.25 and units[-1].kind == "w":
+            units.append(unit(rng.choice(SALAD_VALUES), src))
+            continue
         if roll < 0.3 * mix:
             word = made_up(rng)
-        elif roll < 0.6:
+        elif roll < 0.62:
             word = src.pick(common_words())
-        elif roll < 0.9:
+        elif roll < 0.94:
             word = rng.choice(FUNCTION_LIST)
         else:
             word = rng.choice(clear_names())
@@ -291,7 +345,12 @@ def salad(src: Source) -> list[Unit]:
     return [*units[:-1], replace(units[-1], tail=".")]
 
 
-FUNCTION_LIST = tuple(sorted(FUNCTION_WORDS - {"well", "so", "like", "okay"}))
+#: values that may stand anywhere in a salad
+SALAD_VALUES = tuple(
+    "time day date year num num big dec ver digits money money bigmoney pct pct dur temp bp phone flight addr span "
+    "email url file ordnum age Dr Mr".split()
+)
+FUNCTION_LIST = tuple(sorted(FUNCTION_WORDS - {"well", "so", "like", "okay", "me", "may"}))
 KEEP = FUNCTION_WORDS | frozenset("um uh er sorry actually scratch mean know wait".split())
 
 
@@ -312,6 +371,9 @@ def shake(units: list[Unit], rate: float, src: Source) -> list[Unit]:
     return out
 
 
+#: words before a sentence that are kept, unless a filler stands beside them
+OPENERS = "so so and but well, okay, oh, anyway, also, yes, no, actually, then".split()
+OPENED = frozenset("so and but well okay oh anyway also yes no actually then sure hi hey hello dear right wow".split())
 JOINTS = ("and", "but", "so", "because", "and then", "or")
 
 
@@ -344,6 +406,10 @@ def sentence(src: Source, alone: bool = True) -> list[Unit]:
             comma = "" if joint in ("because", "or") else ","
             words = [Unit(w, w) for w in joint.split()]
             units = [*units[:-1], replace(units[-1], tail=comma), *words, *second]
+    if rng.random() < 0.05 and units[0].said not in OPENED and units[0].text[:1].isalpha():
+        opener = rng.choice(OPENERS)
+        word = opener.rstrip(",")
+        units = [Unit(word, word, tail=opener[len(word) :]), *units]
     roll = rng.random()
     rate = 0.0 if roll < 0.5 else 0.12 if roll < 0.8 else 0.5 if alone else 0.05
     return shake(units, rate, src) if rate else units

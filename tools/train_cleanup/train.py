@@ -19,6 +19,7 @@ from corrupt import example
 from export import export
 from model import Model, Shape
 from optimizer import Optimizer
+from parallel import Team, parts
 from tokenizers import Tokenizer
 
 POOL = 6144
@@ -27,7 +28,7 @@ LONGEST = 320
 
 def copying(progress: float) -> float:
     """Share of word salad: copying is learnt first, the task later."""
-    return 0.7 if progress < 0.04 else 0.35 if progress < 0.1 else 0.15
+    return 0.7 if progress < 0.04 else 0.35 if progress < 0.1 else 0.14
 
 
 def conversations(tok: Tokenizer, seed: int, progress: float) -> list[tuple[list[int], list[bool]]]:
@@ -125,54 +126,21 @@ class Run:
         return used / (o.minutes * 60)
 
 
-class Threads:
-    """Chooses the number of threads by measured speed: on a shared machine fewer may be faster.
-
-    A parallel region is as slow as its slowest thread, so one busy neighbour on one core
-    can cost more than the core is worth. Tries the other count for a few steps now and then.
-    """
-
-    def __init__(self, most: int, every: float = 60.0):
-        self.most, self.every = most, every
-        self.best = self.now = most
-        self.since = 0.0
-        self.speed: dict[int, float] = {}
-        torch.set_num_threads(most)
-
-    def saw(self, tokens_done: int, seconds: float) -> None:
-        """After a step: its tokens and seconds."""
-        new = tokens_done / max(seconds, 1e-6)
-        old = self.speed.get(self.now, new)
-        self.speed[self.now] = new if self.now != self.best else 0.7 * old + 0.3 * new
-        self.since += seconds
-        if self.most == 1:
-            return
-        if self.now != self.best:
-            self.best = max(self.speed, key=self.speed.__getitem__)
-            self.now, self.since = self.best, 0.0
-        elif self.since > self.every:
-            self.now = self.most if self.best == 1 else 1
-        torch.set_num_threads(self.now)
-
-
 def train(run: Run, tok: Tokenizer) -> None:
     """Pool by pool until the budget is used up."""
-    o, counts, forward = run.options, run.counts, run.model.loss
-    if o.compile:
-        forward = torch.compile(forward, dynamic=True)
+    o, counts = run.options, run.counts
+    team = Team(run.model, o.workers)
     last = saved = time.time()
-    threads = Threads(o.threads)
     losses: list[float] = []
     while run.progress() < 1:
         rows = conversations(tok, o.seed * 1_000_000 + counts["pool"], run.progress())
         counts["pool"] += 1
         counts["examples"] += POOL
         for grid, where, targets in batches(rows, o.batch, counts["pool"]):
-            progress, began = run.progress(), time.time()
+            progress = run.progress()
             if progress >= 1:
                 break
-            loss = forward(grid, where, targets)
-            loss.backward()
+            loss = team.gradient(parts(grid, where, targets, o.part))
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
             run.optimizer.step(rate(progress))
             run.model.zero_grad(set_to_none=True)
@@ -180,16 +148,15 @@ def train(run: Run, tok: Tokenizer) -> None:
             counts["tokens"] += grid.numel()
             counts["targets"] += len(targets)
             run.average_in()
-            losses.append(loss.item())
+            losses.append(loss)
             now = time.time()
-            threads.saw(grid.numel(), now - began)
             counts["seconds"] += now - last
             last = now
             if counts["steps"] % 25 == 0:
                 print(
                     f"{counts['steps']:6d} {progress:6.3f} loss {np.mean(losses[-25:]):.4f} "
-                    f"tokens/s {counts['tokens'] / counts['seconds']:.0f}, by threads "
-                    f"{ {k: round(v) for k, v in threads.speed.items()} }",
+                    f"tokens/s {counts['tokens'] / counts['seconds']:.0f}",
+                    time.strftime("%H:%M:%S"),
                     flush=True,
                 )
             if now - saved > o.every:
@@ -208,13 +175,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=5120, help="tokens a step, padding included")
     parser.add_argument("--muon", type=float, default=0.02)
     parser.add_argument("--adam", type=float, default=3e-3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread")
+    parser.add_argument("--part", type=int, default=900, help="tokens that a process takes at a time")
     parser.add_argument("--every", type=float, default=180, help="seconds between checkpoints")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--export-only", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     for folder in (options.out, options.work):
         folder.mkdir(parents=True, exist_ok=True)
     shape = Shape()
