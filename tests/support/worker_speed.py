@@ -1,4 +1,4 @@
-"""What the worker's engine costs over mlx_lm in process, as ratios: `python -m support.worker_speed [folder]` in tests/.
+"""What the worker costs over mlx_lm in process, as ratios. In tests: `python -m support.worker_speed [folder]`.
 
 Two ways are measured in turn, step by step with the device drained after each, so that whatever else the machine does
 hits both alike; the ratio is the median over the pairs. Draining hides nothing: the engine's own work, which overlaps

@@ -262,7 +262,7 @@ def test_max_tokens_fits_the_context(engine: Engine, loaded: LoadedModel) -> Non
 
 
 def test_a_prompt_that_is_too_long(engine: Engine, loaded: LoadedModel) -> None:
-    for text in ("word " * 1000, "x" * 5_000_000):
+    for text in ("word " * 1000, "x " * 150_000, "x" * 5_000_000):
         with pytest.raises(ContextExceeded) as caught:
             engine.submit(0, ask(text))
         assert caught.value.details["context_length"] == loaded.context_length
@@ -432,4 +432,6 @@ def test_the_guard_sees_processed_text_only(loaded: LoadedModel) -> None:
 def test_defaults_by_kind_and_counting(engine: Engine) -> None:
     assert alone(engine, ask("hello", "process", temperature=0)).completion_tokens <= 150
     assert engine.count(CountTokens(text="")) == 0
+    with pytest.raises(InvalidParams):
+        engine.count(CountTokens(text="x" * 2_000_001))
     assert engine.count(CountTokens(messages=[{"role": "user", "content": ""}])) > 0

@@ -22,6 +22,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from mlxd_client.errors import LoadFailed, ModelInvalid, RpcError
 
+from ..childside import PipeClosed
 from ..store.safetensors import SafetensorsError, check_safetensors
 from .options import check_defaults
 
@@ -96,7 +97,7 @@ def load(path: str, progress: Callable[[float], None]) -> LoadedModel:
         check_weights(folder)
         progress(0.0)
         return _load(folder, config, settings, progress)
-    except RpcError:
+    except (RpcError, PipeClosed):
         raise
     except (OSError, MemoryError) as error:
         raise LoadFailed(f"the model could not be read: {error}") from error

@@ -19,6 +19,12 @@ from mlxd_client.errors import ContextExceeded, InvalidParams, ModelInvalid, Rpc
 
 # A template is a program from the model's folder: it gets this long.
 TEMPLATE_LIMIT_S = 5.0
+# Tokenizing takes seconds for each million characters, and nobody else is served meanwhile: a text longer than the
+# probe is first judged by its start, and nothing longer than the limit is counted.
+PROBE_CHARACTERS = 200_000
+MAX_COUNT_CHARACTERS = 2_000_000
+# How many tokens a cut through a text may add at its end.
+_CUT_TOKENS = 8
 ROLES = ("system", "user", "assistant")
 
 
@@ -70,18 +76,32 @@ class PromptBuilder:
         return Prompt(self._encode(text, special=False), source, opened)
 
     def count(self, *, text: str | None, messages: list[dict[str, Any]] | None) -> int:
-        """How many tokens a plain text has, or the prompt that `chat` would make of messages, of any length."""
-        if messages is None:
-            return len(self._tokenizer.encode(text or "", add_special_tokens=False))
-        check_messages(messages)
-        if not self._tokenizer.has_chat_template:
-            raise Unsupported("this model has no chat template to count messages with", option="messages")
-        return len(self._tokenizer.encode(self._render(messages, False), add_special_tokens=False))
+        """How many tokens a plain text has, or the prompt that `chat` would make of messages, context or not.
+
+        Raises:
+            InvalidParams: more than MAX_COUNT_CHARACTERS, or messages that `build` would refuse.
+        """
+        if messages is not None:
+            check_messages(messages)
+            if not self._tokenizer.has_chat_template:
+                raise Unsupported("this model has no chat template to count messages with", option="messages")
+            text = self._render(messages, False)
+        text = text or ""
+        if len(text) > MAX_COUNT_CHARACTERS:
+            raise InvalidParams(
+                f"a text of {len(text)} characters is over the limit of {MAX_COUNT_CHARACTERS} to count",
+                field="text" if messages is None else "messages",
+            )
+        return len(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         least = len(text) // self._longest_token
         if least >= self._context_length:
             raise self._too_long(least)
+        if len(text) > PROBE_CHARACTERS:
+            least = len(self._tokenizer.encode(text[:PROBE_CHARACTERS], add_special_tokens=special)) - _CUT_TOKENS
+            if least >= self._context_length:
+                raise self._too_long(least)
         tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
         if not tokens:
             raise InvalidParams("the prompt is empty", field="messages")
