@@ -1,4 +1,4 @@
-"""What clients may send by mistake or malice: a typed refusal each time, before anything is loaded, and it serves on."""
+"""What clients may send by mistake or malice: a typed refusal each time, before anything is loaded for it."""
 
 from __future__ import annotations
 

@@ -63,6 +63,16 @@ def test_a_worker_that_hangs_is_found_by_its_silence(prompt: str) -> None:
         assert_recovers(client)
 
 
+def test_a_worker_that_reads_a_long_text_is_not_taken_for_hung() -> None:
+    long = "x" * 200_000
+    with Daemon(bad_child="worker", heartbeat_s=1) as daemon, daemon.client() as client:
+        client.load(CLEANUP)
+        assert client.count_tokens(f"!mute 2 {long}") == 3
+        assert client.process(f"!mute 2 {long}").usage.prompt_tokens == 3
+        assert client.status().workers == []
+        assert assert_died(lambda: client.count_tokens("!mute 9"))["cause"] == "hang"
+
+
 def test_a_killed_worker_is_told_within_a_second() -> None:
     """While idle, with requests running, with requests waiting: those that ran hear of it, those that wait go on."""
     with (

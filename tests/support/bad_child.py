@@ -28,6 +28,7 @@ A worker answers `load`, `count` and `generate`; the last echoes the prompt, a w
 message's text), or a path given to `load`, that contains one of these words makes it act on that instead:
     !segfault  !abort  !exit N  !hang  !spin  !garbage  !error
     !sleep SECONDS      neither reads nor beats for that long, then goes on as if nothing had been
+    !mute N             silent for N seconds, then the answer
     !slow N             N steps, each of which waits for the file `step-<k>` (k from 0) in the folder named by
                         BAD_CHILD_STEPS, or 20 ms where there is none; `cancel` ends it
 """
@@ -177,6 +178,8 @@ class Worker:
             self.pipe.answer(message["id"], loaded)
         elif method == "count":
             text = params.get("text") or " ".join(turn["content"] for turn in params.get("messages", []))
+            if self.act_on(text, message["id"]):
+                return
             self.pipe.answer(message["id"], {"tokens": len(text.split())})
         elif method == "cancel":
             if params["id"] in self.running:
@@ -199,6 +202,8 @@ class Worker:
         if "!garbage" in words:
             self.pipe.sock.sendall(b"\xff" * 64)
             hang()
+        if "!mute" in words:
+            time.sleep(float(words[words.index("!mute") + 1]))
         if "!error" in words:
             self.pipe.refuse(request_id, "asked to fail")
             return True

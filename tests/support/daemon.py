@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import shutil
 import signal
@@ -20,6 +22,14 @@ from support import fake_model
 
 BAD_CHILD = Path(__file__).parent / "bad_child.py"
 PATIENCE_S = 60.0
+
+
+@functools.cache
+def kernels() -> Path:
+    """One TMPDIR for the real workers of all daemons of a test run, so that MLX compiles its kernels once."""
+    folder = Path(tempfile.mkdtemp(prefix="mlxd-kernels-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 class Daemon:
@@ -41,6 +51,9 @@ class Daemon:
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("MLXD_")}
         self.env |= {"MLXD_HOME": str(self.home), "HF_HUB_CACHE": str(self.home / "hub")}
         self.env |= {f"MLXD_{name.upper()}": str(value) for name, value in settings.items()} | (env or {})
+        if bad_child is None:
+            (self.home / "run").mkdir(mode=0o700)
+            (self.home / "run" / "tmp").symlink_to(kernels())
         if steps:
             (self.home / "steps").mkdir()
             self.env["BAD_CHILD_STEPS"] = str(self.home / "steps")

@@ -23,7 +23,11 @@ from typing import Any
 
 import msgspec
 
+from mlxd_client import types
+
 HEARTBEAT_S = 1.0
+# A client's largest request has to fit, with what the daemon puts around it.
+MAX_FRAME_BYTES = types.MAX_FRAME_BYTES + 65_536
 
 
 class Ready(msgspec.Struct, omit_defaults=True):

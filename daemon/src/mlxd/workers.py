@@ -17,6 +17,10 @@ from . import childwire as wire
 from .children.child import Child
 from .children.death import Death
 
+# Characters, and characters a second: a slow tokenizer on a busy machine.
+_LONG_TEXT = 100_000
+_READING_SPEED = 20_000
+
 
 class WorkerEvents(Protocol):
     """Whom a worker's end reports to."""
@@ -56,12 +60,14 @@ class WorkerLink:
         self._rids: dict[int, int] = {}  # the child's request id → rid
         self._ids: dict[int, int] = {}  # and back
         self._counts: dict[int, Counted] = {}
+        self._reading: dict[int, float] = {}  # requests with long texts, and the seconds that reading each may take
 
     # --- what the runtime does ------------------------------------------------------------------------------------
 
     def generate(self, rid: int, params: wire.Generate) -> None:
         assert self.child is not None
         request_id = self.child.request("generate", params)
+        self._expect_reading(request_id, sum(len(turn.get("content", "")) for turn in params.messages))
         self._rids[request_id] = rid
         self._ids[rid] = request_id
 
@@ -72,7 +78,20 @@ class WorkerLink:
     def count(self, params: wire.CountTokens, answer: Counted) -> None:
         """Count tokens; `answer` is called once, with the number or an error."""
         assert self.child is not None
-        self._counts[self.child.request("count", params)] = answer
+        request_id = self.child.request("count", params)
+        self._counts[request_id] = answer
+        turns = params.messages or ()
+        self._expect_reading(request_id, len(params.text or "") + sum(len(turn.get("content", "")) for turn in turns))
+
+    def _expect_reading(self, request_id: int, characters: int) -> None:
+        """A tokenizer gives no sign of life before it has read its whole text: bear with it in proportion."""
+        if characters > _LONG_TEXT:
+            self._reading[request_id] = characters / _READING_SPEED
+            self._bear_silence()
+
+    def _bear_silence(self) -> None:
+        assert self.child is not None
+        self.child.expect_silence(sum(self._reading.values()))
 
     # --- what the child says --------------------------------------------------------------------------------------
 
@@ -117,6 +136,8 @@ class WorkerLink:
     def _on_answer(self, child: Child, message: dict[str, Any]) -> None:
         request_id = message["id"]
         failed = errors.from_wire(message["error"]) if "error" in message else None
+        if self._reading.pop(request_id, None) is not None:
+            self._bear_silence()
         if request_id == self._load_id:
             child.expect_silence(0)
             self._load_ended()
