@@ -374,8 +374,9 @@ def test_tables_on_a_terminal(daemon: ScriptedDaemon, terminal: Start) -> None:
 
 def test_run_streams_to_a_terminal(daemon: ScriptedDaemon, terminal: Start) -> None:
     def stream(connection: Connection, request: dict[str, Any]) -> Any:
-        connection.stream(request["id"], 0, reasoning="hmm")
-        connection.stream(request["id"], 1, text="I think\x1b]0;evil\x07 so.")
+        connection.stream(request["id"], 0, phase="loading", progress=0.5)
+        connection.stream(request["id"], 1, reasoning="hmm")
+        connection.stream(request["id"], 2, text="I think\x1b]0;evil\x07 so.")
         connection.cancel_of(request["id"]).wait(PATIENCE_S)
         connection.fail(request["id"], errors.Cancelled("the request was cancelled"))
         return NOTHING
@@ -383,7 +384,8 @@ def test_run_streams_to_a_terminal(daemon: ScriptedDaemon, terminal: Start) -> N
     daemon.on("process", beside(stream))
     screen = terminal("run", "x", "--socket", daemon.path)
     screen.until("so.")
-    assert "\x1b[2mhmm\x1b[0m" in screen.shown
+    assert "loading the model 50%" in screen.shown
+    assert "\r\x1b[K\x1b[2mhmm\x1b[0m" in screen.shown
     assert "I think]0;evil so." in screen.shown
     screen.process.send_signal(signal.SIGINT)
     assert screen.end() == exits.INTERRUPTED

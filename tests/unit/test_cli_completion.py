@@ -61,3 +61,24 @@ def test_bash_completes(words: list[str], found: set[str], tmp_path: Path) -> No
         ["bash", "-c", script], capture_output=True, text=True, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}
     )
     assert set(done.stdout.split()) == found
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish here")
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("mlxd l", {"list", "load"}),
+        ("mlxd serve --log-level w", {"warning"}),
+        ("mlxd run --top", {"--top-p", "--top-k"}),
+        ("mlxd completion ", {"bash", "zsh", "fish"}),
+        ("mlxd run --seed ", set()),
+    ],
+)
+def test_fish_completes(line: str, found: set[str], tmp_path: Path) -> None:
+    path = tmp_path / "script"
+    path.write_text(SCRIPTS["fish"])
+    done = subprocess.run(
+        ["fish", "-c", f'source {path}; complete -C "{line}"'], capture_output=True, text=True, check=True,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert {shown.split("\t")[0] for shown in done.stdout.splitlines()} == found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .common import Commands, add_command, connect, model_ref
 from .exits import INTERRUPTED, OK, code_of
-from .generate import add_sampling, sampling, show_reasoning, show_stats
+from .generate import add_sampling, sampling, show_stats, told
 
 if TYPE_CHECKING:
     from mlxd_client import Client
@@ -181,9 +181,7 @@ class Chat:
 
     def _answer(self, stream: Stream, parts: list[str]) -> Completion:
         with stream:  # leaving early cancels, and waits for the daemon to say so
-            for piece in stream.pieces():
-                if piece.reasoning:
-                    show_reasoning(piece.reasoning, self._output)
+            for piece in told(stream, self._output):
                 if piece.text:
                     parts.append(piece.text)
                     if not self._output.json:

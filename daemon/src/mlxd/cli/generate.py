@@ -10,11 +10,15 @@ from .common import Commands, add_command, connect, duration, model_ref
 from .exits import OK, USAGE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mlxd_client import types
+    from mlxd_client.sync import Stream
     from mlxd_client.types import Completion
 
     from .output import Output
 
-__all__ = ["add_sampling", "sampling", "show_reasoning", "show_stats"]
+__all__ = ["add_sampling", "sampling", "show_stats", "told"]
 
 # The options of the wire that are one number: name, type, help.
 _NUMBERS: tuple[tuple[str, type, str], ...] = (
@@ -140,25 +144,44 @@ def _prompt(words: list[str], output: Output) -> str | None:
     return text
 
 
-def _streamed(stream: Any, output: Output) -> Completion:
+def _streamed(stream: Stream, output: Output) -> Completion:
     """Print an answer as it comes. Leaving early, by ctrl-C or a closed pipe, cancels the request."""
     ended = True
     with stream:
-        for piece in stream.pieces():
+        for piece in told(stream, output):
             if output.json:
                 output.document(piece)
-                continue
-            if piece.reasoning:
-                show_reasoning(piece.reasoning, output)
-            if piece.text:
+            elif piece.text:
                 output.text(piece.text)
                 ended = piece.text.endswith("\n")
-        completion: Completion = stream.result
+        completion = stream.result
     if output.json:
         output.document(completion)
     elif not ended or not completion.text:
         output.line()
     return completion
+
+
+def told(stream: Stream, output: Output) -> Iterator[types.Stream]:
+    """The pieces of an answer. What comes before its text is told on the way: what is waited for, and thoughts."""
+    waiting = False
+    try:
+        for piece in stream.pieces():
+            if piece.phase is not None:
+                waiting = True
+                output.progress(_PHASES[piece.phase] + (f" {piece.progress:.0%}" if piece.progress is not None else ""))
+            elif waiting:
+                waiting = False
+                output.progress(None)
+            if piece.reasoning:
+                show_reasoning(piece.reasoning, output)
+            yield piece
+    finally:
+        if waiting:
+            output.progress(None)
+
+
+_PHASES = {"queued": "waiting for its turn", "loading": "loading the model", "prompt": "reading the prompt"}
 
 
 def show_reasoning(text: str, output: Output) -> None:

@@ -109,8 +109,12 @@ def load(args: argparse.Namespace, output: Output) -> int:
     from .output import bytes_text, seconds_text
 
     began = time.monotonic()
-    with connect(args) as client:
-        model = client.load(args.model, keep_alive=args.keep_alive)
+    output.progress(f"loading {args.model}")
+    try:
+        with connect(args) as client:
+            model = client.load(args.model, keep_alive=args.keep_alive)
+    finally:
+        output.progress(None)
     if output.json:
         output.document(model)
     else:

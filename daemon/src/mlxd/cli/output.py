@@ -76,6 +76,12 @@ class Output:
             table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
         Console(file=self.out).print(table)
 
+    def progress(self, text: str | None) -> None:
+        """What is waited for, on a line that the next word replaces; None takes it away. Only people see it."""
+        if self.terminal and self.err.isatty():
+            self.err.write("\r\x1b[K" + (f"\x1b[2m{safe(text)}\x1b[0m" if text else ""))
+            self.err.flush()
+
     def note(self, sentence: str) -> None:
         """A sentence beside the result, on stderr."""
         self.err.write(f"mlxd: {safe(sentence)}\n")

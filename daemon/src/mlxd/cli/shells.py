@@ -161,13 +161,10 @@ def fish(commands: list[Described]) -> str:
             parts = [f"complete -c mlxd {when}"]
             parts += [f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in word.flags]
             if word.takes_value and word.flags:
-                parts.append("-r")
-            if word.values == "files":
-                parts.append("-F")
-            elif word.values:
+                parts.append("-r -F" if word.values == "files" else "-x")
+            if word.values and word.values != "files":
                 values = f"({_MODELS})" if word.values == "models" else " ".join(word.values)
                 parts.append(f"-a {quoted(values)}")
-            elif not word.flags:
-                continue
-            lines.append(" ".join([*parts, f"-d {quoted(word.help)}"]))
+            if word.flags or word.values:
+                lines.append(" ".join([*parts, f"-d {quoted(word.help)}"]))
     return "\n".join(lines) + "\n"
