@@ -55,6 +55,9 @@ def make_cleanup(folder: Path) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     config |= {"eos_token_id": config["vocab_size"], "torch_dtype": dtype_name}
     (folder / "config.json").write_text(json.dumps(config))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["eos_token"]  # mlx_lm adds it to what the config says
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def make_shape(folder: Path, width: int, layers: int) -> None:
