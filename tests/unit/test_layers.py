@@ -18,7 +18,7 @@ TREES = {"mlxd_client": ROOT / "client/src/mlxd_client", "mlxd": ROOT / "daemon/
 STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd_client": (set(), {"msgspec"}),
     "mlxd": (set(), set()),
-    "mlxd.childwire": (set(), {"msgspec"}),
+    "mlxd.childwire": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.fidelity": (set(), set()),
     "mlxd.logs": (set(), {"msgspec", "structlog"}),
     "mlxd.settings": ({"mlxd_client"}, {"msgspec"}),
