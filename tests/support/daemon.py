@@ -38,11 +38,18 @@ class Daemon:
     Args:
         settings: by their names; they go to the environment as MLXD_ variables.
         bad_child: workers are tests/support/bad_child.py instead of real ones, in this mode.
+        files: how many descriptors it may have.
         steps: a bad_child's `!slow` generations take no step before `step` lets them.
     """
 
     def __init__(
-        self, *, bad_child: str | None = None, steps: bool = False, env: dict[str, str] | None = None, **settings: Any
+        self,
+        *,
+        bad_child: str | None = None,
+        steps: bool = False,
+        files: int | None = None,
+        env: dict[str, str] | None = None,
+        **settings: Any,
     ) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="mlxd-"))  # short: a socket's path holds about a hundred bytes
         self.socket = self.home / "mlxd.sock"
@@ -57,12 +64,15 @@ class Daemon:
         if steps:
             (self.home / "steps").mkdir()
             self.env["BAD_CHILD_STEPS"] = str(self.home / "steps")
+        self.files = files
         self.process: subprocess.Popen[str] | None = None
         self.expect_exit: int | None = 0
 
     def start(self) -> Self:
         """Start it, and wait until it serves."""
         command = [sys.executable, "-m", "mlxd", "serve"]
+        if self.files is not None:
+            command = ["/bin/sh", "-c", f'ulimit -n {self.files} && exec "$@"', "sh", *command]
         self.process = subprocess.Popen(
             command, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True,

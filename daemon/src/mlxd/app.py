@@ -30,6 +30,8 @@ _LAST_GRACE_S = 0.5
 _TERM_GRACE_S = 1.0
 # The most that macOS allows, and more than `max_clients` may need by default.
 _OPEN_FILES = 10_240
+# What clients leave for the daemon's own needs: logs, folders of models, three for each child.
+_OWN_FILES = 96
 
 
 def serve(settings: Settings) -> int:
@@ -45,31 +47,34 @@ def serve(settings: Settings) -> int:
     except ListenError as error:
         print(f"mlxd: {error}", file=sys.stderr)
         return EXIT_FAILED
-    _allow_many_files()
+    limits = server_limits(settings, _allow_many_files())
     installed = logs.configure(settings.log_file, level=settings.log_level, prompts=settings.log_prompts)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Daemon(settings, listener).run())
+            runner.run(_Daemon(settings, limits, listener).run())
     finally:
         listener.close()
         installed.close()
     return EXIT_OK
 
 
-def _allow_many_files() -> None:
-    """Each client is a descriptor, and macOS gives a process 256 unless it asks for more."""
+def _allow_many_files() -> int:
+    """Each client is one, and macOS gives a process 256 unless it asks for more. Returns how many there are."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return wanted
+    return _OPEN_FILES if soft == resource.RLIM_INFINITY else soft
 
 
 class _Daemon:
     """The parts of one running daemon."""
 
-    def __init__(self, settings: Settings, listener: Listener) -> None:
+    def __init__(self, settings: Settings, limits: ServerLimits, listener: Listener) -> None:
         self._settings = settings
+        self._limits = limits
         self._listener = listener
         self._log = logs.get("mlxd")
         self._stop = asyncio.Event()
@@ -78,7 +83,7 @@ class _Daemon:
     async def run(self) -> None:
         settings = self._settings
         loop = asyncio.get_running_loop()
-        limits = server_limits(settings)
+        limits = self._limits
         supervisor = Supervisor(
             Path(settings.home) / "run",
             log=logs.get("mlxd.children"),
@@ -119,12 +124,12 @@ class _Daemon:
         self._log.info("daemon stopped")
 
 
-def server_limits(settings: Settings) -> ServerLimits:
-    """The server's bounds, as far as they are settings."""
+def server_limits(settings: Settings, files: int) -> ServerLimits:
+    """The server's bounds, as far as they are settings. `files` descriptors are there for clients and all else."""
     return ServerLimits(
         in_flight=settings.requests_in_flight,
         queue=settings.queue_limit,
-        connections=settings.max_clients,
+        connections=max(1, min(settings.max_clients, files - _OWN_FILES)),
         subscriber_events=settings.subscriber_events,
         subscriber_bytes=settings.subscriber_bytes,
         ring_events=settings.event_log,
