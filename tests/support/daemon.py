@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Self
 
 import psutil
 
 from mlxd_client import Client
+from mlxd_client.errors import ConnectFailed
 from mlxd_client.sync import EventStream
 from mlxd_client.types import Event
 from support import fake_model
@@ -77,15 +79,20 @@ class Daemon:
             command, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
-        with self.client(start=self._check_alive) as client:
-            client.ping(wait_s=PATIENCE_S)
-        return self
+        give_up_at = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                with self.client(start=self._check_alive) as client:  # it tries again, for some seconds
+                    client.ping()
+                    return self
+            except ConnectFailed:
+                assert time.monotonic() < give_up_at, "the daemon does not serve"
 
     def _check_alive(self) -> None:
-        """Called by the client where nobody listens yet; it then tries again until its time is up."""
         assert self.process is not None
         if self.process.poll() is not None:
-            raise AssertionError(f"the daemon ended with {self.process.returncode}: {self.process.stderr.read()}")  # type: ignore[union-attr]
+            assert self.process.stderr is not None
+            raise AssertionError(f"the daemon ended with {self.process.returncode}: {self.process.stderr.read()}")
 
     def client(self, **options: Any) -> Client:
         return Client(self.socket, **{"name": "tests", "timeout_s": PATIENCE_S} | options)

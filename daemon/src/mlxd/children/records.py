@@ -49,10 +49,10 @@ class Records:
         (self.folder / f"{pid}.json").unlink(missing_ok=True)
 
     def entries(self) -> list[Path]:
-        """Whatever lies in the folder, records or not."""
+        """Whatever lies in the folder, records or not; nothing where it is no folder or cannot be read."""
         try:
             return sorted(self.folder.iterdir())
-        except FileNotFoundError:
+        except OSError:
             return []
 
     def read(self, path: Path) -> ChildRecord | None:
