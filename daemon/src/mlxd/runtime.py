@@ -12,9 +12,8 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
 import psutil
 
 from mlxd_client import errors, types
@@ -28,6 +27,7 @@ from .children.supervisor import Supervisor
 from .core import actions as do
 from .core import events as ev
 from .core.core import Core, Limits
+from .generation import Generation, completion, count_params, refuse_unsupported, with_text, worker_params
 from .server.events import EventLog
 from .workers import WorkerLink
 
@@ -36,42 +36,6 @@ if TYPE_CHECKING:
     from .server.runtime_api import Log, Sink
     from .settings import Settings
     from .store import Found, Store
-
-# Options of the wire that no worker honours yet: refused before anything is loaded for them.
-UNSUPPORTED = ("schema", "grammar", "tools", "tool_choice")
-# What goes to the worker as it stands on the wire; the rest of the params is the daemon's own business.
-_NOT_FOR_WORKERS = frozenset(
-    {"model", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *UNSUPPORTED}
-)
-_SAMPLING = tuple(f for f in types.GenerateParams.__struct_fields__ if f not in _NOT_FOR_WORKERS)
-
-
-class Open:
-    """A generation that has had no last word yet. Also its caller's ticket."""
-
-    __slots__ = (
-        "accepted_at", "client", "dispatched_at", "gave_up", "kind", "model", "outcome", "params", "ready_at", "rid",
-        "runtime", "sink",
-    )  # fmt: skip
-
-    def __init__(self, runtime: Runtime, rid: int, client: int, kind: str, params: types.GenerateParams, sink: Sink):
-        self.runtime = runtime
-        self.rid = rid
-        self.client = client
-        self.kind = kind
-        self.params = params
-        self.sink = sink
-        self.accepted_at = time.monotonic()  # as fine as a token is short; the loop's own clock counts milliseconds
-        self.dispatched_at: float | None = None
-        self.outcome: wire.Generated | errors.RpcError | None = None
-        self.gave_up = False
-        self.model = ""
-        self.ready_at = 0.0
-
-    def cancel(self) -> None:
-        """The caller gave up: the sink hears so as soon as the worker has let go of it."""
-        self.gave_up = True
-        self.runtime.tell(ev.Cancel(self.rid))
 
 
 class Runtime:
@@ -116,7 +80,7 @@ class Runtime:
         self.events = EventLog(self.epoch, self.core.snapshot, limits=limits)
         self._rids = itertools.count(1)
         self._leases = itertools.count(1)
-        self._open: dict[int, Open] = {}
+        self._open: dict[int, Generation] = {}
         self._goals: dict[int, asyncio.Future[types.Model]] = {}
         self._job_waiters: dict[str, list[asyncio.Future[types.Job]]] = {}
         self._links: dict[int, WorkerLink] = {}
@@ -207,7 +171,7 @@ class Runtime:
         outcome = request.outcome
         if isinstance(outcome, wire.Generated) and outcome.finish_reason != "cancelled":
             self._finished(request, outcome.finish_reason)
-            request.sink.done(self._completion(request, outcome))
+            request.sink.done(completion(request, outcome))
         else:
             error = outcome if isinstance(outcome, errors.RpcError) else errors.Cancelled("the request was cancelled")
             self._refused(request, with_text(error, outcome))
@@ -226,11 +190,11 @@ class Runtime:
         if not waiter.done():
             waiter.set_exception(action.error)
 
-    def _refused(self, request: Open, error: errors.RpcError) -> None:
+    def _refused(self, request: Generation, error: errors.RpcError) -> None:
         self._finished(request, error.kind)
         request.sink.fail(error)
 
-    def _finished(self, request: Open, how: str) -> None:
+    def _finished(self, request: Generation, how: str) -> None:
         took = round(time.monotonic() - request.accepted_at, 4)
         self._log.info("request ended", request=request.sink.request_name, how=how, took_s=took)
 
@@ -248,25 +212,6 @@ class Runtime:
             assert action.model_id is not None
             for queued in self.core.models[action.model_id].queue:
                 self._open[queued.rid].sink.phase("loading", action.progress)
-
-    def _completion(self, request: Open, made: wire.Generated) -> types.Completion:
-        now = time.monotonic()
-        dispatched = request.dispatched_at or now
-        waited = dispatched - request.accepted_at
-        load_s = max(0.0, min(request.ready_at, dispatched) - request.accepted_at)
-        timings = types.Timings(
-            queue_s=waited - load_s, load_s=load_s, prompt_s=made.timings.prompt_s,
-            first_token_s=waited + made.timings.first_token_s, decode_s=made.timings.decode_s,
-            total_s=now - request.accepted_at,
-        )  # fmt: skip
-        usage = types.Usage(
-            prompt_tokens=made.prompt_tokens, completion_tokens=made.completion_tokens, cached_tokens=made.cached_tokens
-        )
-        logprobs = None if made.logprobs is None else msgspec.convert(made.logprobs, list[types.TokenLogprob])
-        return types.Completion(
-            model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
-            usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented, logprobs=logprobs,
-        )  # fmt: skip
 
     # --- what workers report --------------------------------------------------------------------------------------
 
@@ -442,11 +387,11 @@ class Runtime:
         kind: Literal["process", "chat"],
         params: types.ProcessParams | types.ChatParams,
         sink: Sink,
-    ) -> Open:
+    ) -> Generation:
         """Admit a generation; see runtime_api.py. The disk is asked only where the model is not loaded."""
         refuse_unsupported(params)
         ref = self._settings.default_model if params.model is UNSET else params.model
-        request = Open(self, next(self._rids), client, kind, params, sink)
+        request = Generation(self.tell, next(self._rids), client, kind, params, sink)
         self._open[request.rid] = request
         known = self._known(ref)
         if known is not None:
@@ -457,7 +402,7 @@ class Runtime:
             task.add_done_callback(self._resolving.discard)
         return request
 
-    async def _resolve_and_submit(self, request: Open, ref: str) -> None:
+    async def _resolve_and_submit(self, request: Generation, ref: str) -> None:
         try:
             model = await self._resolve(ref)
         except errors.RpcError as error:
@@ -468,11 +413,11 @@ class Runtime:
         else:
             self._submit(request, model)
 
-    def _turn_away(self, request: Open, error: errors.RpcError) -> None:
+    def _turn_away(self, request: Generation, error: errors.RpcError) -> None:
         del self._open[request.rid]
         self._refused(request, error)
 
-    def _submit(self, request: Open, model: str) -> None:
+    def _submit(self, request: Generation, model: str) -> None:
         if request.gave_up:
             self._turn_away(request, errors.Cancelled("the request was cancelled"))
             return
@@ -563,44 +508,6 @@ class Runtime:
         if self._timer is not None:
             self._timer.cancel()
         self._disk.shutdown(wait=False, cancel_futures=True)
-
-
-def refuse_unsupported(params: types.GenerateParams) -> None:
-    """Raises Unsupported for what no worker honours, before a model is loaded for it."""
-    for option in UNSUPPORTED:
-        if getattr(params, option, UNSET) is not UNSET:
-            raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
-    if params.cache_prompt is True:
-        raise errors.Unsupported("no prompt caches are kept yet", option="cache_prompt")
-    for number, turn in enumerate(params.messages if isinstance(params, types.ChatParams) else ()):
-        if turn.role == "tool" or turn.tool_calls is not UNSET or turn.tool_call_id is not UNSET:
-            told = f"messages[{number}]"
-            raise errors.Unsupported(f"{told}: tool turns are not supported yet", option="messages", field=told)
-
-
-def worker_params(kind: str, params: types.GenerateParams) -> wire.Generate:
-    """The request as its worker gets it: turns, and the options that were set."""
-    if isinstance(params, types.ChatParams):
-        messages = [msgspec.to_builtins(message) for message in params.messages]
-    else:
-        assert isinstance(params, types.ProcessParams)
-        messages = [] if params.system is UNSET else [{"role": "system", "content": params.system}]
-        messages.append({"role": "user", "content": params.prompt})
-    options = {name: value for name in _SAMPLING if (value := getattr(params, name)) is not UNSET}
-    return wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream)
-
-
-def count_params(params: types.TokensParams) -> wire.CountTokens:
-    if params.messages is not UNSET:
-        return wire.CountTokens(messages=[msgspec.to_builtins(message) for message in params.messages])
-    return wire.CountTokens(text=params.text or "")
-
-
-def with_text(error: errors.RpcError, outcome: wire.Generated | errors.RpcError | None) -> errors.RpcError:
-    """The error, with what was generated before it."""
-    if isinstance(outcome, wire.Generated) and outcome.text:
-        error.details.setdefault("text", outcome.text)
-    return error
 
 
 def settle(future: asyncio.Future[int], answer: int | errors.RpcError) -> None:

@@ -1,0 +1,121 @@
+"""One generation between the wire and its worker: what was asked, when, and what came of it; no decisions, no IO."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+import msgspec
+
+from mlxd_client import errors, types
+from mlxd_client.types import UNSET
+
+from . import childwire as wire
+from .core import events as ev
+
+if TYPE_CHECKING:
+    from .server.runtime_api import Sink
+
+# Options of the wire that no worker honours yet: refused before anything is loaded for them.
+UNSUPPORTED = ("schema", "grammar", "tools", "tool_choice")
+# What goes to the worker as it stands on the wire; the rest of the params is the daemon's own business.
+_NOT_FOR_WORKERS = frozenset(
+    {"model", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *UNSUPPORTED}
+)
+_SAMPLING = tuple(f for f in types.GenerateParams.__struct_fields__ if f not in _NOT_FOR_WORKERS)
+
+
+class Generation:
+    """A generation that has had no last word yet. Also its caller's ticket."""
+
+    __slots__ = (
+        "accepted_at", "client", "dispatched_at", "gave_up", "kind", "model", "outcome", "params", "ready_at", "rid",
+        "sink", "tell",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        tell: Callable[[ev.Event], None],
+        rid: int,
+        client: int,
+        kind: str,
+        params: types.GenerateParams,
+        sink: Sink,
+    ):
+        self.tell = tell
+        self.rid = rid
+        self.client = client
+        self.kind = kind
+        self.params = params
+        self.sink = sink
+        self.accepted_at = time.monotonic()  # as fine as a token is short; the loop's own clock counts milliseconds
+        self.dispatched_at: float | None = None
+        self.outcome: wire.Generated | errors.RpcError | None = None
+        self.gave_up = False
+        self.model = ""
+        self.ready_at = 0.0
+
+    def cancel(self) -> None:
+        """The caller gave up: the sink hears so as soon as the worker has let go of it."""
+        self.gave_up = True
+        self.tell(ev.Cancel(self.rid))
+
+
+def completion(request: Generation, made: wire.Generated) -> types.Completion:
+    """The wire's answer from the worker's; the daemon's own waiting is counted in."""
+    now = time.monotonic()
+    dispatched = request.dispatched_at or now
+    waited = dispatched - request.accepted_at
+    load_s = max(0.0, min(request.ready_at, dispatched) - request.accepted_at)
+    timings = types.Timings(
+        queue_s=waited - load_s, load_s=load_s, prompt_s=made.timings.prompt_s,
+        first_token_s=waited + made.timings.first_token_s, decode_s=made.timings.decode_s,
+        total_s=now - request.accepted_at,
+    )  # fmt: skip
+    usage = types.Usage(
+        prompt_tokens=made.prompt_tokens, completion_tokens=made.completion_tokens, cached_tokens=made.cached_tokens
+    )
+    logprobs = None if made.logprobs is None else msgspec.convert(made.logprobs, list[types.TokenLogprob])
+    return types.Completion(
+        model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
+        usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented, logprobs=logprobs,
+    )  # fmt: skip
+
+
+def refuse_unsupported(params: types.GenerateParams) -> None:
+    """Raises Unsupported for what no worker honours, before a model is loaded for it."""
+    for option in UNSUPPORTED:
+        if getattr(params, option, UNSET) is not UNSET:
+            raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
+    if params.cache_prompt is True:
+        raise errors.Unsupported("no prompt caches are kept yet", option="cache_prompt")
+    for number, turn in enumerate(params.messages if isinstance(params, types.ChatParams) else ()):
+        if turn.role == "tool" or turn.tool_calls is not UNSET or turn.tool_call_id is not UNSET:
+            told = f"messages[{number}]"
+            raise errors.Unsupported(f"{told}: tool turns are not supported yet", option="messages", field=told)
+
+
+def worker_params(kind: str, params: types.GenerateParams) -> wire.Generate:
+    """The request as its worker gets it: turns, and the options that were set."""
+    if isinstance(params, types.ChatParams):
+        messages = [msgspec.to_builtins(message) for message in params.messages]
+    else:
+        assert isinstance(params, types.ProcessParams)
+        messages = [] if params.system is UNSET else [{"role": "system", "content": params.system}]
+        messages.append({"role": "user", "content": params.prompt})
+    options = {name: value for name in _SAMPLING if (value := getattr(params, name)) is not UNSET}
+    return wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream)
+
+
+def count_params(params: types.TokensParams) -> wire.CountTokens:
+    if params.messages is not UNSET:
+        return wire.CountTokens(messages=[msgspec.to_builtins(message) for message in params.messages])
+    return wire.CountTokens(text=params.text or "")
+
+
+def with_text(error: errors.RpcError, outcome: wire.Generated | errors.RpcError | None) -> errors.RpcError:
+    """The error, with what was generated before it."""
+    if isinstance(outcome, wire.Generated) and outcome.text:
+        error.details.setdefault("text", outcome.text)
+    return error
