@@ -27,14 +27,14 @@ SPOKEN = ("one two three four five six seven eight nine ten eleven twelve thirte
 
 
 class Prompts:
-    """Short dictated sentences, each new."""
+    """Short prompts, each new: dictated sentences for the model that was made for them, three words for the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Path) -> None:
         self._numbers = itertools.product(SPOKEN, repeat=3)
+        self._sentence = "{} {} um so i think we should uh meet at {} pm" if model.name == "cleanup" else "{} {} {}"
 
     def one(self) -> Messages:
-        first, second, third = next(self._numbers)
-        return [{"role": "user", "content": f"{first} {second} um so i think we should uh meet at {third} pm"}]
+        return [{"role": "user", "content": self._sentence.format(*next(self._numbers))}]
 
     def several(self) -> list[Messages]:
         return [self.one() for _ in range(STREAMS)]
@@ -71,7 +71,7 @@ def stream_ours(client: Client, model: Path, messages: Messages, tokens: int) ->
 
 
 def stream_rows(label: str, daemon: Daemon, reference: Reference, model: Path, scale: Scale) -> Iterator[Row]:
-    tokens, prompts = scale.stream_tokens, Prompts()
+    tokens, prompts = scale.stream_tokens, Prompts(model)
     with daemon.client() as client:
         check_same_text(client, reference, model, prompts.one(), tokens)
         pairs = alternate(
@@ -121,7 +121,7 @@ async def _consume(client: AsyncClient, model: Path, messages: Messages, tokens:
 
 
 def batch_rows(label: str, daemon: Daemon, reference: Reference, model: Path, scale: Scale) -> Iterator[Row]:
-    tokens, prompts = scale.batch_tokens, Prompts()
+    tokens, prompts = scale.batch_tokens, Prompts(model)
 
     def ours() -> float:
         return rate(asyncio.run(batch_ours(daemon.socket, model, prompts.several(), tokens)), tokens)
@@ -137,7 +137,7 @@ def batch_rows(label: str, daemon: Daemon, reference: Reference, model: Path, sc
 
 
 def http_rows(label: str, daemon: Daemon, temp: Path, model: Path, scale: Scale) -> Iterator[Row]:
-    tokens, prompts = scale.batch_tokens, Prompts()
+    tokens, prompts = scale.batch_tokens, Prompts(model)
     with http_server(model, temp) as port:
 
         def ours() -> float:
