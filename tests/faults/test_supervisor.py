@@ -528,7 +528,8 @@ def is_open(fd):
     try: return bool(os.fstat(fd))
     except OSError: return False
 told = {"env": dict(os.environ), "fds": [fd for fd in range(256) if is_open(fd)], "fd": int(sys.argv[-1])}
-print(json.dumps(told | {"pgrp": os.getpgrp(), "cwd": os.getcwd(), "stdin": os.read(0, 1).decode()}))
+with open(os.environ["EXTRA"], "w") as file:
+    json.dump(told | {"pgrp": os.getpgrp(), "cwd": os.getcwd(), "stdin": os.read(0, 1).decode()}, file)
 """
 
 
@@ -540,16 +541,16 @@ def test_what_a_child_inherits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)  # a careless library
     try:
-        spec = quick(REPORT, EXTRA="1", HOME=None)
-        _, death = run(end_of(tmp_path, spec))
+        report = tmp_path / "report.json"
+        run(end_of(tmp_path, quick(REPORT, EXTRA=str(report), HOME=None)))
     finally:
         os.close(reader)
         os.close(writer)
-    told = json.loads(death.last_words)
+    told = json.loads(report.read_text())
     env = told["env"]
     assert not [name for name, value in env.items() if value == "a secret"]
     assert env["TOKENIZERS_PARALLELISM"] == "false"
-    assert (env["HF_HUB_OFFLINE"], env["PYTHONUNBUFFERED"], env["EXTRA"]) == ("1", "1", "1")
+    assert (env["HF_HUB_OFFLINE"], env["PYTHONUNBUFFERED"], env["EXTRA"]) == ("1", "1", str(report))
     assert "HOME" not in env
     temp_dir = Path(env["TMPDIR"])
     assert temp_dir == tmp_path / "run" / "tmp"

@@ -53,18 +53,25 @@ STATUS = types.Status(
     memory=types.Memory(budget_bytes=8_000_000_000, used_bytes=20_000_000),
     workers=[
         types.WorkerHealth(
-            model="org/m", deaths=3, breaker="open", retry_at=time.time() + 7410,
+            model="org/m", deaths=3, breaker="open",
             last_death=types.ErrorObject(kind="worker_died", message="killed by SIGKILL"),
         )
     ],
 )  # fmt: skip
 MODELS = [
     model("mlxd/cleanup", "Ready", size_bytes=8_300_000, context_length=1024, memory_bytes=9_000_000, active=1,
-          waiting=2, idle_unload_at=time.time() + 235),
+          waiting=2),
     model("org/big", "Loading", size_bytes=4_200_000_000, progress=0.4, phase="loading"),
     model("org/pinned", "Ready", memory_bytes=10, leases=1),
     model("org/other", "Downloaded", error=types.ErrorObject(kind="load_failed", message="it did not fit")),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _times_from_now() -> None:
+    """A long run may get here minutes after it read this file."""
+    STATUS.workers[0].retry_at = time.time() + 7410
+    MODELS[0].idle_unload_at = time.time() + 235
 
 
 # --- status, list, ps, load, unload ---------------------------------------------------------------------------------

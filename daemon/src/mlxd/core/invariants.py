@@ -34,7 +34,8 @@ def _check_model(core: Core, m: ModelRecord) -> None:
     _hold(m.last_seq is None or m.worker is not None, f"{m.id} makes room without a worker")
     _hold(len(m.running) <= core.limits.max_batch, f"{m.id} runs more than fits into a batch")
     _hold(m.running_by_client == Counter(r.client for r in m.running.values()), f"{m.id} miscounts its clients")
-    _hold(not (m.stopping and m.leases) or core.draining, f"{m.id} is stopping while leased")
+    # A leased model may still fail to load again after its worker died; what serves is never taken from a lease.
+    _hold(not (m.stopping == "unloaded" and m.leases) or core.draining, f"{m.id} is stopping while leased")
     if m.serving and not m.running and not m.queue:
         _hold(m.idle_since is not None, f"{m.id} rests, but its idle timer does not run")
     if m.serving and m.last_seq is None:
