@@ -22,6 +22,13 @@ from .sampling import Plan, Sampling
 NOT_FINITE = "not finite"
 # A row must have been alone for this many steps to get a plain cache: each change copies it.
 STEPS_ALONE = 2
+# How long reading prompts may take between two decode steps, in seconds, as far as the last step tells: meanwhile no
+# stream goes on, nothing is cancelled, and no sign of life is given.
+PREFILL_S = 0.5
+# Fewer tokens of a prompt than this are not read at a time, however slow the device is.
+LEAST_PREFILL = 4
+# How many tokens are read the first time, of all prompts together, while nobody knows yet how long that takes.
+FIRST_PREFILL = 64
 
 
 class RowFailure:
@@ -167,7 +174,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
     Args:
         model: the loaded model, called as model(tokens, cache=...).
         max_batch: how many rows decode together; further ones wait.
-        prefill_step: how many tokens of each prompt are read between two decode steps.
+        prefill_step: how many tokens of each prompt are read between two decode steps at most; see PREFILL_S.
         prefill_batch: how many prompts are read together.
     """
 
@@ -180,6 +187,19 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         )
         self._prompt_batch = RowPrompts.empty(model, greedy_sampler, prefill_step_size=prefill_step)
         self._generation_batch = RowBatch.empty(model, greedy_sampler)
+        self._most_prefill = prefill_step
+        self._prefill_rate = FIRST_PREFILL / PREFILL_S  # tokens per second, of all prompts together
+
+    def _next(self) -> Any:
+        rows = min(self.prefill_batch_size, len(self._prompt_batch) + len(self._unprocessed_sequences))
+        fitting = self._prefill_rate * PREFILL_S / max(rows, 1)
+        self.prefill_step_size = int(max(min(fitting, self._most_prefill), min(LEAST_PREFILL, self._most_prefill)))
+        counters = self._counters
+        tokens, seconds = counters.prompt_tokens, counters.prompt_time
+        made = super()._next()
+        if counters.prompt_tokens > tokens:
+            self._prefill_rate = (counters.prompt_tokens - tokens) / (counters.prompt_time - seconds)
+        return made
 
     def add(self, tokens: list[int], max_tokens: int, sampling: Sampling, processors: list[Any], stops: Any) -> int:
         """Queue one prompt. Returns the number that its responses carry as `uid`."""
