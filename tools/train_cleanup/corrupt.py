@@ -29,6 +29,8 @@ from vocabulary import FUNCTION_WORDS, common_words, lines
 FILLERS = ("um", "uh", "um", "uh", "er", "erm", "uhm", "umm", "uhh", "hmm")
 #: removed only next to a filler, or inside a clause for "you know" and "i mean"
 SOFT = ("like", "so", "well", "you know", "i mean", "okay so", "basically")
+#: words of SOFT: no filler is put beside one that is to be kept
+SOFT_WORDS = frozenset("like so well know mean okay basically".split())
 DOUBLED = frozenset("very really so that had no bye ha yes many".split())
 MARKERS = (
     "no sorry",
@@ -150,7 +152,8 @@ def slips(units: list[Unit], rates: dict[str, float], src: Source) -> list[Heard
     """Raw speech of one sentence, by the rate of each slip per word."""
     rng, out = src.rng, []
     for at, u in enumerate(units):
-        if rng.random() < rates["filler"]:
+        beside = u.said in SOFT_WORDS or (at > 0 and units[at - 1].said in SOFT_WORDS)
+        if rng.random() < rates["filler"] and not beside:
             out.append(filler(rng))
         elif (
             at > 1
@@ -197,11 +200,11 @@ QUIET = {"filler": 0.0, "soft": 0.0, "correct": 0.0, "repeat": 0.0, "start": 0.0
 def rates(rng: Random) -> dict[str, float]:
     """How clumsy a speaker is."""
     roll = rng.random()
-    if roll < 0.22:
+    if roll < 0.25:
         return QUIET
-    if roll < 0.8:
-        return {"filler": 0.08, "soft": 0.006, "correct": 0.12, "repeat": 0.03, "start": 0.015, "again": 0.012}
-    return {"filler": 0.2, "soft": 0.02, "correct": 0.25, "repeat": 0.08, "start": 0.04, "again": 0.03}
+    if roll < 0.92:
+        return {"filler": 0.07, "soft": 0.006, "correct": 0.12, "repeat": 0.025, "start": 0.012, "again": 0.012}
+    return {"filler": 0.15, "soft": 0.01, "correct": 0.2, "repeat": 0.06, "start": 0.03, "again": 0.02}
 
 
 def bare(stream: list[Heard], rng: Random, printed: float, drop_apostrophe: bool, marks: bool) -> str:
@@ -317,13 +320,13 @@ def example(rng: Random, test: bool = False, copying: float = 0.12) -> tuple[str
     roll = rng.random()
     if roll < 0.04:
         return (text := clean_text(src)), text
-    if rng.random() < 0.3:
+    if rng.random() < 0.25:
         sentences = passage(src)
     else:
         count = rng.choices((1, 2, 3, 4), (60, 25, 10, 5))[0]
         sentences = [sentence(src, count == 1) for _ in range(count)]
     clean = written(sentences)
-    if roll < 0.12:
+    if roll < 0.16:
         return clean, clean
     return dictation(src, sentences), clean
 

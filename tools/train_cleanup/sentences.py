@@ -374,7 +374,7 @@ def shake(units: list[Unit], rate: float, src: Source) -> list[Unit]:
 #: words before a sentence that are kept, unless a filler stands beside them
 OPENERS = "so so and but well, okay, oh, anyway, also, yes, no, actually, then".split()
 OPENED = frozenset("so and but well okay oh anyway also yes no actually then sure hi hey hello dear right wow".split())
-JOINTS = ("and", "but", "so", "because", "and then", "or")
+JOINTS = ("and", "but", "so", "because", "and then")
 
 
 def passage(src: Source, most: int = 5) -> list[list[Unit]]:
@@ -403,7 +403,7 @@ def sentence(src: Source, alone: bool = True) -> list[Unit]:
             and (second[0].said not in ("and", "so", "then", "but", "well", "okay", "no", "yes", "sure"))
         ):
             joint = rng.choice(JOINTS)
-            comma = "" if joint in ("because", "or") else ","
+            comma = "" if joint == "because" else ","
             words = [Unit(w, w) for w in joint.split()]
             units = [*units[:-1], replace(units[-1], tail=comma), *words, *second]
     if rng.random() < 0.05 and units[0].said not in OPENED and units[0].text[:1].isalpha():
@@ -411,7 +411,7 @@ def sentence(src: Source, alone: bool = True) -> list[Unit]:
         word = opener.rstrip(",")
         units = [Unit(word, word, tail=opener[len(word) :]), *units]
     roll = rng.random()
-    rate = 0.0 if roll < 0.5 else 0.12 if roll < 0.8 else 0.5 if alone else 0.05
+    rate = 0.0 if roll < 0.6 else 0.12 if roll < 0.9 else 0.5 if alone else 0.05
     return shake(units, rate, src) if rate else units
 
 

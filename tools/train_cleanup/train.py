@@ -28,7 +28,7 @@ LONGEST = 320
 
 def copying(progress: float) -> float:
     """Share of word salad: copying is learnt first, the task later."""
-    return 0.7 if progress < 0.04 else 0.35 if progress < 0.1 else 0.14
+    return 0.7 if progress < 0.04 else 0.35 if progress < 0.1 else 0.14 if progress < 0.4 else 0.1
 
 
 def conversations(tok: Tokenizer, seed: int, progress: float) -> list[tuple[list[int], list[bool]]]:
