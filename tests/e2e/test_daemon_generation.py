@@ -82,7 +82,7 @@ def test_eight_clients_at_once_get_what_each_gets_alone(daemon: Daemon, client: 
 
 
 def test_a_seed_gives_the_same_text_amid_other_traffic(client: Client) -> None:
-    seeded = {"seed": 11, "temperature": 1.5, "top_p": 1.0}
+    seeded = {"seed": 11, "temperature": 4.0, "top_p": 1.0, "max_tokens": 24}  # hot enough for a model that is sure
     alone = client.process(SAID[4], **seeded).text
     others = [client.stream_process(text, temperature=1.5) for text in SAID[:4]]
     assert client.process(SAID[4], **seeded).text == alone
@@ -131,7 +131,7 @@ def test_pipelined_msgpack_requests_are_all_answered(daemon: Daemon, client: Cli
 
 def test_stopping_in_the_middle_leaves_the_others_alone(client: Client) -> None:
     alone = client.process(SAID[6], temperature=0).text
-    long = client.stream_chat("Tell me everything.", max_tokens=2000, temperature=2.0, logit_bias={"0": -1000})
+    long = client.stream_chat("Tell me everything.", max_tokens=2000, temperature=5.0, top_p=1.0)
     next(iter(long))
     kept = client.stream_process(SAID[6], temperature=0)
     long.close()
@@ -151,7 +151,11 @@ def test_limits_of_the_context(client: Client) -> None:
         client.process("x" * 15_000_000)
     with pytest.raises(errors.ContextExceeded):
         client.process("x" * (16 * 1024 * 1024 - 80))  # all that a frame can hold
-    most = client.process("hello " * 8, max_tokens=1_000_000, temperature=2.0, timeout_s=PATIENCE_S)
+    words = 1
+    while client.count_tokens(messages="hello " * 2 * words) < context:
+        words *= 2
+    most = client.process("hello " * words, max_tokens=1_000_000, temperature=5.0, top_p=1.0, stop=["e"])
+    assert context // 4 < most.usage.prompt_tokens < context
     assert most.usage.prompt_tokens + most.usage.completion_tokens <= context
     assert client.status().workers == [], "no worker died of it"
 
