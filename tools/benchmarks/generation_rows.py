@@ -52,6 +52,13 @@ def alternate(rounds: int, ours: Callable[[], Any], theirs: Callable[[], Any]) -
     return pairs
 
 
+def warm_up(rounds: int, *sides: Callable[[int], Any]) -> None:
+    """Batches of eight, and rows that join, have kernels of their own, which are compiled when first met."""
+    if rounds > 1:
+        for side in sides:
+            side(2)
+
+
 # --- one stream ---------------------------------------------------------------------------------------------------
 
 
@@ -123,14 +130,13 @@ async def _consume(client: AsyncClient, model: Path, messages: Messages, tokens:
 def batch_rows(label: str, daemon: Daemon, reference: Reference, model: Path, scale: Scale) -> Iterator[Row]:
     tokens, prompts = scale.batch_tokens, Prompts(model)
 
-    def ours() -> float:
+    def ours(tokens: int = tokens) -> float:
         return rate(asyncio.run(batch_ours(daemon.socket, model, prompts.several(), tokens)), tokens)
 
-    def theirs() -> float:
+    def theirs(tokens: int = tokens) -> float:
         return rate(reference.ask("batch", prompts=prompts.several(), tokens=tokens), tokens)
 
-    if scale.batch_rounds > 1:
-        alternate(1, ours, theirs)  # joins and batches of eight have kernels of their own
+    warm_up(scale.batch_rounds, ours, theirs)
     pairs = alternate(scale.batch_rounds, ours, theirs)
     what = f"{label}: {STREAMS} streams; BatchGenerator"
     yield paired(f"batch/{model.name}", what, pairs, "tokens/s", (">=", 0.92))
@@ -140,14 +146,13 @@ def http_rows(label: str, daemon: Daemon, temp: Path, model: Path, scale: Scale)
     tokens, prompts = scale.batch_tokens, Prompts(model)
     with http_server(model, temp) as port:
 
-        def ours() -> float:
+        def ours(tokens: int = tokens) -> float:
             return rate(asyncio.run(batch_ours(daemon.socket, model, prompts.several(), tokens)), tokens)
 
-        def theirs() -> float:
+        def theirs(tokens: int = tokens) -> float:
             return rate(asyncio.run(batch_http(port, prompts.several(), tokens)), tokens)
 
-        if scale.http_rounds > 1:
-            alternate(1, ours, theirs)
+        warm_up(scale.http_rounds, ours, theirs)
         pairs = alternate(scale.http_rounds, ours, theirs)
     what = f"{label}: {STREAMS} streams; mlx_lm.server"
     yield paired(f"http/{model.name}", what, pairs, "tokens/s", (">=", 1.0))

