@@ -27,14 +27,15 @@ SPOKEN = ("one two three four five six seven eight nine ten eleven twelve thirte
 
 
 class Prompts:
-    """Short prompts, each new: dictated sentences for the model that was made for them, three words for the other."""
+    """Short prompts, each new from its first word on: dictated sentences for the model that was made for them, three
+    words for the other."""
 
     def __init__(self, model: Path) -> None:
         self._numbers = itertools.product(SPOKEN, repeat=3)
         self._sentence = "{} {} um so i think we should uh meet at {} pm" if model.name == "cleanup" else "{} {} {}"
 
     def one(self) -> Messages:
-        return [{"role": "user", "content": self._sentence.format(*next(self._numbers))}]
+        return [{"role": "user", "content": self._sentence.format(*reversed(next(self._numbers)))}]
 
     def several(self) -> list[Messages]:
         return [self.one() for _ in range(STREAMS)]
