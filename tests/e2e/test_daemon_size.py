@@ -92,6 +92,25 @@ def test_much_traffic_leaves_nothing_behind() -> None:
         assert len(client.jobs()) <= 64
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems give memory back when they see fit")
+def test_large_requests_are_not_kept() -> None:
+    """Megabytes in and out, one by one and at once, and with them the memory that they took."""
+    large = "x" * 8_000_000
+    with Daemon(bad_child="worker") as daemon, daemon.client() as client, client.events() as events:
+        crowd = [daemon.client().__enter__() for _ in range(4)]
+        for _ in range(2):
+            assert client.process(large).text == large
+            streams = [one.stream_process(f"!slow 2 {large}") for one in crowd]
+            streams.pop().close()
+            for stream in streams:
+                stream.wait()
+        for one in crowd:
+            one.close()
+        settled(client, events)
+        only_us(client)
+        assert psutil.Process(daemon.pid).memory_info().rss < 40 * MEGABYTE
+
+
 def test_more_clients_than_descriptors() -> None:
     """Where the system gives few, those who come too late are turned away; the others, and what is new, are served."""
     with Daemon(bad_child="worker", files=128) as daemon, daemon.client() as client:

@@ -177,3 +177,16 @@ def test_an_error_of_one_request_is_only_its_own() -> None:
                 client.process("!error")
             assert beside.wait().usage.completion_tokens == 20
         assert client.status().workers == []
+
+
+def test_a_lease_outlives_its_worker() -> None:
+    """The next request loads the model again, and then it is kept as before."""
+    with Daemon(bad_child="worker") as daemon, daemon.client() as client, client.events() as events:
+        with client.acquire(CLEANUP):
+            daemon.worker().kill()
+            until(events, "worker_died", leases=1)
+            assert client.process("again", keep_alive=0).text == "again"
+            until(events, "queue", active=0, leases=1)
+            model = client.model(CLEANUP)
+            assert (model.state, model.idle_unload_at) == ("Ready", None)
+        until(events, "unloaded")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import resource
 import signal
 import sys
@@ -48,6 +49,7 @@ def serve(settings: Settings) -> int:
         print(f"mlxd: {error}", file=sys.stderr)
         return EXIT_FAILED
     limits = server_limits(settings, _allow_many_files())
+    _return_large_blocks()
     installed = logs.configure(settings.log_file, level=settings.log_level, prompts=settings.log_prompts)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -67,6 +69,18 @@ def _allow_many_files() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             return wanted
     return _OPEN_FILES if soft == resource.RLIM_INFINITY else soft
+
+
+def _return_large_blocks() -> None:
+    """Keep glibc from holding on to what one large request took: its thresholds for giving memory back otherwise grow
+    with the largest block that was ever freed. See mallopt(3); elsewhere there is nothing to set."""
+    if sys.platform != "linux":
+        return
+    trim_threshold, mmap_threshold, size = -1, -3, 128 * 1024
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, size)
+        libc.mallopt(mmap_threshold, size)
 
 
 class _Daemon:

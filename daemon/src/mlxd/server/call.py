@@ -109,7 +109,13 @@ class Call:
         if self._ended:
             raise RuntimeError(f"{self.request_name} ({self.method.name}) was answered twice")
         self._ended = True
+        self.ticket = self.task = None  # they know this call: a circle would keep its texts until the next collection
         return not self._detached
+
+    def attach(self, ticket: Ticket) -> None:
+        """What stops the generation; it may have ended before its ticket came."""
+        if not self._ended:
+            self.ticket = ticket
 
     # --- stopping it ----------------------------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 def process(call: Call, params: ProcessParams) -> object:
     call.streaming = params.stream
-    call.ticket = call.runtime.generate(call.client, "process", params, call)
+    call.attach(call.runtime.generate(call.client, "process", params, call))
     return PENDING
 
 
 def chat(call: Call, params: ChatParams) -> object:
     call.streaming = params.stream
-    call.ticket = call.runtime.generate(call.client, "chat", params, call)
+    call.attach(call.runtime.generate(call.client, "chat", params, call))
     return PENDING
 
 
