@@ -7,11 +7,12 @@ sides, never at the same time, and every prompt of a run is new, so that no side
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 from mlxd_client import AsyncClient, Client
@@ -23,19 +24,19 @@ from .table import Row, paired
 Messages = list[dict[str, str]]
 # What a request says on our side, so that it decodes as mlx_lm does by default.
 GREEDY: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0}
-SPOKEN = ("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen").split()
 
 
 class Prompts:
-    """Short prompts, each new from its first word on: dictated sentences for the model that was made for them, three
-    words for the other."""
+    """Short prompts that begin with random letters: dictated sentences for the model that was made for them, three
+    such words for the other."""
 
     def __init__(self, model: Path) -> None:
-        self._numbers = itertools.product(SPOKEN, repeat=3)
-        self._sentence = "{} {} um so i think we should uh meet at {} pm" if model.name == "cleanup" else "{} {} {}"
+        self._random = random.Random(0)
+        self._sentence = "{} um so i think we should uh meet at {} or {} pm" if model.name == "cleanup" else "{} {} {}"
 
     def one(self) -> Messages:
-        return [{"role": "user", "content": self._sentence.format(*reversed(next(self._numbers)))}]
+        words = ("".join(self._random.choices(ascii_lowercase, k=3)) for _ in range(3))
+        return [{"role": "user", "content": self._sentence.format(*words)}]
 
     def several(self) -> list[Messages]:
         return [self.one() for _ in range(STREAMS)]
