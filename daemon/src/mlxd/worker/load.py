@@ -24,6 +24,7 @@ from mlxd_client.errors import LoadFailed, ModelInvalid, RpcError
 
 from ..childside import PipeClosed
 from ..store.safetensors import SafetensorsError, check_safetensors
+from .early import start_early
 from .options import check_defaults
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -122,10 +123,13 @@ def _load(
     own = getattr(tokenizer, "vocab_size", None)
     if isinstance(own, int) and own > vocabulary:
         raise ModelInvalid(f"the tokenizer has {own} tokens, the model {vocabulary}", file="tokenizer.json")
-    if sys.platform == "linux" and not mx.metal.is_available() and mx.default_device() == mx.Device(mx.cpu):
+    on_cpu = sys.platform == "linux" and mx.default_device() == mx.Device(mx.cpu)
+    if on_cpu:
         # Half-precision scales make quantised matrix products twenty times slower on this backend.
         model.set_dtype(mx.float32)
     _materialise(model, progress)
+    if on_cpu:
+        start_early(model)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
