@@ -83,3 +83,32 @@ def test_however_slow_the_device_a_few_tokens_are_read(model: Any, monkeypatch: 
     crawling = SlowModel(model, 0.005)
     generate(crawling, prompts=2, length=30)
     assert crawling.widest == batch.LEAST_PREFILL
+
+
+def order_of_first_tokens(model: Any, lengths: list[int], *, joins: int) -> list[int]:
+    """Which prompt's answer began first, second, and so on."""
+    generator = RowGenerator(model, max_batch=8, prefill_step=16, prefill_joins=joins)
+    uids = [generator.add([5] * length, 2, Sampling(), [], StopSequences()) for length in lengths]
+    begun: list[int] = []
+    while generator.active or generator.waiting:
+        begun += [uids.index(made.uid) for made in generator.next()[1] if uids.index(made.uid) not in begun]
+    return begun
+
+
+def test_prompts_that_begin_one_by_one_are_done_one_by_one(model: Any) -> None:
+    assert order_of_first_tokens(model, [12, 12, 12], joins=1) == [0, 1, 2]
+
+
+def test_a_short_prompt_overtakes_a_long_one_that_is_being_read(model: Any) -> None:
+    assert order_of_first_tokens(model, [200, 12, 12], joins=1) == [1, 2, 0]
+
+
+def test_one_by_one_no_step_goes_by_without_reading(model: Any) -> None:
+    generator = RowGenerator(model, max_batch=8, prefill_step=16, prefill_joins=1)
+    for _ in range(4):
+        generator.add([5] * 12, 64, Sampling(), [], StopSequences())
+    steps = 0
+    while generator.active < 4 or generator.waiting:
+        generator.next()
+        steps += 1
+    assert steps == 4

@@ -27,6 +27,8 @@ STEPS_ALONE = 2
 PREFILL_S = 0.5
 # Fewer tokens of a prompt than this are not read at a time, however slow the device is.
 LEAST_PREFILL = 4
+# How many prompts are read together.
+MOST_PREFILLS = 8
 # How many tokens are read the first time, of all prompts together, while nobody knows yet how long that takes.
 FIRST_PREFILL = 64
 
@@ -175,23 +177,28 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         model: the loaded model, called as model(tokens, cache=...).
         max_batch: how many rows decode together; further ones wait.
         prefill_step: how many tokens of each prompt are read between two decode steps at most; see PREFILL_S.
-        prefill_batch: how many prompts are read together.
+        prefill_joins: how many prompts begin to be read in one step at most. One that takes several steps is read
+            together with those that begin after it.
     """
 
-    def __init__(self, model: Any, *, max_batch: int, prefill_step: int, prefill_batch: int = 8) -> None:
+    def __init__(self, model: Any, *, max_batch: int, prefill_step: int, prefill_joins: int = MOST_PREFILLS) -> None:
         super().__init__(
             model,
             completion_batch_size=max_batch,
-            prefill_batch_size=min(prefill_batch, max_batch),
+            prefill_batch_size=min(MOST_PREFILLS, max_batch),
             prefill_step_size=prefill_step,
         )
+        self._most_prefills = min(MOST_PREFILLS, max_batch)
+        self._prefill_joins = prefill_joins
         self._prompt_batch = RowPrompts.empty(model, greedy_sampler, prefill_step_size=prefill_step)
         self._generation_batch = RowBatch.empty(model, greedy_sampler)
         self._most_prefill = prefill_step
         self._prefill_rate = FIRST_PREFILL / PREFILL_S  # tokens per second, of all prompts together
 
     def _next(self) -> Any:
-        rows = min(self.prefill_batch_size, len(self._prompt_batch) + len(self._unprocessed_sequences))
+        reading = len(self._prompt_batch)
+        self.prefill_batch_size = min(reading + self._prefill_joins, self._most_prefills)
+        rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts()
         fitting = self._prefill_rate * PREFILL_S / max(rows, 1)
         self.prefill_step_size = int(max(min(fitting, self._most_prefill), min(LEAST_PREFILL, self._most_prefill)))
         counters = self._counters
@@ -200,6 +207,10 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         if counters.prompt_tokens > tokens:
             self._prefill_rate = (counters.prompt_tokens - tokens) / (counters.prompt_time - seconds)
         return made
+
+    def _read_prompts(self) -> int:
+        """How many prompts are read but for their last token, with which their first decode step begins."""
+        return sum(len(segments) == 1 and len(segments[0]) == 1 for segments, *_ in self._currently_processing)
 
     def add(self, tokens: list[int], max_tokens: int, sampling: Sampling, processors: list[Any], stops: Any) -> int:
         """Queue one prompt. Returns the number that its responses carry as `uid`."""

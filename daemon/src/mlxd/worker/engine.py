@@ -62,6 +62,7 @@ class Engine:
         loaded: the model.
         max_batch: how many decode together; further ones wait their turn.
         prefill_step: how many tokens of a prompt are read between two decode steps.
+        prefill_joins: how many prompts begin to be read in one step.
         guard: (source, answer) → words the answer invents; used for models that promise to rewrite faithfully.
     """
 
@@ -71,10 +72,11 @@ class Engine:
         *,
         max_batch: int,
         prefill_step: int,
+        prefill_joins: int = 8,
         guard: Callable[[str, str], tuple[str, ...]] | None = None,
     ) -> None:
         self._loaded = loaded
-        self._limits = {"max_batch": max_batch, "prefill_step": prefill_step}
+        self._limits = {"max_batch": max_batch, "prefill_step": prefill_step, "prefill_joins": prefill_joins}
         self._guard = guard
         self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary)
         self._generator = RowGenerator(loaded.model, **self._limits)

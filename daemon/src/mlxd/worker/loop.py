@@ -95,8 +95,7 @@ class Worker:
         loaded = load(request.path, self._progress)
         engine = Engine(
             loaded,
-            max_batch=request.max_batch,
-            prefill_step=fit_prefill_step(request.prefill_step),
+            **limits(request),
             guard=find_guard() if loaded.faithful else None,
         )
         try:
@@ -147,9 +146,16 @@ class Worker:
                 self._pipe.fail(request_id, end)
 
 
-def fit_prefill_step(wished: int) -> int:
-    """The prefill step bounds how soon a cancel works and how long others' streams pause; CPUs need a smaller one."""
-    return wished if mx.default_device() == mx.Device(mx.gpu) else min(wished, 128)
+def limits(wished: LoadModel) -> dict[str, int]:
+    """How much the engine does at a time, as wished and as the device allows.
+
+    A GPU reads several prompts nearly as fast as one. A CPU takes as long as there are tokens: where they begin one
+    after the other, the first is done sooner and short ones need no padding; and its steps must be small for a cancel
+    to work soon.
+    """
+    if mx.default_device() == mx.Device(mx.gpu):
+        return {"max_batch": wished.max_batch, "prefill_step": wished.prefill_step, "prefill_joins": 8}
+    return {"max_batch": wished.max_batch, "prefill_step": min(wished.prefill_step, 128), "prefill_joins": 1}
 
 
 def find_guard() -> Callable[[str, str], tuple[str, ...]] | None:
