@@ -37,6 +37,6 @@ class Effort:
 
 
 # The larger model has 0.1 B parameters; see models.py.
-FULL = Effort(15, 400, 20_000, 768, 14, Scale(192, 9, 96, 5, 4), Scale(16, 5, 8, 2, 2))
+FULL = Effort(15, 400, 20_000, 768, 14, Scale(192, 15, 96, 5, 5), Scale(16, 5, 8, 3, 7))
 QUICK = Effort(7, 200, 5_000, 768, 14, Scale(96, 3, 24, 2, 2), Scale(8, 1, 6, 1, 1))
 SMOKE = Effort(2, 10, 100, 64, 2, Scale(8, 1, 4, 1, 1), Scale(8, 1, 4, 1, 1))

@@ -94,19 +94,22 @@ class Daemon:
         shutil.rmtree(self.home, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def echo(temp: Path) -> Iterator[Path]:
-    """A bare echo server. Gives its socket."""
-    path = temp / "echo.sock"
-    command = [sys.executable, "-m", "benchmarks.echo", str(path)]
-    process = subprocess.Popen(command, env=environment(temp), stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        if not process.stdout.readline():
+class Echo:
+    """`with Echo(temp) as echo:` has a bare echo server that listens on `echo.path`."""
+
+    def __init__(self, temp: Path) -> None:
+        self.path = temp / "echo.sock"
+        command = [sys.executable, "-m", "benchmarks.echo", str(self.path)]
+        self.process = subprocess.Popen(command, env=environment(temp), stdout=subprocess.PIPE)
+
+    def __enter__(self) -> Self:
+        assert self.process.stdout is not None
+        if not self.process.stdout.readline():
             raise RuntimeError("the echo server did not start")
-        yield path
-    finally:
-        end(process)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        end(self.process)
 
 
 class Reference:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import generation_rows, models, size_rows, socket_rows, table
 from .effort import FULL, QUICK, SMOKE, Effort
-from .processes import Daemon, Reference, echo, folder
+from .processes import Daemon, Echo, Reference, folder
 
 MODELS = ("cleanup", "shape")
 NAMES = ("size", "ping", "pipelined", *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "http")))
@@ -54,7 +54,7 @@ def measure(wanted: Sequence[str], effort: Effort) -> Iterator[table.Row]:
         if "size" in wanted:
             yield from size_rows.before_rows(daemon)
         if {"ping", "pipelined"} & set(wanted):
-            with echo(temp) as bare:
+            with Echo(temp) as bare:
                 if "ping" in wanted:
                     yield from socket_rows.ping_rows(daemon, bare, effort)
                 if "pipelined" in wanted:

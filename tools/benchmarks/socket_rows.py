@@ -1,20 +1,30 @@
-"""Round trips: the same blocking client, byte for byte, against the daemon and against a bare echo server."""
+"""Round trips: the same blocking client, byte for byte, against the daemon and against a bare echo server.
+
+A round trip within one core costs a few µs, one between two cores several times as much, and the system moves processes
+as it likes. So client and servers are kept where they belong, where the system allows that, and both ways are measured.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
+
+import psutil
 
 from mlxd_client import AsyncClient
 from mlxd_client.codec import encode
 
 from .effort import Effort
-from .processes import Daemon
-from .table import Row, alone, paired
+from .processes import Daemon, Echo
+from .table import Row, paired
 
 PING = encode({"jsonrpc": "2.0", "id": 1, "method": "ping"})
 HELLO = encode(
@@ -85,7 +95,51 @@ def round_trip_us(ask: Callable[[], object], count: int) -> float:
     return median(times) * 1e6
 
 
-def ping_rows(daemon: Daemon, echo: Path, effort: Effort) -> Iterator[Row]:
+class Placement(NamedTuple):
+    """Which core the client runs on, and which one the servers."""
+
+    label: str
+    client: int
+    servers: int
+
+
+def placements() -> list[Placement | None]:
+    """The ways to be measured: None where processes go where the system puts them."""
+    if sys.platform != "linux":
+        return [None]
+    first, *others = sorted(os.sched_getaffinity(0))
+    return [Placement("one core", first, first), *(Placement("two cores", first, other) for other in others[:1])]
+
+
+@contextlib.contextmanager
+def placed(placement: Placement | None, *servers: int) -> Iterator[str]:
+    """Keep this process and the servers, by pid, to their cores. Gives what to add to a row's words."""
+    if placement is None:
+        yield ""
+        return
+    wanted = {psutil.Process(): placement.client} | {psutil.Process(pid): placement.servers for pid in servers}
+    before = {process: process.cpu_affinity() for process in wanted}
+    try:
+        for process, core in wanted.items():
+            process.cpu_affinity([core])
+        yield f", {placement.label}"
+    finally:
+        for process, cores in before.items():
+            process.cpu_affinity(cores)
+
+
+def ping_rows(daemon: Daemon, echo: Echo, effort: Effort) -> Iterator[Row]:
+    target: tuple[str, float] | None = ("<=", 2.0)
+    for placement in placements():
+        with placed(placement, daemon.process.pid, echo.process.pid) as where:
+            for kind, pairs in _pings(daemon, echo.path, effort).items():
+                what = f"ping, {kind}{where}; bare echo, raw client"
+                yield paired("ping", what, pairs, "µs", target if kind == "raw client" else None)
+        target = None  # the harder way has it: what crossing costs hides what the server does
+
+
+def _pings(daemon: Daemon, echo: Path, effort: Effort) -> dict[str, list[tuple[float, float]]]:
+    """Median round trips in µs by kind of client, each beside the bare one of the same moment."""
     raw, bare = RawClient(daemon.socket), RawClient(echo)
     raw.ask(HELLO)
     with daemon.client() as client, asyncio.Runner() as runner:
@@ -101,9 +155,7 @@ def ping_rows(daemon: Daemon, echo: Path, effort: Effort) -> Iterator[Row]:
                 pairs[kind].append((ask(), round_trip_us(lambda: bare.ask(PING), effort.pings)))
     raw.close()
     bare.close()
-    for kind, measured in pairs.items():
-        target = ("<=", 2.0) if kind == "raw client" else None
-        yield paired("ping", f"ping, {kind}; bare echo, raw client", measured, "µs", target)
+    return pairs
 
 
 async def _async_round_trip_us(path: Path, count: int) -> float:
@@ -117,19 +169,22 @@ async def _async_round_trip_us(path: Path, count: int) -> float:
         return median(times) * 1e6
 
 
-def pipelined_rows(daemon: Daemon, echo: Path, effort: Effort) -> Iterator[Row]:
-    raw, bare = RawClient(daemon.socket), RawClient(echo)
-    raw.ask(HELLO)
-    pairs = []
-    for _ in range(max(2, effort.ping_rounds // 2)):
-        pairs.append((raw.pipeline(PING, effort.pipelined), bare.pipeline(PING, effort.pipelined)))
-    raw.close()
-    bare.close()
-    yield paired("pipelined", "pipelined pings, one connection; a bare echo", pairs, "/s")
-    rate = median(ours for ours, _ in pairs)
-    yield alone("pipelined", "pipelined pings, one connection, against the target", rate, "/s", (">=", AIM_PER_S))
-    rates = [asyncio.run(_async_pipeline(daemon.socket, effort.pipelined)) for _ in range(3)]
-    yield alone("pipelined", "pipelined pings, AsyncClient", median(rates), "/s")
+def pipelined_rows(daemon: Daemon, echo: Echo, effort: Effort) -> Iterator[Row]:
+    """Client and servers on one core: what both together manage, however many cores there are."""
+    placement = placements()[0]
+    with placed(placement, daemon.process.pid, echo.process.pid) as where:
+        raw, bare = RawClient(daemon.socket), RawClient(echo.path)
+        raw.ask(HELLO)
+        kinds: dict[str, Callable[[], float]] = {
+            "raw client": lambda: raw.pipeline(PING, effort.pipelined),
+            "AsyncClient": lambda: asyncio.run(_async_pipeline(daemon.socket, effort.pipelined)),
+        }
+        for kind, ask in kinds.items():
+            pairs = [(ask(), bare.pipeline(PING, effort.pipelined)) for _ in range(max(2, effort.ping_rounds // 2))]
+            what = f"pipelined pings, {kind}{where}; bare echo, raw client"
+            yield paired("pipelined", what, pairs, "/s", (">=", AIM_PER_S), "value")
+        raw.close()
+        bare.close()
 
 
 async def _async_pipeline(path: Path, count: int) -> float:

@@ -51,10 +51,11 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         theirs = "–" if self.theirs is None else f"{number(self.theirs)} {self.unit}"
-        value = {"ratio": f"{self.value:.3f}", "difference": f"{self.value:+.2f} {self.unit}", "value": "–"}
+        ratio = "–" if self.theirs is None else f"{self.ours / self.theirs:.3f}"
+        value = {"ratio": f"{self.value:.3f}", "difference": f"{self.value:+.2f} {self.unit}", "value": ratio}
         holds = {None: "–", True: "yes", False: "NO"}[self.holds]
         measured = value[self.measure]
-        if self.spread is not None:
+        if self.spread is not None and self.measure != "value":
             low, high = (f"{edge:.2f}" for edge in self.spread)
             measured += f" ({low}…{high})"
         return (self.what, f"{number(self.ours)} {self.unit}", theirs, measured, self._target(), holds)
@@ -78,7 +79,8 @@ def paired(
     measure: Measure = "ratio",
 ) -> Row:
     """The row of a comparison, from (ours, theirs) of neighbouring runs."""
-    values = [ours / theirs if measure == "ratio" else ours - theirs for ours, theirs in pairs]
+    measures = {"ratio": lambda ours, theirs: ours / theirs, "difference": float.__sub__, "value": lambda ours, _: ours}
+    values = [measures[measure](ours, theirs) for ours, theirs in pairs]
     ours, theirs = (median(side) for side in zip(*pairs, strict=True))
     spread = (min(values), max(values)) if len(values) > 1 else None
     return Row(name, what, ours, theirs, unit, measure, median(values), target, spread)
