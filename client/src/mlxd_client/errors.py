@@ -23,7 +23,8 @@
     │   ├── VerificationFailed  -32013
     │   ├── ShuttingDown        -32014  the daemon drains; it takes no new work
     │   ├── NotFound            -32015  no such job, lease or subscription
-    │   └── PermissionDenied    -32016
+    │   ├── PermissionDenied    -32016
+    │   └── ModelNotDownloaded  -32017  the hub has it; details.plan says what fetching it would take
     └── ClientError                   raised on this side of the socket
         ├── ConnectFailed               nobody listens there, and nothing could be started
         ├── ConnectionLost              the connection ended while a reply was awaited
@@ -58,6 +59,7 @@ __all__ = [
     "MlxdError",
     "ModelBusy",
     "ModelInvalid",
+    "ModelNotDownloaded",
     "ModelNotFound",
     "NotFound",
     "ParseError",
@@ -194,6 +196,10 @@ class NotFound(RpcError):
 
 class PermissionDenied(RpcError):
     code, kind = -32016, "permission_denied"
+
+
+class ModelNotDownloaded(RpcError):
+    code, kind = -32017, "model_not_downloaded"
 
 
 class ClientError(MlxdError):

@@ -7,6 +7,11 @@ Daemon → worker, requests (id, method, params), each answered once by a result
     load      LoadModel      → Loaded
     generate  Generate       → Generated        with `step` notifications on the way
     count     CountTokens    → {tokens}
+Daemon → fetcher, requests; each answered once by a result or an error; one fetcher gets one of them:
+    plan      PlanFetch      → FetchPlan
+    fetch     Fetch          → Fetched          with `fetching` notifications on the way
+    verify    Verify         → Verified
+    latest    {repos}        → {commits: {repo: commit}}, of those that the hub knows
 Daemon → child, notifications:
     cancel    {id}           the request of that id ends at the next step, with finish_reason "cancelled"
     stop      {}             finish nothing, exit 0
@@ -14,6 +19,7 @@ Child → daemon, notifications:
     ready     Ready          once, first of all: the interpreter runs and the heavy imports are done
     heartbeat Heartbeat      at least every HEARTBEAT_S, from the loop that does the work
     progress  {progress}     a load got so far, 0 to 1
+    fetching  Fetching       how far a download got; at most ten a second
     step      Step           what one decode step brought, for all requests at once
 """
 
@@ -103,3 +109,77 @@ class Step(msgspec.Struct, omit_defaults=True):
     """`pieces` holds (request id, text, reasoning) for each streaming request that got new text."""
 
     pieces: list[tuple[int, str, str]] = []
+
+
+# --- fetchers -----------------------------------------------------------------------------------------------------
+
+
+class Where(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """A repository at a revision, and the Hugging Face cache it belongs in. `repo` is a valid repository id; `revision`
+    a branch, tag or commit; `pin`: the revision keeps a ref of its own name, so that no update removes it."""
+
+    repo: str
+    cache: str
+    revision: str = "main"
+    pin: bool = False
+
+
+class PlanFetch(msgspec.Struct, omit_defaults=True, kw_only=True):
+    where: Where
+    context_length: int | None = None
+
+
+class FetchPlan(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`download_bytes` of `size_bytes` are not on disk yet. The others are as in store.folder.Folder, from metadata and
+    config.json alone; `kv_bytes` for the context that was asked for, or that a load reserves."""
+
+    commit: str
+    size_bytes: int
+    download_bytes: int
+    weights_bytes: int
+    resident_bytes: int
+    kv_bytes: int
+    memory_bytes: int
+    context_length: int
+
+
+class Fetch(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`connections` at once, over all files; `rate_bytes_s` bounds all of them together, 0 is no bound. An attempt that
+    brings less than `floor_bytes_s` over `stall_s` seconds has failed. `attempts` is how often each file is tried.
+    `repair`: files that are there are checked, too."""
+
+    where: Where
+    connections: int = 8
+    rate_bytes_s: int = 0
+    floor_bytes_s: int = 4096
+    stall_s: float = 30.0
+    attempts: int = 3
+    repair: bool = False
+
+
+class Fetching(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`phase`: planning, downloading, verifying, retrying. `attempts`: the most that any file has needed."""
+
+    phase: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+    rate_bytes_s: float = 0.0
+    attempts: int = 1
+
+
+class Fetched(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`fetched_bytes` crossed the network for it; the rest of `size_bytes` was there."""
+
+    commit: str
+    size_bytes: int
+    fetched_bytes: int
+
+
+class Verify(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`snapshot` is an absolute folder; where its files are links into a Hugging Face cache, their names are hashes."""
+
+    snapshot: str
+
+
+class Verified(msgspec.Struct, omit_defaults=True, kw_only=True):
+    bad_files: list[types.BadFile] = []

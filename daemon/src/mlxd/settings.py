@@ -39,6 +39,10 @@ def default_worker_command() -> list[str]:
     return [sys.executable, "-m", "mlxd.worker"]
 
 
+def default_fetcher_command() -> list[str]:
+    return [sys.executable, "-m", "mlxd.fetch"]
+
+
 def memory_budget() -> int:
     """Bytes that all models together may take by default: a share of the memory that this process may ever have."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -76,6 +80,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         load_s: how long a model may take to load.
         heartbeat_s: the longest silence of a child before it counts as hung.
         worker_command: what runs a worker. Tests put a misbehaving one here.
+        fetcher_command: what runs a fetcher.
+        download: what becomes of a request for a model of the hub that is not here: `ask` refuses it and tells what
+            the download would take, `auto` downloads first, `never` asks nobody. Downloads that are asked for by name
+            are always done, but with `never`.
+        downloads: how many models are downloaded at a time.
+        download_connections: how many connections one download uses.
+        download_rate_bytes_s: what one download may take at most; 0 is no bound.
+        download_floor_bytes_s, download_stall_s: one that brings less than the former for the latter is tried anew.
+        catalog: further recommended models, by id, with the fields that the built-in catalog has.
         log_level: what the log holds.
         log_prompts: whether prompts and answers may be logged.
     """
@@ -100,6 +113,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     load_s: Seconds = 600.0
     heartbeat_s: Seconds = 15.0
     worker_command: Annotated[list[Name], Meta(min_length=1)] = msgspec.field(default_factory=default_worker_command)
+    fetcher_command: Annotated[list[Name], Meta(min_length=1)] = msgspec.field(default_factory=default_fetcher_command)
+    download: Literal["ask", "auto", "never"] = "ask"
+    downloads: Annotated[int, Meta(ge=1, le=64)] = 2
+    download_connections: Annotated[int, Meta(ge=1, le=8)] = 8
+    download_rate_bytes_s: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    download_floor_bytes_s: Annotated[int, Meta(ge=0, le=2**40)] = 4096
+    download_stall_s: Seconds = 30.0
+    catalog: dict[Name, dict[str, Any]] = {}
     log_level: LogLevel = "info"
     log_prompts: bool = False
 
@@ -246,14 +267,14 @@ def _from_env(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
 
 def _parsed(name: str, text: str, origin: Origin) -> object:
     """A variable's or flag's text as its value: lists as shell words or JSON, tables as JSON, the rest as it is."""
-    if name == "worker_command" and not text.lstrip().startswith("["):
+    if name in ("worker_command", "fetcher_command") and not text.lstrip().startswith("["):
         import shlex
 
         try:
             return shlex.split(text)
         except ValueError as error:
             raise SettingsError(f"{name} cannot be {_short(text)} ({origin}): {error}") from None
-    if name in ("aliases", "keep_alive", "worker_command"):
+    if name in ("aliases", "keep_alive", "worker_command", "fetcher_command", "catalog"):
         try:
             return msgspec.json.decode(text)
         except msgspec.DecodeError as error:

@@ -75,4 +75,62 @@ class Publish:
     rid: int | None = None
 
 
-Action = StartWorker | StopWorker | Dispatch | CancelOnWorker | Deliver | Answer | Fail | Publish
+@dataclass(frozen=True, slots=True)
+class StartFetcher:
+    """Spawn a fetcher for this model of the hub; Fetched, FetchFailed or FetcherExited will follow."""
+
+    fetcher: int
+    job: str
+    model: str
+    repair: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StopFetcher:
+    """End the fetcher at once; FetcherExited will follow. Said once per fetcher."""
+
+    fetcher: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The answer to a Download: the job that does it."""
+
+    rid: int
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteFiles:
+    """Remove the model from the disk, and what a download of it has left; FilesDeleted will follow."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """The answer to a Delete."""
+
+    rid: int
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DiscardPartial:
+    """Remove what a cancelled download of this model has fetched so far. Nothing follows."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prune:
+    """Remove revisions that an update has replaced and nobody uses any more, but for pinned ones. Nothing follows."""
+
+    model: str
+    revisions: tuple[str, ...]
+
+
+Action = (
+    StartWorker | StopWorker | Dispatch | CancelOnWorker | Deliver | Answer | Fail | Publish | StartFetcher
+    | StopFetcher | Started | DeleteFiles | Deleted | DiscardPartial | Prune
+)  # fmt: skip

@@ -21,12 +21,17 @@ JobEnd = Literal["done", "failed", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`budget_bytes` bounds all models together; `queue` all waiting requests; `max_batch` one model's running ones."""
+    """`budget_bytes` bounds all models together; `queue` all waiting requests; `max_batch` one model's running ones;
+    `downloads` all that move bytes at a time, `fetcher_starts` how often a fetcher that dies is started anew for one
+    download: after `fetcher_backoff_s`, doubled each time."""
 
     budget_bytes: int
     queue: int = 512
     max_batch: int = 32
     keep_alive_s: float = 300.0
+    downloads: int = 2
+    fetcher_starts: int = 3
+    fetcher_backoff_s: float = 1.0
 
 
 class Book:

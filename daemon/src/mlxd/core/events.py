@@ -1,6 +1,6 @@
 """What the core is told. Each is a fact or a wish of the outside world; the time comes beside it, in seconds.
 
-`rid` is the runtime's number for one request; `client` for one connection; `worker` for one worker process.
+`rid` is the runtime's number for one request; `client` for one connection; `worker` and `fetcher` for one process.
 """
 
 from __future__ import annotations
@@ -80,7 +80,86 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class CancelJob:
+    """`discard`: of a download, also remove what it has fetched so far."""
+
     job: str
+    discard: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """The wish to have this model of the hub, or its newest revision: answered by Started with the job, at once.
+
+    Where a download of it is under way already, with that one. `job` is set where an earlier daemon had begun it: it
+    goes on under its old id, began at `started_at` on the wall clock, and nobody waits for an answer.
+    """
+
+    rid: int
+    client: int
+    model: str
+    repair: bool = False
+    job: str | None = None
+    started_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FetchProgress:
+    fetcher: int
+    phase: Literal["planning", "downloading", "verifying", "retrying"]
+    done_bytes: int
+    total_bytes: int
+    rate_bytes_s: float
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The model is on disk, whole and verified, as `found` says."""
+
+    fetcher: int
+    found: Found
+
+
+@dataclass(frozen=True, slots=True)
+class FetchFailed:
+    """The fetcher lives, and has given up."""
+
+    fetcher: int
+    error: RpcError
+
+
+@dataclass(frozen=True, slots=True)
+class FetcherExited:
+    """The process is gone. `error` says how, where nobody had asked it to go."""
+
+    fetcher: int
+    error: RpcError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """The wish that the disk hold no file of this model, nor of a download of it that was cut short."""
+
+    rid: int
+    client: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class FilesDeleted:
+    """What DeleteFiles came to; with an `error`, the model is as it was or gone, as the next Found or Lost will say."""
+
+    model: str
+    freed_bytes: int
+    error: RpcError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """The hub's newest revision of this model."""
+
+    model: str
+    revision: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,5 +228,6 @@ class Abort:
 
 Event = (
     Found | Lost | Submit | Ensure | Release | Unload | Cancel | CancelJob | ClientGone | LoadProgress | Loaded
-    | LoadFailed | WorkerExited | MemoryReport | Done | Tick | Drain | Abort
+    | LoadFailed | WorkerExited | MemoryReport | Done | Tick | Drain | Abort | Download | FetchProgress | Fetched
+    | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest
 )  # fmt: skip
