@@ -35,9 +35,10 @@ def are_numbers(measured: dict[str, dict[str, Any]]) -> bool:
 
 def test_the_sockets_rows_are_ratios() -> None:
     measured = rows("ping", "pipelined")
-    assert len(measured) == 6
+    assert len(measured) in (5, 8)  # within one core, and between two where the system lets us choose
     assert are_numbers(measured)
-    assert [row["target"] for row in measured.values() if row["target"]] == [["<=", 2.0], [">=", 20_000]]
+    targets = [row["target"] for row in measured.values() if row["target"]]
+    assert targets == [["<=", 2.0], [">=", 20_000], [">=", 20_000]]
 
 
 @pytest.mark.slow
@@ -64,7 +65,7 @@ def test_the_table_names_the_machine_and_each_column() -> None:
     lines = done.stdout.splitlines()
     assert any(line.startswith("- cpu: ") for line in lines)
     header = lines.index("| what | ours | theirs | ratio | target | holds |")
-    assert len(lines[header:]) == 2 + 3
+    assert len(lines[header:]) == 2 + 2
 
 
 def test_a_row_that_does_not_exist_is_refused_by_name() -> None:
