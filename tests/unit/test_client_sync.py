@@ -177,6 +177,43 @@ def test_methods_send_their_params_and_return_types(daemon: ScriptedDaemon, clie
     assert len(daemon.connection().requests("chat")[1]["params"]["messages"]) == 2
 
 
+def test_the_methods_of_downloads(daemon: ScriptedDaemon, client: Client) -> None:
+    job = types.Job(job="d-1", kind="download", state="running", model="org/m", done_bytes=5, total_bytes=10)
+    plan = types.Plan(
+        model="org/m", download_bytes=1, disk_free_bytes=2, weights_bytes=3, kv_bytes=4, memory_bytes=5,
+        memory_available_bytes=6, fits=True,
+    )  # fmt: skip
+    entry = types.CatalogEntry(model="org/m", uses=["light"], size_bytes=1, memory_bytes=2, smallest_mac_gb=8)
+    bad = types.VerifyResult(ok=False, bad_files=[types.BadFile(file="a.json", reason="hash")])
+    catalog = types.CatalogResult(entries=[entry], memory_bytes=9)
+    daemon.on("models.list", types.ModelsResult(models=[model(latest_revision="new")]))
+    daemon.on("models.download", {"job": "d-1"})
+    daemon.on("jobs.cancel", job)
+    daemon.on("models.delete", {"freed_bytes": 7})
+    daemon.on("models.verify", bad)
+    daemon.on("models.plan", plan)
+    daemon.on("models.catalog", catalog)
+    assert client.models(updates=True)[0].latest_revision == "new"
+    assert client.download("org/m", revision="v1", repair=True) == "d-1"
+    assert client.download("org/m") == "d-1"
+    assert client.cancel_job("d-1", discard=True) == job
+    assert client.delete("org/m") == 7
+    assert client.verify("org/m") == bad
+    assert client.plan("org/m", revision="v1", context_length=100) == plan
+    assert client.catalog() == catalog
+    sent = [(m["method"], m.get("params")) for m in daemon.connection().received[1:]]
+    assert sent == [
+        ("models.list", {"updates": True}),
+        ("models.download", {"model": "org/m", "revision": "v1", "repair": True}),
+        ("models.download", {"model": "org/m"}),
+        ("jobs.cancel", {"job": "d-1", "discard": True}),
+        ("models.delete", {"model": "org/m"}),
+        ("models.verify", {"model": "org/m"}),
+        ("models.plan", {"model": "org/m", "revision": "v1", "context_length": 100}),
+        ("models.catalog", None),
+    ]
+
+
 def test_unknown_options_are_type_errors(client: Client) -> None:
     with pytest.raises(TypeError, match="temprature"):
         client.process("x", temprature=1)  # type: ignore[call-arg]
@@ -205,7 +242,13 @@ def test_a_timeout_cancels_on_the_wire_and_leaves_the_connection_usable(daemon: 
 def test_patience_by_kind_of_call() -> None:
     from mlxd_client.methods import Methods
 
-    build = {name: vars(Methods)[name].build for name in ("ping", "load", "process")}
+    names = ("ping", "load", "process", "models", "verify", "delete", "plan", "download")
+    build = {name: vars(Methods)[name].build for name in names}
+    for name in ("verify", "delete", "plan"):  # they read whole models, or ask the hub
+        assert build[name](None, "m").patience_s(30) is None
+    assert build["models"](None, updates=True).patience_s(30) is None
+    assert build["models"](None).patience_s(30) == 30
+    assert build["download"](None, "m").patience_s(30) == 30
     assert build["ping"](None).patience_s(30) == 30
     assert build["ping"](None, wait_s=None).patience_s(30) is None
     assert build["load"](None, "m").patience_s(30) is None

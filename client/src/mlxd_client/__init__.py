@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .mirror import Mirror
     from .paths import home, socket_path
     from .sync import Client, EventStream, ModelLease, Stream
-    from .types import Completion, Event, Job, Message, Model, Snapshot, Status
+    from .types import CatalogResult, Completion, Event, Job, Message, Model, Plan, Snapshot, Status, VerifyResult
 
 __all__ = [
     "AsyncClient",
@@ -30,6 +30,7 @@ __all__ = [
     "AsyncModelLease",
     "AsyncStream",
     "Cancelled",
+    "CatalogResult",
     "Client",
     "ClientError",
     "Completion",
@@ -43,12 +44,14 @@ __all__ = [
     "MlxdError",
     "Model",
     "ModelLease",
+    "Plan",
     "ProtocolError",
     "RequestTimeout",
     "RpcError",
     "Snapshot",
     "Status",
     "Stream",
+    "VerifyResult",
     "home",
     "socket_path",
 ]
@@ -68,7 +71,18 @@ _HOMES = {
     "mirror": ("Mirror",),
     "paths": ("home", "socket_path"),
     "sync": ("Client", "EventStream", "ModelLease", "Stream"),
-    "types": ("Completion", "Event", "Job", "Message", "Model", "Snapshot", "Status"),
+    "types": (
+        "CatalogResult",
+        "Completion",
+        "Event",
+        "Job",
+        "Message",
+        "Model",
+        "Plan",
+        "Snapshot",
+        "Status",
+        "VerifyResult",
+    ),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -2,9 +2,10 @@
 
 An entry is written as a method that returns the Request; `remote` gives it, on `Client`, the type of the answer, and
 on `AsyncClient` a coroutine of it. `wait_s` is everywhere the caller's own patience in seconds: unset means the
-client's `timeout_s` for short calls and no limit for those that may rightly take long (load, acquire, wait_job and
-generation), None means no limit. It is not the option `timeout_s` of generation, a deadline which the daemon keeps;
-where that is given, the patience that is unset is that deadline plus the client's `timeout_s`.
+client's `timeout_s` for short calls and no limit for those that may rightly take long (load, acquire, wait_job,
+verify, delete, plan, `models` with updates, and generation), None means no limit. It is not the option `timeout_s` of
+generation, a deadline which the daemon keeps; where that is given, the patience that is unset is that deadline plus
+the client's `timeout_s`.
 """
 
 from __future__ import annotations
@@ -16,23 +17,32 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec,
 from msgspec import UNSET, UnsetType
 
 from .types import (
+    CancelJobParams,
     CancelParams,
     CancelResult,
+    CatalogResult,
     ChatParams,
     Completion,
+    DeleteResult,
+    DownloadParams,
+    DownloadResult,
     Job,
     JobParams,
     JobsResult,
     Lease,
+    ListParams,
     LoadParams,
     Message,
     Model,
     ModelParams,
     ModelsResult,
+    Plan,
+    PlanParams,
     ProcessParams,
     Status,
     TokensParams,
     TokensResult,
+    VerifyResult,
 )
 
 if TYPE_CHECKING:
@@ -241,9 +251,15 @@ class Methods:
         return Request("config.get", None, dict[str, Any], wait_s)
 
     @remote
-    def models(self, *, wait_s: Wait = UNSET) -> Request[list[Model]]:
-        """Every model that the daemon knows, in whatever state."""
-        return Request("models.list", None, ModelsResult, wait_s, pick=_models)
+    def models(self, *, updates: bool = False, wait_s: Wait = UNSET) -> Request[list[Model]]:
+        """Every model that the daemon knows, in whatever state.
+
+        Args:
+            updates: ask the hub for each model's newest revision first, see Model.latest_revision. Takes as long as
+                the hub does, so that `wait_s` unset has no limit then.
+        """
+        params = ListParams(updates=True) if updates else None
+        return Request("models.list", params, ModelsResult, wait_s, pick=_models, long=updates)
 
     @remote
     def model(self, model: str, *, wait_s: Wait = UNSET) -> Request[Model]:
@@ -278,6 +294,52 @@ class Methods:
         """Unload a model; its memory is free when this returns. Raises ModelBusy while it generates or is leased."""
         return Request("models.unload", ModelParams(model=model), Model, wait_s)
 
+    @remote
+    def download(
+        self, model: str, *, revision: str | None = None, repair: bool = False, wait_s: Wait = UNSET
+    ) -> Request[str]:
+        """Have a model of the hub downloaded, or its newest revision. Returns the id of the job that does it, at once:
+        a new one, or the one that does so already. `wait_job` returns when it has ended, `events` tell how far it is.
+
+        Args:
+            revision: a branch, tag or commit; makes it a model of its own, `org/name@revision`, that stays as it is.
+            repair: also check the files that are there, and fetch bad ones anew.
+
+        Raises ModelNotFound, InvalidParams, Unsupported.
+        """
+        params = DownloadParams(model=model, revision=_unset(revision), repair=repair)
+        return Request("models.download", params, DownloadResult, wait_s, pick=_job)
+
+    @remote
+    def delete(self, model: str, *, wait_s: Wait = UNSET) -> Request[int]:
+        """Delete a model of the hub from the disk. Returns the bytes that this freed.
+
+        Raises ModelNotFound, ModelBusy while it is downloaded, loaded, or used.
+        """
+        return Request("models.delete", ModelParams(model=model), DeleteResult, wait_s, pick=_freed, long=True)
+
+    @remote
+    def verify(self, model: str, *, wait_s: Wait = UNSET) -> Request[VerifyResult]:
+        """Read every file of a model and compare it with what the hub says of it. Names the bad ones; mends none."""
+        return Request("models.verify", ModelParams(model=model), VerifyResult, wait_s, long=True)
+
+    @remote
+    def plan(
+        self, model: str, *, revision: str | None = None, context_length: int | None = None, wait_s: Wait = UNSET
+    ) -> Request[Plan]:
+        """What having and running a model would take, before anything happens.
+
+        Args:
+            context_length: tokens to plan the KV cache for; None for what a load reserves.
+        """
+        params = PlanParams(model=model, revision=_unset(revision), context_length=_unset(context_length))
+        return Request("models.plan", params, Plan, wait_s, long=True)
+
+    @remote
+    def catalog(self, *, wait_s: Wait = UNSET) -> Request[CatalogResult]:
+        """The recommended models, each with whether it is here and whether it can run here."""
+        return Request("models.catalog", None, CatalogResult, wait_s)
+
     @leased
     def acquire(self, model: str, *, wait_s: Wait = UNSET) -> Request[Lease]:
         """Keep a model loaded until the lease is released or this client's connection ends. Loads it if need be."""
@@ -299,9 +361,13 @@ class Methods:
         return Request("jobs.wait", JobParams(job=job), Job, wait_s, long=True)
 
     @remote
-    def cancel_job(self, job: str, *, wait_s: Wait = UNSET) -> Request[Job]:
-        """Cancel a job and return it."""
-        return Request("jobs.cancel", JobParams(job=job), Job, wait_s)
+    def cancel_job(self, job: str, *, discard: bool = False, wait_s: Wait = UNSET) -> Request[Job]:
+        """Cancel a job and return it.
+
+        Args:
+            discard: of a download, also remove what it has fetched so far; else a later one goes on from there.
+        """
+        return Request("jobs.cancel", CancelJobParams(job=job, discard=discard), Job, wait_s)
 
     @remote
     def process(self, prompt: str, *, wait_s: Wait = UNSET, **options: Unpack[ProcessOptions]) -> Request[Completion]:
@@ -374,6 +440,14 @@ def _nothing(result: Any) -> None:
 
 def _models(result: ModelsResult) -> list[Model]:
     return result.models
+
+
+def _job(result: DownloadResult) -> str:
+    return result.job
+
+
+def _freed(result: DeleteResult) -> int:
+    return result.freed_bytes
 
 
 def _jobs(result: JobsResult) -> list[Job]:

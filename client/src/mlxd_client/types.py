@@ -245,8 +245,9 @@ Revision = Annotated[str, Meta(min_length=1, max_length=200)]
 
 
 class DownloadParams(Params, kw_only=True):
-    """`model` is a repository of the hub, an alias of one, or `org/name@revision`, which is what `revision` makes of it:
-    a model of its own, that stays as it is. `repair` also checks the files that are there, and fetches bad ones anew."""
+    """`model` is a repository of the hub, an alias of one, or `org/name@revision`, which is what `revision` makes of
+    it: a model of its own, that stays as it is. `repair` also checks the files that are there, and fetches bad ones
+    anew."""
 
     model: ModelRef
     revision: Revision | UnsetType = UNSET
@@ -305,8 +306,9 @@ class VerifyResult(Result, kw_only=True):
 
 
 class CatalogEntry(Result, kw_only=True):
-    """A recommended model. `uses`: `general`, `light`, `coding`, `vision`. `smallest_mac_gb` is the unified memory of
-    the smallest Mac that runs it comfortably. `state` is the model's on this machine; `fits` whether it can run here."""
+    """A recommended model. `uses`: `general`, `light`, `coding`, `vision`, or a user's own word. `smallest_mac_gb` is
+    the unified memory of the smallest Mac that runs it comfortably; sizes that are not known are 0. `state` is the
+    model's on this machine; `fits` whether it can run here."""
 
     model: str
     uses: list[str]
