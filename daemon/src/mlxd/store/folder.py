@@ -20,7 +20,7 @@ from mlxd_client.errors import ModelInvalid
 
 from .safetensors import SafetensorsError, check_safetensors
 
-__all__ = ["Folder", "Incomplete", "examine", "fingerprint"]
+__all__ = ["Folder", "Incomplete", "estimate", "examine", "fingerprint"]
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
 MAX_FILES = 20_000
@@ -64,12 +64,12 @@ class Folder(msgspec.Struct, frozen=True, kw_only=True):
         return self.resident_bytes + self.kv_token_bytes * min(self.context_length, RESERVED_TOKENS) + WORKER_BYTES
 
 
-def examine(folder: Path, inside: Path | None = None) -> Folder:
+def examine(folder: Path, inside: tuple[Path, ...] = ()) -> Folder:
     """Look at a model's folder.
 
     Args:
         folder: absolute.
-        inside: every file, links followed, has to lie in here; None allows any place.
+        inside: every file, links followed, has to be there and in one of these; none of them allows any place.
 
     Raises:
         Incomplete: files are missing.
@@ -77,7 +77,7 @@ def examine(folder: Path, inside: Path | None = None) -> Folder:
         OSError: it cannot be read.
     """
     names = {entry.name for entry in _entries(folder)}
-    if inside is not None:
+    if inside:
         _check_links(folder, names, inside)
     config = _read_config(folder)
     files = _weight_files(folder, names)
@@ -90,18 +90,30 @@ def examine(folder: Path, inside: Path | None = None) -> Folder:
             weights += check_safetensors(file)
         except SafetensorsError as error:
             raise ModelInvalid(f"{file.name}: {error}", file=file.name) from None
+    return estimate(config, sum(size for _, size, _ in fingerprint(folder)), weights)
+
+
+def estimate(config: dict[str, Any], size_bytes: int, weights_bytes: int) -> Folder:
+    """What a model will be like once it is here, from its config.json and the sizes of its files alone.
+
+    Args:
+        config: as parsed; nothing in it is trusted.
+        size_bytes: all its files.
+        weights_bytes: tensor data on disk; the size of the safetensors files is near enough.
+    """
+    text = _text_config(config)
     half = (
         not config.get("quantization")
         and _computes_in_float32()
-        and _text_config(config).get("dtype", config.get("torch_dtype")) in ("float16", "bfloat16")
+        and text.get("dtype", config.get("torch_dtype")) in ("float16", "bfloat16")
     )
     architectures = config.get("architectures")
     return Folder(
-        size_bytes=sum(size for _, size, _ in fingerprint(folder)),
-        weights_bytes=weights,
-        resident_bytes=weights * 2 if half else weights,
-        kv_token_bytes=_kv_token_bytes(_text_config(config)),
-        context_length=_context_length(_text_config(config)),
+        size_bytes=size_bytes,
+        weights_bytes=weights_bytes,
+        resident_bytes=weights_bytes * 2 if half else weights_bytes,
+        kv_token_bytes=_kv_token_bytes(text),
+        context_length=_context_length(text),
         architectures=tuple(filter(_is_text, architectures)) if isinstance(architectures, list) else (),
     )
 
@@ -127,11 +139,14 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
             yield entry
 
 
-def _check_links(folder: Path, names: set[str], inside: Path) -> None:
-    root = os.path.realpath(inside) + os.sep
+def _check_links(folder: Path, names: set[str], inside: tuple[Path, ...]) -> None:
+    roots = tuple(os.path.realpath(place) + os.sep for place in inside)
     for name in sorted(names):
-        if not os.path.realpath(folder / name).startswith(root):
+        target = os.path.realpath(folder / name)
+        if not target.startswith(roots):
             raise ModelInvalid(f"{name} leads outside the cache", file=name)
+        if not os.path.lexists(target):
+            raise Incomplete(f"{name} is missing", file=name)
 
 
 def _require_file(path: Path) -> None:

@@ -1,7 +1,8 @@
-"""The Hugging Face cache on disk, read only: which repositories it holds, and which snapshot of each is current.
+"""The Hugging Face cache on disk, read only: which repositories it holds, and which snapshot each revision means.
 
-    <cache>/models--<org>--<name>/refs/<branch>            a commit
+    <cache>/models--<org>--<name>/refs/<branch or tag>     a commit
                                   snapshots/<commit>/...   links into blobs/, or plain files
+                                  blobs/<oid>              the bytes, named by their hash
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
 
@@ -9,15 +10,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["cache_folder", "current_snapshot", "is_repo_id", "repo_folder", "repositories"]
+__all__ = [
+    "MAIN", "cache_folder", "find_snapshot", "is_commit", "is_file_name", "is_oid", "is_repo_id", "is_revision",
+    "join_ref", "read_ref", "refs", "repo_folder", "repositories", "snapshots", "split_ref",
+]  # fmt: skip
+
+MAIN = "main"
+MAX_REFS = 1000
 
 # As the hub allows: one or two parts of letters, digits, "-", "_", "."; "--" separates the parts of folder names.
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _REPO = re.compile(rf"(?:{_PART}/)?{_PART}\Z")
-_COMMIT = re.compile(r"[0-9a-f]{7,64}\Z")
+_REVISION = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)*\Z")
+_FILE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,199}\Z")
+_SNAPSHOT = re.compile(r"[0-9a-f]{7,64}\Z")
+_COMMIT = re.compile(r"[0-9a-f]{40}\Z")
+_OID = re.compile(r"(?:[0-9a-f]{40}|[0-9a-f]{64})\Z")
 _PREFIX = "models--"
 
 
@@ -39,9 +50,54 @@ def _expand(path: str, env: Mapping[str, str]) -> str:
     return path
 
 
+# --- names --------------------------------------------------------------------------------------------------------
+
+
 def is_repo_id(ref: str) -> bool:
     """Whether this could be a repository: then it also is a safe folder name."""
     return len(ref) <= 96 and _REPO.match(ref) is not None and "--" not in ref and ".." not in ref
+
+
+def is_revision(text: str) -> bool:
+    """Whether this could be a branch, tag or commit: then it also is a safe path below refs/.
+
+    Another spelling of `main` is none: where upper and lower case are the same to the file system, it would be `main`.
+    """
+    return (
+        0 < len(text) <= 200
+        and _REVISION.match(text) is not None
+        and ".." not in text
+        and (text == MAIN or text.lower() != MAIN)
+    )
+
+
+def is_commit(text: str) -> bool:
+    """Whether this is a commit in full."""
+    return _COMMIT.match(text) is not None
+
+
+def is_oid(text: str) -> bool:
+    """Whether this is a hash that a blob is named by: 40 digits of a git blob's SHA-1, or 64 of a SHA-256."""
+    return _OID.match(text) is not None
+
+
+def is_file_name(text: str) -> bool:
+    """Whether this is a name that a repository's file may have here: then it also is a safe path below a snapshot."""
+    return len(text) <= 400 and all(_FILE_PART.match(part) and ".." not in part for part in text.split("/"))
+
+
+def split_ref(name: str) -> tuple[str, str | None]:
+    """`org/name@revision` as (repo, revision); the revision is None where there is no "@". Neither is validated."""
+    repo, at, revision = name.partition("@")
+    return repo, revision if at else None
+
+
+def join_ref(repo: str, revision: str) -> str:
+    """The id of the model that a repository's revision is."""
+    return repo if revision == MAIN else f"{repo}@{revision}"
+
+
+# --- what is there ------------------------------------------------------------------------------------------------
 
 
 def repo_folder(cache: Path, repo: str) -> Path:
@@ -61,19 +117,64 @@ def repositories(cache: Path) -> Iterator[str]:
             yield repo
 
 
-def current_snapshot(folder: Path) -> Path | None:
-    """The snapshot that `main` names, else the newest that is there; None where there is none."""
-    snapshots = folder / "snapshots"
+def read_ref(folder: Path, revision: str) -> str | None:
+    """The commit that a ref of the repository in `folder` names, or None. `revision` passed `is_revision`."""
     try:
-        with open(folder / "refs" / "main", encoding="ascii") as file:
+        with open(folder / "refs" / revision, encoding="ascii") as file:
             commit = file.read(100).strip()
     except (OSError, UnicodeDecodeError):
-        commit = ""
-    if _COMMIT.match(commit) and (snapshots / commit).is_dir():
-        return snapshots / commit
-    try:
-        with os.scandir(snapshots) as entries:
-            found = [(entry.stat().st_mtime, entry.name) for entry in entries if _COMMIT.match(entry.name)]
-    except OSError:
         return None
-    return snapshots / max(found)[1] if found else None
+    return commit if _SNAPSHOT.match(commit) else None
+
+
+def refs(folder: Path) -> dict[str, str]:
+    """All refs of the repository in `folder` with the commits they name; at most MAX_REFS of them.
+
+    Refs that name nothing that could be a commit are left out, and so is what lies behind linked folders.
+    """
+    found: dict[str, str] = {}
+    root = folder / "refs"
+    for place, _, names in os.walk(root):
+        for name in sorted(names):
+            revision = os.path.relpath(os.path.join(place, name), root)
+            commit = read_ref(folder, revision) if is_revision(revision) else None
+            if commit is not None:
+                found[revision] = commit
+            if len(found) >= MAX_REFS:
+                return found
+    return found
+
+
+def snapshots(folder: Path) -> dict[str, int]:
+    """The commits that the repository in `folder` has a snapshot of, and when each was last changed, in ns."""
+    try:
+        with os.scandir(folder / "snapshots") as entries:
+            return {entry.name: entry.stat().st_mtime_ns for entry in entries if _is_snapshot(entry)}
+    except OSError:
+        return {}
+
+
+def _is_snapshot(entry: os.DirEntry[str]) -> bool:
+    return _SNAPSHOT.match(entry.name) is not None and entry.is_dir()
+
+
+def find_snapshot(folder: Path, revision: str) -> Path | None:
+    """The snapshot of a revision that passed `is_revision`, or None.
+
+    It is the one that the ref of this name names, else that of the commit of this name. Where `main` names none that
+    is there, it is the newest of those that no other ref names.
+    """
+    commit = read_ref(folder, revision)
+    if commit is not None and (folder / "snapshots" / commit).is_dir():
+        return folder / "snapshots" / commit
+    if revision != MAIN:
+        exact = folder / "snapshots" / revision
+        return exact if commit is None and is_commit(revision) and exact.is_dir() else None
+    found = unnamed(folder, {name: commit for name, commit in refs(folder).items() if name != MAIN}.values())
+    return folder / "snapshots" / max((at, name) for name, at in found.items())[1] if found else None
+
+
+def unnamed(folder: Path, named: Collection[str]) -> dict[str, int]:
+    """As `snapshots`, but for those of the commits in `named`."""
+    there = set(named)
+    return {commit: at for commit, at in snapshots(folder).items() if commit not in there}

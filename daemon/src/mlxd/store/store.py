@@ -17,6 +17,7 @@ from mlxd_client.errors import ModelInvalid, ModelNotFound
 
 from . import hub
 from .folder import Folder, Incomplete, examine, fingerprint
+from .layout import RepoCache
 
 __all__ = ["Found", "Store"]
 
@@ -36,7 +37,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     """A whole model on this disk.
 
     Attributes:
-        model: its id: `mlxd/<name>`, `<org>/<name>` or the folder's real path.
+        model: its id: `mlxd/<name>`, `<org>/<name>`, `<org>/<name>@<revision>` or the folder's real path.
         path: its folder, absolute.
         revision: the commit, for models from the hub.
         size_bytes: all files together.
@@ -81,7 +82,7 @@ class Store:
         """The model that `ref` names.
 
         1. a text that can name nothing is refused; 2. an alias is replaced, once; 3. an absolute folder is itself;
-        4. `mlxd/...` is built in; 5. all else is a repository in the cache.
+        4. `mlxd/...` is built in; 5. all else is a repository in the cache, with `@` a revision of it.
 
         Raises:
             ModelNotFound: there is none, or only a part of one; `details.near` may name similar ones.
@@ -111,6 +112,23 @@ class Store:
                 found.append(model)
         return found
 
+    def hub_repo(self, ref: str) -> tuple[str, str] | None:
+        """(repository, revision) of the model of the hub that `ref` names, be it here or not; None if it can be none.
+
+        Aliases are replaced. Built-in models and folders are none of the hub's.
+        """
+        name = self.aliases.get(ref, ref)
+        if name.startswith(("/", BUILTIN_PREFIX)):
+            return None
+        repo, revision = hub.split_ref(name)
+        revision = hub.MAIN if revision is None else revision
+        return (repo, revision) if hub.is_repo_id(repo) and hub.is_revision(revision) else None
+
+    def partial(self, ref: str) -> bool:
+        """Whether a download of the repository that `ref` names was cut short, and left something to go on from."""
+        named = self.hub_repo(ref)
+        return named is not None and RepoCache(self.cache, named[0]).has_partial()
+
     # --- the three places -----------------------------------------------------------------------------------------
 
     def _at_path(self, name: str) -> Found:
@@ -130,16 +148,20 @@ class Store:
         return self._found(name, "builtin", self._builtin / short)
 
     def _in_cache(self, name: str) -> Found:
-        if not hub.is_repo_id(name):
+        repo, revision = hub.split_ref(name)
+        revision = hub.MAIN if revision is None else revision
+        if not hub.is_repo_id(repo) or not hub.is_revision(revision):
             raise self._unknown(name)
-        folder = hub.repo_folder(self.cache, name)
-        snapshot = hub.current_snapshot(folder)
+        folder = hub.repo_folder(self.cache, repo)
+        snapshot = hub.find_snapshot(folder, revision)
         if snapshot is None:
             raise self._unknown(name)
-        return self._found(name, "hub", snapshot, inside=folder, revision=snapshot.name)
+        # huggingface_hub keeps what repositories share in <cache>/blobs, and links to it.
+        inside = (folder, self.cache / "blobs")
+        return self._found(hub.join_ref(repo, revision), "hub", snapshot, inside=inside, revision=snapshot.name)
 
     def _found(
-        self, name: str, source: Source, path: Path, inside: Path | None = None, revision: str | None = None
+        self, name: str, source: Source, path: Path, inside: tuple[Path, ...] = (), revision: str | None = None
     ) -> Found:
         try:
             folder = self._examine(path, inside)
@@ -155,7 +177,7 @@ class Store:
             context_length=folder.context_length,
         )  # fmt: skip
 
-    def _examine(self, path: Path, inside: Path | None) -> Folder:
+    def _examine(self, path: Path, inside: tuple[Path, ...]) -> Folder:
         """`examine`, unless the folder's files are those of the last time: headers of large models take a while."""
         marks = fingerprint(path)
         known = self._examined.get(path)
@@ -180,7 +202,11 @@ class Store:
             yield from (BUILTIN_PREFIX + name for name in sorted(os.listdir(self._builtin)) if hub.is_repo_id(name))
         except OSError:
             pass  # a package without built-in models
-        yield from hub.repositories(self.cache)
+        for repo in hub.repositories(self.cache):
+            yield repo
+            yield from (
+                hub.join_ref(repo, ref) for ref in hub.refs(hub.repo_folder(self.cache, repo)) if ref != hub.MAIN
+            )
 
     def _unknown(self, name: str) -> ModelNotFound:
         """The error for a name that leads nowhere, with names that look alike."""
