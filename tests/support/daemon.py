@@ -58,7 +58,7 @@ class Daemon:
         if bad_child is not None:
             settings["worker_command"] = f"{sys.executable} {BAD_CHILD} --mode {bad_child}"
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("MLXD_")}
-        self.env |= {"MLXD_HOME": str(self.home), "HF_HUB_CACHE": str(self.home / "hub")}
+        self.env |= {"MLXD_HOME": str(self.home), "HF_HUB_CACHE": str(self.home / "hub"), "HF_HUB_OFFLINE": "1"}
         self.env |= {f"MLXD_{name.upper()}": str(value) for name, value in settings.items()} | (env or {})
         if bad_child is None:
             (self.home / "run").mkdir(mode=0o700)

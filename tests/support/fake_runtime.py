@@ -127,7 +127,7 @@ class FakeRuntime:
             models=list(self.model_states.values()), jobs=list(self.job_states.values()), stopping=self.stopping
         )
 
-    def models(self) -> list[Model]:
+    def models(self, *, updates: bool = False) -> list[Model]:
         return list(self.model_states.values())
 
     async def model(self, ref: str) -> Model:
@@ -174,8 +174,30 @@ class FakeRuntime:
         await self._wait(job)
         return self.job(job)
 
-    def cancel_job(self, job: str) -> Job:
+    def cancel_job(self, job: str, *, discard: bool = False) -> Job:
         return self.job(job)
+
+    async def plan(self, params: types.PlanParams) -> types.Plan:
+        await self.model(params.model)
+        return types.Plan(
+            model=params.model, download_bytes=0, disk_free_bytes=1, weights_bytes=1, kv_bytes=1, memory_bytes=2,
+            memory_available_bytes=3, fits=True,
+        )  # fmt: skip
+
+    async def download(self, client: int, params: types.DownloadParams) -> str:
+        self.job_states["download-1"] = Job(job="download-1", kind="download", state="running", model=params.model)
+        return "download-1"
+
+    async def delete(self, client: int, ref: str) -> int:
+        await self.model(ref)
+        return 1
+
+    async def verify(self, ref: str) -> types.VerifyResult:
+        await self._wait(ref)
+        return types.VerifyResult(ok=True)
+
+    async def catalog(self) -> types.CatalogResult:
+        return types.CatalogResult(entries=[], memory_bytes=1)
 
     async def count_tokens(self, client: int, params: types.TokensParams) -> types.TokensResult:
         if params.text == "bug":

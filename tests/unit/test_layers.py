@@ -21,6 +21,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.childwire": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.fidelity": (set(), set()),
     "mlxd.logs": (set(), {"msgspec", "structlog"}),
+    "mlxd.catalog": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.settings": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.core": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.store": ({"mlxd_client"}, {"msgspec"}),
@@ -33,9 +34,20 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.server": ({"mlxd_client", "mlxd.logs"}, {"msgspec", "psutil"}),
     "mlxd.workers": ({"mlxd_client", "mlxd.childwire", "mlxd.children"}, {"msgspec"}),
     "mlxd.generation": ({"mlxd_client", "mlxd.childwire", "mlxd.core", "mlxd.server"}, {"msgspec"}),
+    "mlxd.fetchers": ({"mlxd_client", "mlxd.childwire", "mlxd.children"}, {"msgspec"}),
+    "mlxd.downloads": (
+        {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.server",
+         "mlxd.settings", "mlxd.store"},
+        {"msgspec"},
+    ),
+    "mlxd.library": (
+        {"mlxd_client", "mlxd.catalog", "mlxd.core", "mlxd.downloads", "mlxd.fetchers", "mlxd.server",
+         "mlxd.settings", "mlxd.store"},
+        set(),
+    ),
     "mlxd.runtime": (
-        {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.generation", "mlxd.logs",
-         "mlxd.server", "mlxd.settings", "mlxd.store", "mlxd.workers"},
+        {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.generation",
+         "mlxd.library", "mlxd.logs", "mlxd.server", "mlxd.settings", "mlxd.store", "mlxd.workers"},
         {"msgspec", "psutil"},
     ),
     "mlxd.app": (

@@ -141,7 +141,7 @@ def test_unknown_methods_and_typed_errors(encoding: Encoding) -> None:
     async def main() -> None:
         async with serving() as served:
             client = await served.connect(encoding)
-            assert (await client.refused("models.delete", {"model": "x"}))["code"] == -32601
+            assert (await client.refused("models.paint", {"model": "x"}))["code"] == -32601
             assert (await client.refused("jobs.get", {"job": "x"}))["data"]["kind"] == "not_found"
             missing = await client.refused("models.get", {"model": "../etc"})
             assert missing["data"] == {"kind": "model_not_found", "details": {"model": "../etc"}}

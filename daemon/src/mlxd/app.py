@@ -113,7 +113,7 @@ class _Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
         await supervisor.sweep()
-        await runtime.scan()
+        await runtime.begin()
         await server.start(self._listener)
         self._log.info("daemon started", version=runtime.version, epoch=runtime.epoch, socket=settings.socket)
         await self._stop.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
@@ -31,7 +32,7 @@ class Generation:
 
     __slots__ = (
         "accepted_at", "client", "dispatched_at", "gave_up", "kind", "model", "outcome", "params", "ready_at", "rid",
-        "sink", "tell",
+        "sink", "tell", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -53,12 +54,15 @@ class Generation:
         self.dispatched_at: float | None = None
         self.outcome: wire.Generated | errors.RpcError | None = None
         self.gave_up = False
+        self.waiting: asyncio.Task[None] | None = None  # what looks for the model, and may fetch it, before the core
         self.model = ""
         self.ready_at = 0.0
 
     def cancel(self) -> None:
         """The caller gave up: the sink hears so as soon as the worker has let go of it."""
         self.gave_up = True
+        if self.waiting is not None:
+            self.waiting.cancel()
         self.tell(ev.Cancel(self.rid))
 
 

@@ -6,14 +6,13 @@ Decides nothing. Holds what the core must not know: futures, sinks, workers' lin
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import secrets
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import psutil
 
 from mlxd_client import errors, types
@@ -27,7 +26,9 @@ from .children.supervisor import Supervisor
 from .core import actions as do
 from .core import events as ev
 from .core.core import Core, Limits
+from .fetchers import Fetchers
 from .generation import Generation, completion, count_params, refuse_unsupported, with_text, worker_params
+from .library import Library
 from .server.events import EventLog
 from .workers import WorkerLink
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from .server.limits import ServerLimits
     from .server.runtime_api import Log, Sink
     from .settings import Settings
-    from .store import Found, Store
+    from .store import Store
 
 
 class Runtime:
@@ -64,29 +65,30 @@ class Runtime:
         self.epoch = secrets.token_hex(8)
         self.on_shutdown: Callable[[], None] = lambda: None
         self._settings = settings
-        self._store = store
         self._supervisor = supervisor
         self._log = log
         self._started_at = loop.time()
-        self._disk = ThreadPoolExecutor(1, "mlxd-disk")
         self._process = psutil.Process()
         bounds = Limits(
             budget_bytes=settings.memory_budget_bytes,
             queue=settings.queue_limit,
             max_batch=settings.max_batch,
             keep_alive_s=settings.keep_alive_s,
+            downloads=settings.downloads,
         )
         self.core = Core(bounds, wall=time.time() - loop.time(), job_prefix=f"load-{self.epoch[:6]}")
+        fetchers = Fetchers(supervisor, settings.fetcher_command)
+        self._library = Library(settings, store, fetchers, self.core, self.tell, log, loop)
+        self._downloads = downloads = self._library.downloads
         self.events = EventLog(self.epoch, self.core.snapshot, limits=limits)
         self._rids = itertools.count(1)
         self._leases = itertools.count(1)
         self._open: dict[int, Generation] = {}
-        self._goals: dict[int, asyncio.Future[types.Model]] = {}
+        self._goals: dict[int, asyncio.Future[Any]] = {}
         self._job_waiters: dict[str, list[asyncio.Future[types.Job]]] = {}
+        self._watchers: dict[str, list[Callable[[float | None], None]]] = {}  # of downloads that requests wait for
         self._links: dict[int, WorkerLink] = {}
         self._memory: dict[int, int] = {}  # by worker, as last told to the core
-        self._paths: dict[str, str] = {}
-        self._ids: dict[str, str] = {}  # what callers say → the model's id
         self._resolving: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._quiet: asyncio.Event = asyncio.Event()
@@ -95,7 +97,10 @@ class Runtime:
         self._perform: dict[type, Callable[[Any], None]] = {
             do.StartWorker: self._start_worker, do.StopWorker: self._stop_worker, do.Dispatch: self._dispatch,
             do.CancelOnWorker: self._cancel_on_worker, do.Deliver: self._deliver, do.Answer: self._answer,
-            do.Fail: self._fail, do.Publish: self._publish,
+            do.Fail: self._fail, do.Publish: self._publish, do.StartFetcher: downloads.start,
+            do.StopFetcher: downloads.stop, do.DeleteFiles: downloads.delete, do.DiscardPartial: downloads.discard,
+            do.Prune: downloads.prune, do.Started: lambda action: self._reached(action.rid, action.job),
+            do.Deleted: lambda action: self._reached(action.rid, action.freed_bytes),
         }  # fmt: skip
 
     # --- the loop: event → core → actions -------------------------------------------------------------------------
@@ -139,7 +144,7 @@ class Runtime:
 
     def _start_worker(self, action: do.StartWorker) -> None:
         settings = self._settings
-        load = wire.LoadModel(model=action.model, path=self._paths[action.model], max_batch=settings.max_batch)
+        load = wire.LoadModel(model=action.model, path=self._library.paths[action.model], max_batch=settings.max_batch)
         link = WorkerLink(action.worker, load, self, load_s=settings.load_s)
         self._links[action.worker] = link
         spec = ChildSpec(kind="worker", name=action.model, argv=settings.worker_command)
@@ -177,17 +182,20 @@ class Runtime:
             self._refused(request, with_text(error, outcome))
 
     def _answer(self, action: do.Answer) -> None:
-        waiter = self._goals.pop(action.rid)
-        if not waiter.done():
-            waiter.set_result(action.model)
+        self._reached(action.rid, action.model)
+
+    def _reached(self, rid: int, answer: Any) -> None:
+        waiter = self._goals.pop(rid, None)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(answer)
 
     def _fail(self, action: do.Fail) -> None:
         request = self._open.pop(action.rid, None)
         if request is not None:
             self._refused(request, with_text(action.error, request.outcome))
             return
-        waiter = self._goals.pop(action.rid)
-        if not waiter.done():
+        waiter = self._goals.pop(action.rid, None)
+        if waiter is not None and not waiter.done():
             waiter.set_exception(action.error)
 
     def _refused(self, request: Generation, error: errors.RpcError) -> None:
@@ -204,6 +212,10 @@ class Runtime:
             action.name, model_id=action.model_id, model=action.model, job=action.job, progress=action.progress,
             error=action.error, request=None if request is None else request.sink.request_name,
         )  # fmt: skip
+        if action.job is not None and action.job.kind == "download":
+            self._downloads.remember(action.job)
+            for waiting in self._watchers.get(action.job.job, ()):
+                waiting(action.job.progress)
         if action.job is not None and action.job.ended_at is not None:
             for waiter in self._job_waiters.pop(action.job.job, ()):
                 if not waiter.done():
@@ -256,75 +268,48 @@ class Runtime:
 
     async def scan(self) -> None:
         """Tell the core what the disk holds now."""
-        known = list(self.core.models)
-        found = await self.loop.run_in_executor(self._disk, self._look, known)
-        for one in found:
-            self._note(one)
-        for model in set(known).difference(one.model for one in found):
-            self.tell(ev.Lost(model))
+        await self._library.scan()
 
-    def _look(self, known: list[str]) -> list[Found]:
-        """All models that the store lists, and those of the known ones that it does not list but still has."""
-        found = self._store.scan()
-        for model in set(known).difference(one.model for one in found):
-            with contextlib.suppress(errors.ModelNotFound, errors.ModelInvalid):
-                found.append(self._store.resolve(model))
-        return found
-
-    def _note(self, found: Found) -> str:
-        """Tell the core of a model that was found on disk. Returns its id."""
-        self._paths[found.model] = found.path
-        self.tell(
-            ev.Found(
-                found.model, found.source, found.memory_bytes, found.revision, found.size_bytes, found.context_length,
-                self._settings.keep_alive.get(found.model),
-            )
-        )  # fmt: skip
-        return found.model
-
-    def _known(self, ref: str) -> str | None:
-        """The id that `ref` stands for, if that model is loaded or about to be: then the disk need not be asked."""
-        model = self._ids.get(ref)
-        record = None if model is None else self.core.models.get(model)
-        return None if record is None or record.worker is None else model
-
-    async def _resolve(self, ref: str) -> str:
-        """The id of the model that `ref` names, which the disk holds, whole. Raises ModelNotFound, ModelInvalid."""
-        known = self._known(ref)
-        if known is not None:
-            return known
-        try:
-            found = await self.loop.run_in_executor(self._disk, self._store.resolve, ref)
-        except (errors.ModelNotFound, errors.ModelInvalid):
-            self.tell(ev.Lost(self._ids.pop(ref, ref)))
-            raise
-        model = self._note(found)
-        if len(self._ids) >= 4096:
-            self._ids.clear()  # spellings come from clients; what is forgotten is asked for again
-        self._ids[ref] = model
-        return model
-
-    async def models(self) -> list[types.Model]:
+    async def begin(self) -> None:
+        """Learn what is there, and go on with what an earlier daemon had begun."""
+        left = await self._downloads.begin()
         await self.scan()
+        for one in left:
+            self._log.info("going on with a download", model=one.model, job=one.job)
+            rid = next(self._rids)
+            self.tell(ev.Download(rid, 0, one.model, repair=one.repair, job=one.job, started_at=one.started_at))
+
+    async def models(self, *, updates: bool = False) -> list[types.Model]:
+        await self.scan()
+        if updates:
+            await self._library.look_for_updates()
         return self.core.snapshot().models
 
     async def model(self, ref: str) -> types.Model:
-        return self.core.view(await self._resolve(ref))
+        try:
+            return self.core.view(await self._library.resolve(ref))
+        except errors.ModelNotFound:
+            named = self._hub_model(ref)
+            if named is None or named not in self.core.models:
+                raise
+            return self.core.view(named)  # it is on its way, or was
 
     async def load(self, client: int, params: types.LoadParams) -> types.Model:
         for option in ("adapter", "draft_model"):
             if getattr(params, option) is not UNSET:
                 raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
-        model = await self._resolve(params.model)
+        model = await self._have(params.model)
         keep_alive = None if params.keep_alive is UNSET else params.keep_alive
-        return await self._reach(lambda rid: ev.Ensure(rid, client, model, keep_alive_s=keep_alive))
+        view: types.Model = await self._reach(lambda rid: ev.Ensure(rid, client, model, keep_alive_s=keep_alive))
+        return view
 
     async def unload(self, ref: str) -> types.Model:
-        model = await self._resolve(ref)
-        return await self._reach(lambda rid: ev.Unload(rid, 0, model))
+        model = await self._library.resolve(ref)
+        view: types.Model = await self._reach(lambda rid: ev.Unload(rid, 0, model))
+        return view
 
     async def acquire(self, client: int, ref: str) -> types.Lease:
-        model = await self._resolve(ref)
+        model = await self._have(ref)
         lease = f"{self.epoch[:6]}-{next(self._leases)}"
         try:
             view = await self._reach(lambda rid: ev.Ensure(rid, client, model, lease=lease))
@@ -338,10 +323,10 @@ class Runtime:
             raise errors.NotFound("this connection holds no such lease", lease=lease)
         self.tell(ev.Release(client, lease))
 
-    async def _reach(self, goal: Callable[[int], ev.Event]) -> types.Model:
+    async def _reach(self, goal: Callable[[int], ev.Event]) -> Any:
         """Tell the core a goal and wait for it; whoever stops waiting gives it up."""
         rid = next(self._rids)
-        waiter: asyncio.Future[types.Model] = self.loop.create_future()
+        waiter: asyncio.Future[Any] = self.loop.create_future()
         self._goals[rid] = waiter
         self.tell(goal(rid))
         try:
@@ -349,6 +334,104 @@ class Runtime:
         except asyncio.CancelledError:
             self.tell(ev.Cancel(rid))
             raise
+
+    # --- the hub and the disk -------------------------------------------------------------------------------------
+
+    async def plan(self, params: types.PlanParams) -> types.Plan:
+        return await self._library.plan(params)
+
+    async def download(self, client: int, params: types.DownloadParams) -> str:
+        revision = None if params.revision is UNSET else params.revision
+        model = self._downloads.model_of(params.model, revision)
+        if self._settings.download == "never":
+            raise errors.Unsupported("downloads are turned off by the setting `download`", option="download")
+        return await self._start_download(client, model, repair=params.repair)
+
+    async def _start_download(self, client: int, model: str, *, repair: bool = False) -> str:
+        job: str = await self._reach(lambda rid: ev.Download(rid, client, model, repair=repair))
+        if repair:
+            self._downloads.records.repair(job)
+        return job
+
+    async def delete(self, client: int, ref: str) -> int:
+        model = self._downloads.model_of(ref)
+        if model not in self.core.models and not await self._library.on_disk(model):
+            raise errors.ModelNotFound(f"there is no model {model} on this machine", model=model)
+        freed: int = await self._reach(lambda rid: ev.Delete(rid, client, model))
+        return freed
+
+    async def verify(self, ref: str) -> types.VerifyResult:
+        named = self._hub_model(ref)
+        record = self.core.models.get(named) if named is not None else None
+        if record is not None and record.lifecycle.state == "Downloading":
+            raise errors.ModelBusy(f"{record.id} is being downloaded", model=record.id)
+        return await self._library.verify(ref)
+
+    async def catalog(self) -> types.CatalogResult:
+        await self.scan()
+        return await self._library.catalog()
+
+    def _hub_model(self, ref: str) -> str | None:
+        """The id of the model of the hub that `ref` may name."""
+        try:
+            return self._downloads.model_of(ref)
+        except errors.RpcError:
+            return None
+
+    async def _have(self, ref: str, waiting: Callable[[float | None], None] | None = None) -> str:
+        """The id of the model that `ref` names, fetched first where the settings allow that.
+
+        Args:
+            waiting: told how far the download is, 0 to 1.
+
+        Raises:
+            ModelNotFound, ModelInvalid: there is none, here or on the hub.
+            ModelNotDownloaded: the hub has it, and fetching it is for the caller to ask for.
+            RpcError: why it could not be fetched.
+        """
+        try:
+            return await self._library.resolve(ref)
+        except errors.ModelNotFound as error:
+            model = self._hub_model(ref)
+            if model is None or "/" not in model or self._settings.download == "never":
+                raise
+            record = self.core.models.get(model)
+            under_way = record is not None and record.lifecycle.state == "Downloading"
+            if self._downloads.fetchers.offline and not under_way:
+                raise
+            if self._settings.download == "ask":
+                raise await self._not_downloaded(model, error) from None
+        job = await self._start_download(0, model)
+        await self._watch_job(job, waiting)
+        return await self._library.resolve(ref)
+
+    async def _not_downloaded(self, model: str, otherwise: errors.ModelNotFound) -> errors.RpcError:
+        """The refusal of a request for a model that the hub has, with what fetching it would take."""
+        try:
+            plan = await self._library.plan_download(model)
+        except errors.ModelNotFound:
+            return otherwise
+        except errors.RpcError as error:
+            return errors.ModelNotFound(f"{otherwise.message}, and the hub was no help: {error.message}", model=model)
+        told = f"{model} is not on this machine; downloading it takes {plan.download_bytes / 1e9:.2f} GB"
+        return errors.ModelNotDownloaded(told, model=model, plan=msgspec.to_builtins(plan))
+
+    async def _watch_job(self, job: str, waiting: Callable[[float | None], None] | None) -> None:
+        """Wait for a download. Raises what it failed with."""
+        if waiting is not None:
+            self._watchers.setdefault(job, []).append(waiting)
+        try:
+            ended = await self.wait_job(job)
+        finally:
+            if waiting is not None:
+                self._watchers[job].remove(waiting)
+                if not self._watchers[job]:
+                    del self._watchers[job]
+        if ended.state == "cancelled":
+            raise errors.Cancelled("the download was cancelled", job=job)
+        if ended.error is not None:
+            kind = errors.BY_KIND.get(ended.error.kind, errors.DownloadFailed)
+            raise kind(ended.error.message, **ended.error.details)
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 
@@ -374,9 +457,9 @@ class Runtime:
             waiters.remove(waiter)
             raise
 
-    def cancel_job(self, job: str) -> types.Job:
+    def cancel_job(self, job: str, *, discard: bool = False) -> types.Job:
         self.job(job)
-        self.tell(ev.CancelJob(job))
+        self.tell(ev.CancelJob(job, discard))
         return self.job(job)
 
     # --- generation -----------------------------------------------------------------------------------------------
@@ -393,25 +476,38 @@ class Runtime:
         ref = self._settings.default_model if params.model is UNSET else params.model
         request = Generation(self.tell, next(self._rids), client, kind, params, sink)
         self._open[request.rid] = request
-        known = self._known(ref)
+        known = self._library.known(ref)
         if known is not None:
             self._submit(request, known)
         else:
-            task = self.loop.create_task(self._resolve_and_submit(request, ref))
+            task = request.waiting = self.loop.create_task(self._resolve_and_submit(request, ref))
             self._resolving.add(task)
-            task.add_done_callback(self._resolving.discard)
+            task.add_done_callback(lambda task: self._resolved(task, request))
         return request
 
     async def _resolve_and_submit(self, request: Generation, ref: str) -> None:
         try:
-            model = await self._resolve(ref)
+            limit = None if request.params.timeout_s is UNSET else request.params.timeout_s
+            async with asyncio.timeout(limit):
+                model = await self._have(ref, lambda progress: request.sink.phase("downloading", progress))
+        except TimeoutError:
+            told = f"not done within {limit:g} s (still downloading)"
+            self._turn_away(request, errors.DeadlineExceeded(told, phase="downloading", timeout_s=limit))
         except errors.RpcError as error:
             self._turn_away(request, error)
         except Exception as error:  # a bug, or a disk that fails in a new way: the caller must hear of it all the same
             self._log.error("resolving a model failed", request=request.sink.request_name, exc_info=error)
             self._turn_away(request, errors.InternalError(f"the model could not be looked up: {type(error).__name__}"))
         else:
+            request.waiting = None
             self._submit(request, model)
+
+    def _resolved(self, task: asyncio.Task[None], request: Generation) -> None:
+        self._resolving.discard(task)
+        if task.cancelled():  # it may not even have begun
+            gave_up = errors.Cancelled("the request was cancelled")
+            stopping = errors.ShuttingDown("the daemon stopped before this was done")
+            self._turn_away(request, gave_up if request.gave_up else stopping)
 
     def _turn_away(self, request: Generation, error: errors.RpcError) -> None:
         del self._open[request.rid]
@@ -423,11 +519,15 @@ class Runtime:
             return
         params = request.params
         request.model = model
+        left = None if params.timeout_s is UNSET else params.timeout_s
+        waited = time.monotonic() - request.accepted_at
+        if left is not None and waited > 1.0:  # for a download
+            left = max(0.001, left - waited)
         loading = self.core.models[model].lifecycle.state != "Ready"
         self.tell(
             ev.Submit(
                 request.rid, request.client, model, params.priority,
-                timeout_s=None if params.timeout_s is UNSET else params.timeout_s,
+                timeout_s=left,
                 keep_alive_s=None if params.keep_alive is UNSET else params.keep_alive,
             )
         )  # fmt: skip
@@ -500,6 +600,8 @@ class Runtime:
 
     def abort(self) -> None:
         """Refuse whatever is still open, and stop all workers."""
+        for task in self._resolving:
+            task.cancel()
         self.tell(ev.Abort())
 
     async def close(self, grace_s: float) -> None:
@@ -507,7 +609,7 @@ class Runtime:
         await self._supervisor.close(grace_s)
         if self._timer is not None:
             self._timer.cancel()
-        self._disk.shutdown(wait=False, cancel_futures=True)
+        self._library.close()
 
 
 def settle(future: asyncio.Future[int], answer: int | errors.RpcError) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PENDING", "Call"]
 
-Phase = Literal["queued", "loading", "prompt"]
+Phase = Literal["queued", "downloading", "loading", "prompt"]
 
 
 class _Pending:

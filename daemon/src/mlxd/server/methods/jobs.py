@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlxd_client.types import Empty, Job, JobParams, JobsResult
+from mlxd_client.types import CancelJobParams, Empty, Job, JobParams, JobsResult
 
 if TYPE_CHECKING:
     from ..call import Call
@@ -22,5 +22,5 @@ async def wait(call: Call, params: JobParams) -> Job:
     return await call.runtime.wait_job(params.job)
 
 
-def cancel(call: Call, params: JobParams) -> Job:
-    return call.runtime.cancel_job(params.job)
+def cancel(call: Call, params: CancelJobParams) -> Job:
+    return call.runtime.cancel_job(params.job, discard=params.discard)

@@ -1,10 +1,26 @@
-"""models.*: what is there, what is loaded, and what stays loaded."""
+"""models.*: what is there, what is loaded and stays so, what the hub has and what the disk keeps."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlxd_client.types import Empty, Lease, LeaseParams, LoadParams, Model, ModelParams, ModelsResult
+from mlxd_client.types import (
+    CatalogResult,
+    DeleteResult,
+    DownloadParams,
+    DownloadResult,
+    Empty,
+    Lease,
+    LeaseParams,
+    ListParams,
+    LoadParams,
+    Model,
+    ModelParams,
+    ModelsResult,
+    Plan,
+    PlanParams,
+    VerifyResult,
+)
 
 from .connection import EMPTY
 
@@ -12,8 +28,8 @@ if TYPE_CHECKING:
     from ..call import Call
 
 
-async def list_models(call: Call, params: Empty) -> ModelsResult:
-    found = call.runtime.models()
+async def list_models(call: Call, params: ListParams) -> ModelsResult:
+    found = call.runtime.models(updates=params.updates)
     return ModelsResult(models=found if isinstance(found, list) else await found)
 
 
@@ -36,3 +52,26 @@ async def acquire(call: Call, params: ModelParams) -> Lease:
 def release(call: Call, params: LeaseParams) -> Empty:
     call.runtime.release(call.client, params.lease)
     return EMPTY
+
+
+# --- the hub and the disk -----------------------------------------------------------------------------------------
+
+
+async def plan(call: Call, params: PlanParams) -> Plan:
+    return await call.runtime.plan(params)
+
+
+async def download(call: Call, params: DownloadParams) -> DownloadResult:
+    return DownloadResult(job=await call.runtime.download(call.client, params))
+
+
+async def delete(call: Call, params: ModelParams) -> DeleteResult:
+    return DeleteResult(freed_bytes=await call.runtime.delete(call.client, params.model))
+
+
+async def verify(call: Call, params: ModelParams) -> VerifyResult:
+    return await call.runtime.verify(params.model)
+
+
+async def catalog(call: Call, params: Empty) -> CatalogResult:
+    return await call.runtime.catalog()

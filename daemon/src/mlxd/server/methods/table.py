@@ -71,6 +71,11 @@ class Method:
 
 _GENERATION = (
     errors.ModelNotFound,
+    errors.ModelNotDownloaded,
+    errors.DownloadFailed,
+    errors.VerificationFailed,
+    errors.InsufficientDisk,
+    errors.PermissionDenied,
     errors.ModelInvalid,
     errors.ModelBusy,
     errors.QueueFull,
@@ -84,13 +89,27 @@ _GENERATION = (
 )
 _LOADING = (
     errors.ModelNotFound,
+    errors.ModelNotDownloaded,
+    errors.DownloadFailed,
+    errors.VerificationFailed,
+    errors.InsufficientDisk,
+    errors.PermissionDenied,
     errors.ModelInvalid,
+    errors.ModelBusy,
     errors.QueueFull,
     errors.InsufficientMemory,
     errors.LoadFailed,
     errors.WorkerDied,
     errors.Unsupported,
     errors.ShuttingDown,
+)
+
+_HUB = (
+    errors.ModelNotFound,
+    errors.ModelInvalid,
+    errors.DownloadFailed,
+    errors.PermissionDenied,
+    errors.Unsupported,
 )
 
 _TABLE = (
@@ -106,7 +125,7 @@ _TABLE = (
     Method("status", admin.status, Empty, types.Status, "The daemon's health in numbers."),
     Method("shutdown", admin.shutdown, Empty, Empty, "Let running requests end, refuse new ones, then exit."),
     Method("rpc.discover", admin.discover, Empty, None, "This interface as an OpenRPC document."),
-    Method("models.list", models.list_models, Empty, types.ModelsResult, "Every model that is known."),
+    Method("models.list", models.list_models, types.ListParams, types.ModelsResult, "Every model that is known."),
     Method(
         "models.get",
         models.get,
@@ -149,6 +168,42 @@ _TABLE = (
         "End a lease of this connection.",
         errors=(errors.NotFound,),
     ),
+    Method(
+        "models.plan",
+        models.plan,
+        types.PlanParams,
+        types.Plan,
+        "What downloading and running a model would take. Needs metadata only.",
+        errors=_HUB,
+    ),
+    Method(
+        "models.download",
+        models.download,
+        types.DownloadParams,
+        types.DownloadResult,
+        "Fetch a model from the hub, or its newest revision; answers with the job, which outlives the connection.",
+        errors=(errors.ModelNotFound, errors.ModelBusy, errors.Unsupported, errors.ShuttingDown),
+        work=True,
+    ),
+    Method(
+        "models.delete",
+        models.delete,
+        types.ModelParams,
+        types.DeleteResult,
+        "Remove a model of the hub from the disk; refused while it is in use.",
+        errors=(errors.ModelNotFound, errors.ModelBusy, errors.Unsupported, errors.ShuttingDown),
+    ),
+    Method(
+        "models.verify",
+        models.verify,
+        types.ModelParams,
+        types.VerifyResult,
+        "Compare every file of a model with what the hub says it holds. Reads all of it.",
+        errors=(errors.ModelNotFound, errors.ModelInvalid, errors.ModelBusy),
+    ),
+    Method(
+        "models.catalog", models.catalog, Empty, types.CatalogResult, "Recommended models, and which of them fit here."
+    ),
     Method("jobs.list", jobs.list_jobs, Empty, types.JobsResult, "Every job that is known."),
     Method("jobs.get", jobs.get, types.JobParams, types.Job, "One job.", errors=(errors.NotFound,)),
     Method(
@@ -159,7 +214,7 @@ _TABLE = (
         "One job, once it has ended. Giving up the wait does not end the job.",
         errors=(errors.NotFound,),
     ),
-    Method("jobs.cancel", jobs.cancel, types.JobParams, types.Job, "End a job.", errors=(errors.NotFound,)),
+    Method("jobs.cancel", jobs.cancel, types.CancelJobParams, types.Job, "End a job.", errors=(errors.NotFound,)),
     Method(
         "process",
         generation.process,
