@@ -101,6 +101,7 @@ EVENT_TOPICS: dict[str, str] = {
     "loading_completed": "models",
     "unloading_started": "models",
     "unloaded": "models",
+    "deleting_started": "models",
     "deleted": "models",
     "error": "models",
     "worker_died": "models",

@@ -13,9 +13,15 @@ from mlxd_client.errors import RpcError
 from mlxd_client.types import ErrorObject
 
 from . import actions as do
-from .records import Goal, LoadJob, ModelRecord, Request
+from .events import Found
+from .jobs import DownloadJob, Fetcher, LoadJob
+from .lifecycle import Lifecycle
+from .records import Goal, ModelRecord, Request
 
 ENDED_JOBS_KEPT = 64
+# Models whose download came to nothing are remembered, so that people see why; this many, and so long at least.
+REMAINS_KEPT = 64
+REMAINS_S = 600.0
 JobEnd = Literal["done", "failed", "cancelled"]
 
 
@@ -35,10 +41,14 @@ class Limits:
 
 
 class Book:
-    """All models, requests, goals and load jobs; and `out`, the actions that the event at hand has led to so far.
+    """All models, requests, goals and jobs; and `out`, the actions that the event at hand has led to so far.
 
     `touched` are the models whose circumstances changed with that event; `pending` those that wait to load, oldest
     first; `by_worker` those that have a worker; `seq` numbers accepted requests.
+
+    `downloads` are the open downloads by model, `by_fetcher` the processes that fetch; `deleting` the models that are
+    about to go, and whether DeleteFiles was said; `outdated` those that old revisions lie beside. `remains` are the
+    models that are not here and that nothing happens to, with the time since which.
     """
 
     def __init__(self, limits: Limits, wall: float, job_prefix: str) -> None:
@@ -47,17 +57,50 @@ class Book:
         self.models: dict[str, ModelRecord] = {}
         self.requests: dict[int, Request] = {}
         self.goals: dict[int, str] = {}  # rid → model
-        self.jobs: dict[str, LoadJob] = {}
+        self.jobs: dict[str, LoadJob | DownloadJob] = {}
         self.pending: dict[str, None] = {}
         self.by_worker: dict[int, ModelRecord] = {}
+        self.downloads: dict[str, DownloadJob] = {}
+        self.by_fetcher: dict[int, Fetcher] = {}
+        self.deleting: dict[str, bool] = {}
+        self.outdated: dict[str, None] = {}
+        self.remains: dict[str, float] = {}
+        self.draining = False
         self.touched: dict[str, None] = {}
         self.out: list[do.Action] = []
         self.seq = 0
         self._job_prefix = job_prefix
-        self._jobs_made = 0
+        self._loads_made = 0
+        self._downloads_made = 0
         self._ended_jobs: deque[str] = deque()
 
     # --- models ---------------------------------------------------------------------------------------------------
+
+    def new_model(self, model: str, source: Literal["builtin", "hub", "path"] = "hub") -> ModelRecord:
+        """A record of a model that nothing is known of yet."""
+        record = self.models[model] = ModelRecord(model, source, Lifecycle(model), 0)
+        record.default_keep_alive_s = record.keep_alive_s = self.limits.keep_alive_s
+        return record
+
+    def learn(self, record: ModelRecord, found: Found) -> bool:
+        """Take over what the disk says. Returns whether it is news.
+
+        What a worker was started with is left as it is until that worker is gone: the budget counts with it.
+        """
+        needs = (found.need_bytes, found.context_length)
+        facts = (found.source, found.revision, found.size_bytes)
+        known = (record.source, record.revision, record.size_bytes)
+        news = facts != known or (record.need_bytes, record.context_length) != needs
+        record.source, record.revision, record.size_bytes = facts
+        if record.worker is None:
+            record.need_bytes, record.context_length = needs
+        else:
+            record.later = needs
+        if record.latest_revision == record.revision:
+            record.latest_revision = None
+        if found.keep_alive_s is not None and record.lifecycle.state in ("NotDownloaded", "Downloading"):
+            record.default_keep_alive_s = record.keep_alive_s = found.keep_alive_s
+        return news
 
     def move(self, record: ModelRecord, cause: str, now: float) -> None:
         transition = record.lifecycle.apply(cause, now)
@@ -75,6 +118,25 @@ class Book:
         """Drop a model that is gone from the disk, and that nobody uses or waits for."""
         del self.models[record.id]
         self.touched.pop(record.id, None)
+        self.outdated.pop(record.id, None)
+        self.remains.pop(record.id, None)
+
+    def remain(self, record: ModelRecord, now: float) -> None:
+        """Remember a model that is not here; the one that has been so for longest may have to make room."""
+        if record.deleting:
+            return
+        self.remains.pop(record.id, None)
+        self.remains[record.id] = now
+        if len(self.remains) > REMAINS_KEPT:
+            oldest = (self.models[name] for name in self.remains)
+            gone = next((m for m in oldest if m.fetcher is None and m is not record), None)
+            if gone is not None:
+                self.lose(gone)
+
+    def lose(self, record: ModelRecord) -> None:
+        """Forget a model that is not here, and say so."""
+        self.publish("model_lost", record)
+        self.forget(record)
 
     def touch(self, record: ModelRecord) -> None:
         self.touched[record.id] = None
@@ -139,27 +201,40 @@ class Book:
             self.fail(goal.rid, error)
         self.touch(record)
 
-    # --- load jobs ------------------------------------------------------------------------------------------------
+    # --- jobs -----------------------------------------------------------------------------------------------------
 
     def new_job(self, record: ModelRecord, now: float) -> LoadJob:
         """Open a load job; it waits in line."""
-        self._jobs_made += 1
+        self._loads_made += 1
         wanted = any(g.kind == "ensure" for g in record.goals.values())
-        job = LoadJob(f"{self._job_prefix}-{self._jobs_made}", record.id, wanted, now)
+        job = LoadJob(f"{self._job_prefix}-{self._loads_made}", record.id, wanted, now)
         record.job = self.jobs[job.job] = job
         self.publish_job(job)
         return job
 
-    def publish_job(self, job: LoadJob) -> None:
+    def new_download_id(self) -> str:
+        """An id like those of load jobs: `download-`, what makes it unique across runs, and a number."""
+        self._downloads_made += 1
+        run = self._job_prefix.partition("-")[2]
+        return "-".join(part for part in ("download", run, str(self._downloads_made)) if part)
+
+    def publish_job(self, job: LoadJob | DownloadJob) -> None:
         self.out.append(do.Publish("job", job=job.view(self.wall)))
 
     def end_job(self, record: ModelRecord, state: JobEnd, now: float, error: ErrorObject | None = None) -> None:
+        """End the model's load job, if it has one."""
         job, record.job = record.job, None
         if job is None:
             return
-        job.state, job.ended_at, job.error = state, now, error
         if state == "done":
             job.progress = 1.0
+        self.close_job(job, state, now, error)
+
+    def close_job(
+        self, job: LoadJob | DownloadJob, state: JobEnd, now: float, error: ErrorObject | None = None
+    ) -> None:
+        """The last word on a job. The last few stay on the books for those who ask later."""
+        job.state, job.ended_at, job.error = state, now, error
         self.publish_job(job)
         self._ended_jobs.append(job.job)
         if len(self._ended_jobs) > ENDED_JOBS_KEPT:

@@ -9,6 +9,8 @@ How a request runs, decided by `_settle` after every event:
        b. if that is not enough, busy models serve what they had accepted by then, and go;
        c. if not even that is enough (leases, or it is larger than the budget): insufficient_memory.
     4. A model that was idle for its keep_alive goes.
+
+How models come to the disk and leave it is decided in downloads.py and deletes.py.
 """
 
 from __future__ import annotations
@@ -22,39 +24,46 @@ from . import actions as do
 from . import events as ev
 from .book import Book, Limits
 from .breaker import BreakerState
-from .lifecycle import Lifecycle
+from .deletes import Deletes
+from .downloads import DownloadLine
+from .jobs import DownloadJob
 from .line import LoadLine
 from .records import Goal, ModelRecord, Request
+from .room import room_for
 
 __all__ = ["Core", "Limits"]
 
 
 class Core:
-    """All models, requests, leases and load jobs of one daemon.
+    """All models, requests, leases and jobs of one daemon.
 
     Args:
         limits: see Limits.
         wall: Unix time minus the clock that `now` comes from; only for times on the wire.
-        job_prefix: makes job ids unique across runs of the daemon.
+        job_prefix: begins the ids of load jobs; what follows its first hyphen makes those of all jobs unique across
+            runs of the daemon.
     """
 
     def __init__(self, limits: Limits, *, wall: float = 0.0, job_prefix: str = "load") -> None:
         self._book = book = Book(limits, wall, job_prefix)
-        self._line = LoadLine(book)
+        self._line = line = LoadLine(book)
+        self._downloads = downloads = DownloadLine(book)
+        self._deletes = deletes = Deletes(book, line)
         self.limits, self.wall = limits, wall
         self.models, self.requests, self.goals, self.jobs = book.models, book.requests, book.goals, book.jobs
         self.breakers, self.deaths = self._line.breakers, self._line.deaths
         self.last_deaths = self._line.last_deaths
-        self.draining = False
         self._deadlines: list[tuple[float, int]] = []  # a heap of (when, rid), with dead entries
-        line = self._line
         self._handlers = {
             ev.Found: self._found, ev.Lost: self._lost, ev.Submit: self._submit, ev.Ensure: self._ensure,
             ev.Release: self._release, ev.Unload: self._unload, ev.Cancel: self._cancel,
             ev.CancelJob: self._cancel_job, ev.ClientGone: self._client_gone, ev.LoadProgress: line.load_progress,
             ev.Loaded: line.loaded, ev.LoadFailed: line.load_failed, ev.WorkerExited: line.worker_exited,
             ev.MemoryReport: line.memory_report, ev.Done: self._done, ev.Tick: self._tick, ev.Drain: self._drain,
-            ev.Abort: self._abort,
+            ev.Abort: self._abort, ev.Download: downloads.download, ev.FetchProgress: downloads.fetch_progress,
+            ev.Fetched: downloads.fetched, ev.FetchFailed: downloads.fetch_failed,
+            ev.FetcherExited: downloads.fetcher_exited, ev.Newest: downloads.newest, ev.Delete: deletes.delete,
+            ev.FilesDeleted: deletes.files_deleted,
         }  # fmt: skip
 
     # --- what the runtime asks ------------------------------------------------------------------------------------
@@ -71,7 +80,7 @@ class Core:
         while self._deadlines and not self._deadline_live(self._deadlines[0]):
             heapq.heappop(self._deadlines)
         times = (m.idle_deadline for m in self._book.by_worker.values())
-        due = [t for t in times if t is not None]
+        due = [t for t in (*times, self._downloads.next_deadline()) if t is not None]
         if self._deadlines:
             due.append(self._deadlines[0][0])
         return min(due, default=None)
@@ -84,6 +93,19 @@ class Core:
         return types.Snapshot(
             models=[m.view(self.wall) for m in self.models.values()], jobs=jobs, stopping=self.draining
         )
+
+    def room_for(self, model: str, need_bytes: int) -> tuple[int, bool, list[str]]:
+        """What loading a model would come to; see room.room_for."""
+        return room_for(self._book.by_worker.values(), model, need_bytes, self.limits.budget_bytes)
+
+    def load_s(self, model: str) -> float | None:
+        """How long the model's last load took, in seconds; None where there was none."""
+        record = self.models.get(model)
+        return None if record is None else record.load_s
+
+    @property
+    def draining(self) -> bool:
+        return self._book.draining
 
     @property
     def used_bytes(self) -> int:
@@ -99,7 +121,7 @@ class Core:
 
     @property
     def quiet(self) -> bool:
-        """Whether no request or goal is open: what a drain waits for."""
+        """Whether no request or goal is open: what a drain waits for. Downloads are the next daemon's to finish."""
         return not self.requests and not self.goals
 
     # --- the disk -------------------------------------------------------------------------------------------------
@@ -107,30 +129,23 @@ class Core:
     def _found(self, event: ev.Found, now: float) -> None:
         record = self.models.get(event.model)
         if record is None:
-            record = ModelRecord(event.model, event.source, Lifecycle(event.model), event.need_bytes)
-            self.models[event.model] = record
-            record.default_keep_alive_s = record.keep_alive_s = self._default_keep_alive(event)
-        if record.lifecycle.state not in ("NotDownloaded", "Downloaded"):
+            record = self._book.new_model(event.model, event.source)
+        if record.lifecycle.state not in ("NotDownloaded", "Downloaded") or record.deleting:
             return
-        facts = (event.source, event.need_bytes, event.revision, event.size_bytes, event.context_length)
-        known = (record.source, record.need_bytes, record.revision, record.size_bytes, record.context_length)
-        if record.lifecycle.state == "Downloaded" and facts == known:
-            return
-        record.source, record.need_bytes, record.revision, record.size_bytes, record.context_length = facts
+        news = self._book.learn(record, event)
         if record.lifecycle.state == "NotDownloaded":
+            record.error = None
+            self._book.remains.pop(record.id, None)
             self._book.move(record, "found", now)
-        else:
+        elif news:
             self._book.publish("model_found", record)
-
-    def _default_keep_alive(self, event: ev.Found) -> float:
-        return self._book.limits.keep_alive_s if event.keep_alive_s is None else event.keep_alive_s
 
     def _lost(self, event: ev.Lost, now: float) -> None:
         record = self.models.get(event.model)
-        if record is None or record.lifecycle.state != "Downloaded" or record.id in self._book.pending:
-            return  # a loaded model does not need its files; whoever loads it next will find out
-        self._book.move(record, "lost", now)
-        self._book.forget(record)
+        if record is None or record.deleting or record.id in self._book.pending:
+            return  # whoever loads it next will find out
+        if record.lifecycle.state in ("NotDownloaded", "Downloaded"):  # a loaded model does not need its files
+            self._downloads.lost(record, now)
 
     # --- wishes ---------------------------------------------------------------------------------------------------
 
@@ -217,6 +232,8 @@ class Core:
             self._book.fail(rid, errors.ShuttingDown("the daemon is stopping and takes no new work"))
         elif record is None or record.lifecycle.state in ("NotDownloaded", "Downloading"):
             self._book.fail(rid, errors.ModelNotFound(f"there is no model {model!r} on this machine", model=model))
+        elif record.deleting:
+            self._book.fail(rid, errors.ModelBusy(f"{model} is being deleted", model=model, deleting=1))
         elif record.worker is None and self._line.breakers.state(model, now) is BreakerState.OPEN:
             self._book.fail(rid, self._line.broken(record, now))
         else:
@@ -256,6 +273,9 @@ class Core:
 
     def _cancel_job(self, event: ev.CancelJob, now: float) -> None:
         job = self.jobs.get(event.job)
+        if isinstance(job, DownloadJob):
+            self._downloads.cancel(job, event.discard, now)
+            return
         if job is None or job.ended_at is not None:
             return
         record = self.models[job.model]
@@ -305,7 +325,7 @@ class Core:
 
     def _drain(self, event: ev.Drain, now: float) -> None:
         if not self.draining:
-            self.draining = True
+            self._book.draining = True
             self._book.out.append(do.Publish("daemon_stopping"))
 
     def _abort(self, event: ev.Abort, now: float) -> None:
@@ -319,6 +339,8 @@ class Core:
             record.leases.clear()
             if record.worker is not None or record.job is not None:
                 self._line.cancel(record, now)
+        self._downloads.abort()
+        self._deletes.abort()
 
     # --- settling: what follows from the state as it is now -------------------------------------------------------
 
@@ -332,6 +354,8 @@ class Core:
                 self._line.unpend(record, None, now)
         self._line.make_room(now)
         self._line.retire(now)
+        self._deletes.settle()
+        self._downloads.settle(now)
         for name in self._book.touched:
             record = self.models[name]
             activity = record.activity()

@@ -91,6 +91,7 @@ class LoadLine:
         self._book.by_worker[record.worker] = record
         record.error = None
         record.progress = 0.0
+        record.load_began = now
         self._book.out.append(do.StartWorker(record.worker, record.id))
         self._book.move(record, "load", now)
         assert record.job is not None
@@ -155,6 +156,7 @@ class LoadLine:
         record.memory_bytes = event.memory_bytes
         record.context_length = event.context_length
         record.error = record.progress = None
+        record.load_s = now - record.load_began
         self._book.move(record, "loaded", now)
         self._book.end_job(record, "done", now)
         for goal in [g for g in record.goals.values() if g.kind == "ensure"]:
@@ -178,6 +180,8 @@ class LoadLine:
         was_loading = record.lifecycle.state == "Loading"
         record.worker = record.stopping = record.last_seq = record.memory_bytes = record.idle_since = None
         record.progress = None
+        if record.later is not None:
+            (record.need_bytes, record.context_length), record.later = record.later, None
         if cause is None:
             cause = "worker_died"
             self._mourn(record, event.error, was_loading, now)

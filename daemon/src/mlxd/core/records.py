@@ -1,4 +1,4 @@
-"""What the core remembers: models, requests, goals, load jobs. State only; the decisions are in core.py."""
+"""What the core remembers: models, requests, goals. State only; the decisions are in core.py."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mlxd_client.errors import RpcError
-from mlxd_client.types import ErrorObject, Job, Model
+from mlxd_client.types import ErrorObject, Model
 
 from .events import Priority
+from .jobs import DownloadJob, Fetcher, LoadJob
 from .lifecycle import Lifecycle
 from .queue import FairQueue
 
@@ -31,35 +32,12 @@ class Request:
 
 @dataclass(slots=True)
 class Goal:
-    """An Ensure or Unload that waits for its model's state."""
+    """An Ensure, Unload or Delete that waits for its model's state."""
 
     rid: int
     client: int
-    kind: Literal["ensure", "unload"]
+    kind: Literal["ensure", "unload", "delete"]
     lease: str | None = None
-
-
-@dataclass(slots=True)
-class LoadJob:
-    """One load, from the wish to its end. `wanted`: somebody asked for it by name, so that it outlives its caller."""
-
-    job: str
-    model: str
-    wanted: bool
-    started_at: float
-    state: Literal["queued", "running", "done", "failed", "cancelled"] = "queued"
-    progress: float | None = None
-    error: ErrorObject | None = None
-    ended_at: float | None = None
-    announced: bool = False  # whether subscribers were told that it waits for memory
-
-    def view(self, wall: float) -> Job:
-        """The job for the wire; `wall` turns the core's clock into Unix seconds."""
-        ended = None if self.ended_at is None else self.ended_at + wall
-        return Job(
-            job=self.job, kind="load", state=self.state, model=self.model, progress=self.progress,
-            error=self.error, started_at=self.started_at + wall, ended_at=ended,
-        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -67,6 +45,10 @@ class ModelRecord:
     """One model. It has a worker exactly while it is Loading or Ready; `stopping` says that worker was told to go.
 
     `last_seq` is set on a model that must make room: it still serves what was accepted up to then, then goes.
+
+    `download` is the open job that fetches it; `fetcher` the process, its own or one that is about to go. With files
+    on disk that is an update, which changes no state. `later` are the needs (memory, context length) of an update that
+    came while a worker ran on the old files, and `outdated` the revisions that it replaced and that are still there.
     """
 
     id: str
@@ -93,6 +75,14 @@ class ModelRecord:
     progress: float | None = None
     error: ErrorObject | None = None
     job: LoadJob | None = None
+    load_began: float = 0.0
+    load_s: float | None = None  # how long the last load took
+    latest_revision: str | None = None
+    download: DownloadJob | None = None
+    fetcher: Fetcher | None = None
+    later: tuple[int, int | None] | None = None
+    outdated: list[str] = field(default_factory=list)
+    deleting: bool = False
     published: tuple[object, ...] = ()  # the activity that subscribers know of
 
     @property
@@ -121,12 +111,23 @@ class ModelRecord:
         return self.idle_since + self.keep_alive_s
 
     @property
-    def phase(self) -> str | None:
+    def leaving(self) -> Fetcher | None:
+        """The fetcher of a download that was cancelled, while it is not gone yet."""
+        fetcher = self.fetcher
+        return fetcher if fetcher is not None and fetcher.job.state == "cancelled" else None
+
+    def doing(self) -> tuple[str | None, float | None]:
+        """The phase and its progress: of what concerns the model's use first, then of its download."""
+        if self.deleting:
+            return "deleting", None
         if self.stopping is not None:
-            return "unloading"
+            return "unloading", self.progress
         if self.lifecycle.state == "Loading":
-            return "loading"
-        return "queued" if self.job is not None and self.job.state == "queued" else None
+            return "loading", self.progress
+        if self.job is not None and self.job.state == "queued":
+            return "queued", None
+        fetch = self.download if self.leaving is None else self.leaving.job
+        return (None, None) if fetch is None else (fetch.phase, fetch.progress)
 
     def activity(self) -> tuple[object, ...]:
         return (self.memory_bytes, len(self.running), len(self.queue), len(self.leases), self.idle_deadline)
@@ -135,9 +136,11 @@ class ModelRecord:
         """The model for the wire; `wall` turns the core's clock into Unix seconds."""
         deadline = self.idle_deadline
         loaded = self.lifecycle.state == "Ready"
+        phase, progress = self.doing()
         return Model(
             id=self.id, state=self.lifecycle.state, source=self.source, revision=self.revision,
-            size_bytes=self.size_bytes, phase=self.phase, progress=self.progress, error=self.error,
+            latest_revision=self.latest_revision, size_bytes=self.size_bytes, phase=phase, progress=progress,
+            error=self.error,
             context_length=self.context_length, memory_bytes=self.memory_bytes if loaded else None,
             active=len(self.running), waiting=len(self.queue), leases=len(self.leases),
             idle_unload_at=None if deadline is None else deadline + wall,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from mlxd_client.errors import InsufficientMemory, RpcError
 
+from .lifecycle import Lifecycle
 from .records import ModelRecord
 
 
@@ -52,6 +53,21 @@ def plan_room(loaded: Iterable[ModelRecord], wanting: ModelRecord, budget_bytes:
         available = budget_bytes - sum(m.reserved_bytes for m in leased)
         return Room(refusal=_refusal(wanting, budget_bytes, available, [m.id for m in leased]))
     return room
+
+
+def room_for(
+    loaded: Iterable[ModelRecord], model: str, need_bytes: int, budget_bytes: int
+) -> tuple[int, bool, list[str]]:
+    """What loading a model would come to, known or not: as if it were not loaded itself.
+
+    Returns:
+        How much memory it could have at most, in bytes; whether it fits into that; and the ids of the models that
+        would go to make room, in order.
+    """
+    others = [m for m in loaded if m.id != model]
+    room = plan_room(others, ModelRecord(model, "hub", Lifecycle(model), need_bytes), budget_bytes)
+    available = budget_bytes - sum(m.reserved_bytes for m in others if m.leases)
+    return available, room.refusal is None, [m.id for m in (*room.stop, *room.serve_out)]
 
 
 def _refusal(wanting: ModelRecord, budget: int, available: int, leased: list[str]) -> RpcError:
