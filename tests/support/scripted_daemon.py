@@ -217,6 +217,21 @@ class ScriptedDaemon:
             connection.reply(request["id"], msgspec.to_builtins(result))
 
 
+def beside(reply: Callable[[Connection, dict[str, Any]], Any]) -> Callable[[Connection, dict[str, Any]], Any]:
+    """Answers in a thread of its own, so that the connection is read meanwhile."""
+
+    def start(connection: Connection, request: dict[str, Any]) -> Any:
+        def work() -> None:
+            result = reply(connection, request)
+            if result is not NOTHING:
+                connection.reply(request["id"], result)
+
+        threading.Thread(target=work, daemon=True).start()
+        return NOTHING
+
+    return start
+
+
 def completion(text: str, **fields: Any) -> types.Completion:
     """A Completion that says `text`."""
     usage = types.Usage(prompt_tokens=3, completion_tokens=len(text.split()))

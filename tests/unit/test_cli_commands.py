@@ -5,26 +5,20 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
-import select
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from mlxd.cli import exits, service
 from mlxd.cli.main import main
 from mlxd_client import errors, types
-from support.scripted_daemon import NOTHING, PATIENCE_S, Connection, ScriptedDaemon, completion, model
-
-MLXD = [sys.executable, "-m", "mlxd"]
+from support.scripted_daemon import NOTHING, PATIENCE_S, Connection, ScriptedDaemon, beside, completion, model
+from support.terminal import Terminal
 
 
 @pytest.fixture
@@ -295,61 +289,6 @@ def test_events_as_json(daemon: ScriptedDaemon, mlxd: Run) -> None:
 # --- on a terminal --------------------------------------------------------------------------------------------------
 
 
-class Terminal:
-    """A command whose three standard streams are a terminal."""
-
-    def __init__(self, *arguments: str) -> None:
-        self._master, slave = pty.openpty()
-        self.shown = ""
-        self._seen = 0
-        self.process = subprocess.Popen(
-            [*MLXD, *arguments], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
-        )  # fmt: skip
-        os.close(slave)
-
-    def until(self, text: str) -> str:
-        """Read until `text` is shown after what was waited for before; returns what came up to its end."""
-        while (found := self.shown.find(text, self._seen)) < 0:
-            assert self._read(), f"{text!r} never came: {self.shown!r}"
-        began, self._seen = self._seen, found + len(text)
-        return self.shown[began : self._seen]
-
-    def _read(self) -> bool:
-        if not select.select([self._master], [], [], PATIENCE_S)[0]:
-            return False
-        try:
-            data = os.read(self._master, 65_536)
-        except OSError:  # Linux says EIO once nobody has the other end open
-            return False
-        self.shown += data.decode("utf-8", "replace")
-        return bool(data)
-
-    def type(self, text: str) -> None:
-        os.write(self._master, text.encode())
-
-    def interrupt(self) -> None:
-        """Ctrl-C, once the command waits for a key.
-
-        What waits in C for a line shows its prompt a moment before it waits; a signal in between is acted on only at
-        the next line. A person is never that quick. Only Linux tells of one process that it sleeps.
-        """
-        while sys.platform == "linux" and psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
-            time.sleep(0.001)
-        self.process.send_signal(signal.SIGINT)
-
-    def end(self) -> int:
-        while self._read():
-            pass
-        return self.process.wait(PATIENCE_S)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        os.close(self._master)
-
-
 @pytest.fixture
 def terminal() -> Iterator[Callable[..., Terminal]]:
     made: list[Terminal] = []
@@ -364,21 +303,6 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
 
 Start = Callable[..., Terminal]
-
-
-def beside(reply: Callable[[Connection, dict[str, Any]], Any]) -> Callable[[Connection, dict[str, Any]], Any]:
-    """Answers in a thread of its own, so that the connection is read meanwhile."""
-
-    def start(connection: Connection, request: dict[str, Any]) -> Any:
-        def work() -> None:
-            result = reply(connection, request)
-            if result is not NOTHING:
-                connection.reply(request["id"], result)
-
-        threading.Thread(target=work, daemon=True).start()
-        return NOTHING
-
-    return start
 
 
 def test_tables_on_a_terminal(daemon: ScriptedDaemon, terminal: Start) -> None:

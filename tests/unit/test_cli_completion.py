@@ -46,12 +46,20 @@ def test_shells_accept_them(shell: str, tmp_path: Path) -> None:
         (["run", "-m", "org/"], {"org/a", "org/b"}),
         (["load", "mlxd"], {"mlxd/cleanup"}),
         (["completion", ""], {"bash", "zsh", "fish"}),
+        (["pull", "org/"], {"org/a", "org/b"}),
+        (["rm", "org/a", "mlx"], {"mlxd/cleanup"}),
+        (["jobs", "c"], {"cancel"}),
+        (["jobs", "cancel", "org"], {"org/a", "org/b"}),
+        (["catalog", "--use", "c"], {"coding"}),
         (["status", "x"], set()),
     ],
 )
 def test_bash_completes(words: list[str], found: set[str], tmp_path: Path) -> None:
     fake = tmp_path / "mlxd"
-    fake.write_text("#!/bin/sh\necho mlxd/cleanup; echo org/a; echo org/b\n")
+    fake.write_text(
+        "#!/bin/sh\ncase $1 in list|catalog|jobs) ;; *) exit 2;; esac\n"
+        '[ "$2" = --quiet ] && [ "$3" = --no-start ] || exit 2\necho mlxd/cleanup; echo org/a; echo org/b\n'
+    )
     fake.chmod(0o755)
     line = " ".join(f"'{word}'" for word in ["mlxd", *words])
     script = (

@@ -75,7 +75,10 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    for command in ("serve", "run", "chat", "list", "ps", "load", "unload", "events", "status", "stop", "completion"):
+    for command in (
+        "serve", "run", "chat", "list", "ps", "load", "unload", "pull", "rm", "verify", "plan", "catalog", "jobs",
+        "events", "status", "stop", "completion",
+    ):  # fmt: skip
         assert re.search(rf"^    {command}\b", shown, re.MULTILINE)
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
@@ -113,6 +116,9 @@ def test_every_kind_has_an_exit_code() -> None:
         (errors.QueueFull("512 requests wait already", retry_after_s=2.0), 6),
         (errors.WorkerDied("the worker was killed\nby signal 9"), 9),
         (errors.Cancelled("the request was cancelled"), 5),
+        (errors.DownloadFailed("the hub went away", model="org/m"), 10),
+        (errors.InsufficientDisk("the disk lacks 2 GB"), 11),
+        (errors.PermissionDenied("org/m is gated: accept its terms on the hub"), 13),
         (errors.Unsupported("the model cannot honour a schema", option="schema"), 2),
     ],
 )

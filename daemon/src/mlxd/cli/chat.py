@@ -12,6 +12,7 @@ from .generate import add_sampling, sampling, show_stats, told
 
 if TYPE_CHECKING:
     from mlxd_client import Client
+    from mlxd_client.errors import ModelNotDownloaded
     from mlxd_client.sync import Stream
     from mlxd_client.types import Completion
 
@@ -38,7 +39,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def chat(args: argparse.Namespace, output: Output) -> int:
     with connect(args) as client:
-        return Chat(client, sampling(args), args.system, output, verbose=args.verbose).run()
+        return Chat(client, args, output).run()
 
 
 class Chat:
@@ -48,15 +49,14 @@ class Chat:
         interactive: a person types; errors and ctrl-C then end an answer and not the program.
     """
 
-    def __init__(
-        self, client: Client, options: dict[str, Any], system: str | None, output: Output, *, verbose: bool
-    ) -> None:
+    def __init__(self, client: Client, args: argparse.Namespace, output: Output) -> None:
         self.interactive = sys.stdin.isatty()
         self._client = client
-        self._options = options
-        self._system = system
+        self._args = args
+        self._options: dict[str, Any] = sampling(args)
+        self._system: str | None = args.system
         self._output = output
-        self._verbose = verbose
+        self._verbose: bool = args.verbose
         self._turns: list[dict[str, str]] = []
         self._interrupts = 0
 
@@ -154,7 +154,7 @@ class Chat:
 
     def _turn(self, text: str) -> int:
         """Ask, and print the answer as it comes. What failed or was cancelled before a word came is not remembered."""
-        from mlxd_client.errors import MlxdError
+        from mlxd_client.errors import MlxdError, ModelNotDownloaded
 
         turns = [*self._turns, {"role": "user", "content": text}]
         system = [{"role": "system", "content": self._system}] if self._system else []
@@ -166,6 +166,8 @@ class Chat:
             if parts:
                 self._output.line()
             self._output.error(error)
+            if isinstance(error, ModelNotDownloaded) and self._fetched(error):
+                return self._turn(text)
             return code_of(error)
         except KeyboardInterrupt:
             if not self.interactive:
@@ -178,6 +180,21 @@ class Chat:
         if completion is not None and self._verbose:
             show_stats(completion, self._output)
         return OK
+
+    def _fetched(self, error: ModelNotDownloaded) -> bool:
+        """Whether the model is there now, since the person wanted it."""
+        from mlxd_client.errors import MlxdError
+
+        from . import offer
+
+        try:
+            return offer.taken(error, self._args, self._output)
+        except MlxdError as failed:
+            self._output.error(failed)
+        except KeyboardInterrupt:
+            if not self.interactive:
+                raise
+        return False
 
     def _answer(self, stream: Stream, parts: list[str]) -> Completion:
         with stream:  # leaving early cancels, and waits for the daemon to say so

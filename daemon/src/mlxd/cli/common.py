@@ -65,12 +65,12 @@ def add_command(
     return parser
 
 
-def connect(args: argparse.Namespace) -> Client:
+def connect(args: argparse.Namespace, *, reconnect: bool = True) -> Client:
     """A client, not yet connected; the first call starts the daemon, unless that was ruled out."""
     from mlxd import __version__
     from mlxd_client import Client
 
-    return Client(args.socket, name="mlxd-cli", version=__version__, start=not args.no_start)
+    return Client(args.socket, name="mlxd-cli", version=__version__, start=not args.no_start, reconnect=reconnect)
 
 
 def model_ref(text: str) -> str:

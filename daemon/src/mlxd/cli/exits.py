@@ -22,6 +22,11 @@ BUSY = 6
 TIMEOUT = 7
 ALREADY_RUNNING = 8  # only serve: see mlxd.app
 MODEL_FAILED = 9
+DOWNLOAD_FAILED = 10
+NO_SPACE = 11
+BAD_FILES = 12
+NOT_ALLOWED = 13
+NOT_DOWNLOADED = 14
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
@@ -36,18 +41,19 @@ BY_KIND: dict[str, int] = {
     "model_invalid": NO_MODEL,
     "model_busy": BUSY,
     "queue_full": BUSY,
-    "insufficient_disk": BUSY,
+    "insufficient_disk": NO_SPACE,
     "insufficient_memory": BUSY,
     "worker_died": MODEL_FAILED,
     "deadline_exceeded": TIMEOUT,
     "unsupported": USAGE,
     "context_exceeded": USAGE,
     "load_failed": MODEL_FAILED,
-    "download_failed": FAILED,
-    "verification_failed": FAILED,
+    "download_failed": DOWNLOAD_FAILED,
+    "verification_failed": BAD_FILES,
     "shutting_down": BUSY,
     "not_found": FAILED,
-    "permission_denied": FAILED,
+    "permission_denied": NOT_ALLOWED,
+    "model_not_downloaded": NOT_DOWNLOADED,
     # On this side of the socket.
     "connect_failed": NO_DAEMON,
     "connection_lost": NO_DAEMON,

@@ -169,7 +169,10 @@ def told(stream: Stream, output: Output) -> Iterator[types.Stream]:
         for piece in stream.pieces():
             if piece.phase is not None:
                 waiting = True
-                output.progress(_PHASES[piece.phase] + (f" {piece.progress:.0%}" if piece.progress is not None else ""))
+                output.progress(
+                    _PHASES.get(piece.phase, piece.phase)
+                    + (f" {piece.progress:.0%}" if piece.progress is not None else "")
+                )
             elif waiting:
                 waiting = False
                 output.progress(None)
@@ -181,7 +184,12 @@ def told(stream: Stream, output: Output) -> Iterator[types.Stream]:
             output.progress(None)
 
 
-_PHASES = {"queued": "waiting for its turn", "loading": "loading the model", "prompt": "reading the prompt"}
+_PHASES = {
+    "queued": "waiting for its turn",
+    "downloading": "downloading the model",
+    "loading": "loading the model",
+    "prompt": "reading the prompt",
+}
 
 
 def show_reasoning(text: str, output: Output) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mlxd import __version__
 
-from . import chat, completion, generate, models, service, watch
+from . import chat, completion, generate, hub, jobs, models, service, watch
 from .common import HelpFormatter
 from .exits import BROKEN_PIPE, INTERRUPTED, code_of
 from .output import Output
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mlxd {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (generate, chat, models, watch, service, completion):
+    for group in (generate, chat, models, hub, jobs, watch, service, completion):
         group.register(commands)
     return parser
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     output = Output(json=getattr(args, "json", False))
     try:
-        status: int = args.run(args, output)
+        status = _run(args, output)
         output.out.flush()
     except MlxdError as error:
         output.error(error)
@@ -49,6 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has enough. What is still buffered must not raise again when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    return status
+
+
+def _run(args: argparse.Namespace, output: Output) -> int:
+    """Run the command; where its model is not downloaded and a person wants it now, download that first."""
+    from mlxd_client.errors import ModelNotDownloaded
+
+    try:
+        status: int = args.run(args, output)
+    except ModelNotDownloaded as error:
+        from . import offer
+
+        output.error(error)
+        if not offer.taken(error, args, output):
+            return code_of(error)
+        status = args.run(args, output)
     return status
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = add_command(commands, "list", list_models, "list the models on this machine")
     parser.add_argument("-q", "--quiet", action="store_true", help="ids only")
+    parser.add_argument("--updates", action="store_true", help="ask the hub which have a newer revision")
 
     add_command(commands, "ps", ps, "show the models that are loaded, and for how long they stay")
 
@@ -33,7 +34,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def list_models(args: argparse.Namespace, output: Output) -> int:
     with connect(args) as client:
-        models = client.models()
+        models = client.models(updates=args.updates)
     if output.json:
         output.document(models)
     elif args.quiet:
@@ -47,16 +48,33 @@ def list_models(args: argparse.Namespace, output: Output) -> int:
 def _show_list(models: list[Model], output: Output) -> None:
     from .output import bytes_text
 
-    rows = [
-        (model.id, model.state, bytes_text(model.size_bytes), _count(model.context_length), model.source,
-         model.error.message if model.error is not None else "")
-        for model in models
-    ]  # fmt: skip
-    header = ["MODEL", "STATE", "SIZE", "CONTEXT", "SOURCE", "LAST ERROR"]
-    if not any(row[-1] for row in rows):
-        header.pop()
-        rows = [row[:-1] for row in rows]  # type: ignore[misc]  # one column less
-    output.table(header, rows, right=frozenset({2, 3}))
+    columns: list[tuple[str, list[str]]] = [
+        ("MODEL", [model.id for model in models]),
+        ("STATE", [_far(model) for model in models]),
+        ("SIZE", [bytes_text(model.size_bytes) for model in models]),
+        ("CONTEXT", [_count(model.context_length) for model in models]),
+        ("SOURCE", [model.source for model in models]),
+    ]
+    if any(model.latest_revision for model in models):
+        columns.append(("UPDATE", [_update(model) for model in models]))
+    if any(model.error for model in models):
+        columns.append(("LAST ERROR", [model.error.message if model.error else "" for model in models]))
+    header = [name for name, _ in columns]
+    output.table(header, list(zip(*(cells for _, cells in columns), strict=True)), right=frozenset({2, 3}))
+
+
+def _far(model: Model) -> str:
+    """The state, and how far a download or an update is."""
+    if model.state == "Downloading" and model.progress is not None:
+        return f"{model.state} {model.progress:.0%}"
+    if model.state in ("Downloaded", "Ready") and model.phase in ("planning", "downloading", "verifying", "retrying"):
+        return f"{model.state}, update {model.progress or 0:.0%}"
+    return model.state
+
+
+def _update(model: Model) -> str:
+    """The hub's newer revision, as one would say it."""
+    return "" if model.latest_revision is None else model.latest_revision[:12]
 
 
 def _count(number: int | None) -> str:

@@ -26,6 +26,8 @@ class Output:
     Attributes:
         json: machine-readable output was asked for.
         terminal: stdout is one, and people read it.
+        watched: somebody looks at stderr.
+        answered: somebody can be asked there, and type an answer.
     """
 
     def __init__(self, json: bool = False, out: TextIO | None = None, err: TextIO | None = None) -> None:
@@ -33,6 +35,8 @@ class Output:
         self.err = sys.stderr if err is None else err
         self.json = json
         self.terminal = not json and self.out.isatty()
+        self.watched = not json and self.err.isatty()
+        self.answered = self.watched and sys.stdin is not None and sys.stdin.isatty()
 
     def document(self, value: Any) -> None:
         """One JSON document on a line of its own, at once."""
@@ -86,6 +90,15 @@ class Output:
         """A sentence beside the result, on stderr."""
         self.err.write(f"mlxd: {safe(sentence)}\n")
         self.err.flush()
+
+    def ask(self, question: str) -> str:
+        """What a person types, in lower case; nothing at the end of the input. Only where somebody answers."""
+        self.err.write(safe(question) + " ")
+        self.err.flush()
+        typed = sys.stdin.readline()
+        if not typed.endswith("\n"):
+            self.err.write("\n")
+        return typed.strip().lower()
 
     def error(self, error: MlxdError) -> None:
         """What went wrong, on stderr: one line, with the kind."""

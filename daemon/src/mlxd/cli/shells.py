@@ -8,13 +8,18 @@ from dataclasses import dataclass
 
 __all__ = ["Described", "Word", "bash", "describe", "fish", "zsh"]
 
-# Ids of models, asked only of a daemon that already runs: a tab key should not start one.
-_MODELS = "mlxd list --quiet --no-start 2>/dev/null"
+# What lists the ids of each kind, asked only of a daemon that already runs: a tab key should not start one.
+_LISTS = {
+    "models": "mlxd list --quiet --no-start 2>/dev/null",
+    "catalog": "mlxd catalog --quiet --no-start 2>/dev/null",
+    "jobs": "mlxd jobs --quiet --no-start 2>/dev/null",
+}
+_USES = ("general", "light", "coding", "vision")
 
 
 @dataclass(frozen=True)
 class Word:
-    """One option or positional. `values` is a fixed set, `files`, `models`, or nothing that can be completed."""
+    """One option or positional. `values` is a fixed set, `files`, a kind of `_LISTS`, or nothing that is known."""
 
     flags: tuple[str, ...]
     help: str
@@ -33,8 +38,8 @@ class Described:
         return tuple(word for word in self.words if word.flags)
 
     @property
-    def positional(self) -> Word | None:
-        return next((word for word in self.words if not word.flags), None)
+    def positionals(self) -> tuple[Word, ...]:
+        return tuple(word for word in self.words if not word.flags)
 
 
 def describe(parser: argparse.ArgumentParser) -> Iterator[Described]:
@@ -43,13 +48,17 @@ def describe(parser: argparse.ArgumentParser) -> Iterator[Described]:
         if isinstance(action, argparse._SubParsersAction):
             helps = {pseudo.dest: pseudo.help or "" for pseudo in action._choices_actions}
             for name, sub in action.choices.items():
-                yield Described(name, helps.get(name, ""), tuple(_word(each) for each in sub._actions))
+                yield Described(name, helps.get(name, ""), tuple(_word(name, each) for each in sub._actions))
 
 
-def _word(action: argparse.Action) -> Word:
+def _word(command: str, action: argparse.Action) -> Word:
     values: tuple[str, ...] | str = tuple(map(str, action.choices or ()))
-    if action.dest == "model":
-        values = "models"
+    if action.dest in ("model", "models"):
+        values = "catalog" if command == "pull" else "models"
+    elif action.dest == "job":
+        values = "jobs"
+    elif action.dest == "use":
+        values = _USES
     elif action.dest in ("socket", "home", "schema"):
         values = "files"
     return Word(tuple(action.option_strings), action.help or "", action.nargs != 0, values)
@@ -64,8 +73,8 @@ def bash(commands: list[Described]) -> str:
             if word.takes_value:
                 lines.append(f"                {'|'.join(word.flags)}) {_bash_values(word)}; return ;;")
         lines += ["            esac", f'            COMPREPLY=($(compgen -W "{flags}" -- "$current"))']
-        if command.positional is not None and command.positional.values:
-            lines.append(f"            [[ $current == -* ]] || {_bash_values(command.positional)}")
+        if any(word.values for word in command.positionals):
+            lines.append(f"            [[ $current == -* ]] || {_bash_values(*command.positionals)}")
         cases += [*lines, "            ;;"]
     names = " ".join(command.name for command in commands)
     return f"""\
@@ -85,12 +94,15 @@ complete -F _mlxd mlxd
 """
 
 
-def _bash_values(word: Word) -> str:
-    if word.values == "files":
+def _bash_values(*words: Word) -> str:
+    """Completes with what any of the words may be: which of a command's positionals it is, is not counted."""
+    if words[0].values == "files":
         return 'COMPREPLY=($(compgen -f -- "$current"))'
-    if word.values == "models":
-        return f'COMPREPLY=($(compgen -W "$({_MODELS})" -- "$current"))'
-    return f'COMPREPLY=($(compgen -W "{" ".join(word.values)}" -- "$current"))'
+    known = " ".join(
+        f"$({_LISTS[word.values]})" if isinstance(word.values, str) and word.values else " ".join(word.values)
+        for word in words
+    )
+    return f'COMPREPLY=($(compgen -W "{known}" -- "$current"))'
 
 
 def zsh(commands: list[Described]) -> str:
@@ -102,8 +114,8 @@ def zsh(commands: list[Described]) -> str:
     def action(word: Word) -> str:
         if word.values == "files":
             return "_files"
-        if word.values == "models":
-            return "_mlxd_models"
+        if isinstance(word.values, str) and word.values:
+            return f"_mlxd_{word.values}"
         return f"({' '.join(word.values)})" if word.values else ""
 
     cases = []
@@ -112,18 +124,19 @@ def zsh(commands: list[Described]) -> str:
         for word in command.options:
             value = f":value:{action(word)}" if word.takes_value else ""
             specs += [f"'*{flag}[{quoted(word.help)}]{value}'" for flag in word.flags]
-        if command.positional is not None:
-            specs.append(f"'*:{quoted(command.positional.help or 'argument')}:{action(command.positional)}'")
+        for number, word in enumerate(command.positionals, 1):
+            place = "*" if len(command.positionals) == 1 else str(number)
+            specs.append(f"'{place}:{quoted(word.help or 'argument')}:{action(word)}'")
         cases.append(f"        {command.name}) _arguments {' '.join(specs)} ;;")
     names = "\n".join(f"        '{command.name}:{quoted(command.help)}'" for command in commands)
+    lists = "\n".join(
+        f"""_mlxd_{kind}() {{\n    local -a ids\n    ids=(${{(f)"$({command})"}})\n    compadd -a ids\n}}"""
+        for kind, command in _LISTS.items()
+    )
     return f"""\
 #compdef mlxd
 # zsh completion for mlxd, written by `mlxd completion zsh`
-_mlxd_models() {{
-    local -a models
-    models=(${{(f)"$({_MODELS})"}})
-    compadd -a models
-}}
+{lists}
 _mlxd() {{
     local -a commands
     commands=(
@@ -163,7 +176,7 @@ def fish(commands: list[Described]) -> str:
             if word.takes_value and word.flags:
                 parts.append("-r -F" if word.values == "files" else "-x")
             if word.values and word.values != "files":
-                values = f"({_MODELS})" if word.values == "models" else " ".join(word.values)
+                values = f"({_LISTS[word.values]})" if isinstance(word.values, str) else " ".join(word.values)
                 parts.append(f"-a {quoted(values)}")
             if word.flags or word.values:
                 lines.append(" ".join([*parts, f"-d {quoted(word.help)}"]))
