@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 __all__ = [
@@ -19,7 +20,6 @@ __all__ = [
 ]  # fmt: skip
 
 MAIN = "main"
-MAX_REFS = 1000
 
 # As the hub allows: one or two parts of letters, digits, "-", "_", "."; "--" separates the parts of folder names.
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
@@ -92,9 +92,9 @@ def split_ref(name: str) -> tuple[str, str | None]:
     return repo, revision if at else None
 
 
-def join_ref(repo: str, revision: str) -> str:
-    """The id of the model that a repository's revision is."""
-    return repo if revision == MAIN else f"{repo}@{revision}"
+def join_ref(repo: str, revision: str | None) -> str:
+    """The id of the model that a repository's revision is; None and `main` are the same."""
+    return repo if revision in (None, MAIN) else f"{repo}@{revision}"
 
 
 # --- what is there ------------------------------------------------------------------------------------------------
@@ -117,32 +117,54 @@ def repositories(cache: Path) -> Iterator[str]:
             yield repo
 
 
-def read_ref(folder: Path, revision: str) -> str | None:
-    """The commit that a ref of the repository in `folder` names, or None. `revision` passed `is_revision`."""
+def read_ref(folder: Path, ref: str) -> str | None:
+    """The commit that a ref of the repository in `folder` names, or None. `ref` passed `is_revision`."""
     try:
-        with open(folder / "refs" / revision, encoding="ascii") as file:
-            commit = file.read(100).strip()
-    except (OSError, UnicodeDecodeError):
+        return _read_commit(folder / "refs" / ref)
+    except OSError:
         return None
-    return commit if _SNAPSHOT.match(commit) else None
 
 
-def refs(folder: Path) -> dict[str, str]:
-    """All refs of the repository in `folder` with the commits they name; at most MAX_REFS of them.
+def refs(folder: Path, *, strict: bool = False) -> dict[str, str]:
+    """All refs of the repository in `folder` with the commits they name, also such that no revision can be named like.
 
-    Refs that name nothing that could be a commit are left out, and so is what lies behind linked folders.
+    What names no commit is left out, and so is what lies behind linked folders.
+
+    Args:
+        strict: raise OSError for what cannot be read, which is left out otherwise.
     """
     found: dict[str, str] = {}
     root = folder / "refs"
-    for place, _, names in os.walk(root):
-        for name in sorted(names):
-            revision = os.path.relpath(os.path.join(place, name), root)
-            commit = read_ref(folder, revision) if is_revision(revision) else None
+    for place, _, names in os.walk(root, onerror=_raise if strict else None):
+        for name in names:
+            path = Path(place, name)
+            try:
+                commit = _read_commit(path)
+            except OSError:
+                if strict:
+                    raise
+                continue
             if commit is not None:
-                found[revision] = commit
-            if len(found) >= MAX_REFS:
-                return found
-    return found
+                found[str(path.relative_to(root))] = commit
+    return dict(sorted(found.items()))
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _read_commit(path: Path) -> str | None:
+    try:
+        # Not to wait, should something have put a pipe there.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+        commit = file.read(100).decode("ascii", "replace").strip()
+    return commit if _SNAPSHOT.match(commit) else None
 
 
 def snapshots(folder: Path) -> dict[str, int]:
@@ -158,23 +180,19 @@ def _is_snapshot(entry: os.DirEntry[str]) -> bool:
     return _SNAPSHOT.match(entry.name) is not None and entry.is_dir()
 
 
-def find_snapshot(folder: Path, revision: str) -> Path | None:
+def find_snapshot(folder: Path, revision: str = MAIN) -> Path | None:
     """The snapshot of a revision that passed `is_revision`, or None.
 
     It is the one that the ref of this name names, else that of the commit of this name. Where `main` names none that
     is there, it is the newest of those that no other ref names.
     """
+    revision = revision or MAIN
     commit = read_ref(folder, revision)
     if commit is not None and (folder / "snapshots" / commit).is_dir():
         return folder / "snapshots" / commit
     if revision != MAIN:
         exact = folder / "snapshots" / revision
         return exact if commit is None and is_commit(revision) and exact.is_dir() else None
-    found = unnamed(folder, {name: commit for name, commit in refs(folder).items() if name != MAIN}.values())
-    return folder / "snapshots" / max((at, name) for name, at in found.items())[1] if found else None
-
-
-def unnamed(folder: Path, named: Collection[str]) -> dict[str, int]:
-    """As `snapshots`, but for those of the commits in `named`."""
-    there = set(named)
-    return {commit: at for commit, at in snapshots(folder).items() if commit not in there}
+    named = {commit for ref, commit in refs(folder).items() if ref != MAIN}
+    found = [(at, commit) for commit, at in snapshots(folder).items() if commit not in named]
+    return folder / "snapshots" / max(found)[1] if found else None

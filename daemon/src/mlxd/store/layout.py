@@ -15,18 +15,30 @@ a repository's folder is followed when writing. What changes more than one file 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from mlxd_client.errors import DownloadFailed, ModelBusy, ModelInvalid, ModelNotFound
+from mlxd_client.errors import DownloadFailed, ModelBusy, ModelNotFound
 
 from . import hub
+from .files import (
+    UnsafeFolder,
+    try_lock,
+    fsync_folder,
+    is_at,
+    lstat,
+    make_folder,
+    readlink,
+    remove_tree,
+    replace,
+    require_folder,
+    touch,
+)
 
-__all__ = ["BlobsMissing", "RepoCache", "UnsafeFolder", "UnsafeName", "disk_free", "flock_or_none", "fsync_folder"]
+__all__ = ["BlobsMissing", "RepoCache", "UnsafeFolder", "UnsafeName", "disk_free"]
 
 PART, MAP, NEW = ".mlxd-part", ".mlxd-map", ".mlxd-new"
 BUILDING = ".mlxd-new-"
@@ -35,10 +47,6 @@ LOCK_WAIT_S = 10.0
 
 class UnsafeName(DownloadFailed):
     """A name from a server that may not become a path."""
-
-
-class UnsafeFolder(ModelInvalid):
-    """Something else lies where a folder of the cache belongs; nothing is written there."""
 
 
 class BlobsMissing(DownloadFailed):
@@ -121,7 +129,7 @@ class RepoCache:
             try:
                 self.cache.mkdir(parents=True, exist_ok=True)
                 for folder in (self.folder, self.snapshots, self.blobs):
-                    _make_folder(folder)
+                    make_folder(folder)
                 return
             except FileNotFoundError:
                 if attempt == 9:
@@ -141,10 +149,10 @@ class RepoCache:
             except FileNotFoundError:
                 continue  # the folder was deleted meanwhile
             try:
-                if not flock_or_none(fd):
+                if not try_lock(fd):
                     os.close(fd)
                     return None
-                if _is_at(fd, path):
+                if is_at(fd, path):
                     return fd
             except BaseException:
                 os.close(fd)
@@ -158,7 +166,7 @@ class RepoCache:
         Until a snapshot links it, it can be told from a blob that another program put there.
         """
         part, blob = self.part(oid), self.blob(oid)
-        _touch(self.new(oid))
+        touch(self.new(oid))
         os.replace(part, blob)
         self.part_map(oid).unlink(missing_ok=True)
         fsync_folder(self.blobs)
@@ -191,7 +199,7 @@ class RepoCache:
             missing = sorted(name for name, oid in files.items() if not self.blob(oid).is_file())
             if missing:
                 raise BlobsMissing(f"{missing[0]} is not there any more", files=missing)
-            if _lstat(snapshot) is None:
+            if lstat(snapshot) is None:
                 self._build(snapshot, links)
             else:
                 self._mend(snapshot, links)
@@ -218,33 +226,33 @@ class RepoCache:
         fsync_folder(self.snapshots)
 
     def _mend(self, snapshot: Path, links: Mapping[str, str]) -> None:
-        _require_folder(snapshot)
-        changed = {name for name, target in links.items() if _readlink(snapshot / name) != target}
+        require_folder(snapshot)
+        changed = {name for name, target in links.items() if readlink(snapshot / name) != target}
         if not changed:
             return
         if "config.json" in links:
             changed.add("config.json")
-            if (status := _lstat(snapshot / "config.json")) is not None and not stat.S_ISDIR(status.st_mode):
+            if (status := lstat(snapshot / "config.json")) is not None and not stat.S_ISDIR(status.st_mode):
                 (snapshot / "config.json").unlink()
                 fsync_folder(snapshot)
         for name in sorted(changed, key=lambda name: (name == "config.json", name)):
             place = snapshot
             for part in name.split("/")[:-1]:
                 place = place / part
-                _make_folder(place)
+                make_folder(place)
             aside = self.folder / f"{BUILDING}link"
             aside.unlink(missing_ok=True)
             os.symlink(links[name], aside)
-            _replace(aside, snapshot / name)
+            replace(aside, snapshot / name)
             fsync_folder(place)
 
     def _write_ref(self, ref: str, commit: str) -> None:
         place = self.refs
-        _make_folder(place)
+        make_folder(place)
         for part in ref.split("/")[:-1]:
             place = place / part
-            _make_folder(place)
-        if _readlink(self.refs / ref) is None and hub.read_ref(self.folder, ref) == commit:
+            make_folder(place)
+        if readlink(self.refs / ref) is None and hub.read_ref(self.folder, ref) == commit:
             return
         aside = self.folder / f"{BUILDING}ref"
         aside.unlink(missing_ok=True)
@@ -252,7 +260,7 @@ class RepoCache:
             file.write(commit)
             file.flush()
             os.fsync(file.fileno())
-        _replace(aside, self.refs / ref)
+        replace(aside, self.refs / ref)
         fsync_folder(place)
 
     # --- one at a time --------------------------------------------------------------------------------------------
@@ -270,15 +278,15 @@ class RepoCache:
         """
         deadline = time.monotonic() + wait_s
         while True:
-            _require_folder(self.folder)
+            require_folder(self.folder)
             fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                if flock_or_none(fd):
-                    if not _is_at(fd, self.folder):
+                if try_lock(fd):
+                    if not is_at(fd, self.folder):
                         continue  # deleted, and perhaps made anew, before the lock was ours
                     for folder in (self.blobs, self.snapshots, self.refs):
-                        if _lstat(folder) is not None:
-                            _require_folder(folder)
+                        if lstat(folder) is not None:
+                            require_folder(folder)
                     yield
                     return
             finally:
@@ -297,46 +305,6 @@ def disk_free(cache: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-# --- small things -------------------------------------------------------------------------------------------------
-
-
-def flock_or_none(fd: int) -> bool:
-    """Take the lock on an open file or folder if nobody has it. Returns False while somebody else does.
-
-    A file system that knows no locks grants it: there, nobody can be kept out.
-    """
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def fsync_folder(folder: Path) -> None:
-    """Have what was renamed in a folder survive a power cut, as far as the file system offers that."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a folder with all that is in it, or whatever else is there. Links are removed, never followed."""
-    status = _lstat(path)
-    if status is None:
-        return
-    if not stat.S_ISDIR(status.st_mode):
-        path.unlink(missing_ok=True)
-        return
-    for name in os.listdir(path):
-        remove_tree(path / name)
-    path.rmdir()
-
-
 def _checked(files: Mapping[str, str]) -> Mapping[str, str]:
     """`files`, if all names are allowed and can be beside each other, also where upper and lower case are the same."""
     seen: set[str] = set()
@@ -353,45 +321,3 @@ def _checked(files: Mapping[str, str]) -> Mapping[str, str]:
                 raise UnsafeName(f"the hub has both a file and a folder {folder!r}")
             folder, slash, _ = folder.rpartition("/")
     return files
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        _require_folder(folder)
-
-
-def _require_folder(folder: Path) -> None:
-    if not stat.S_ISDIR(folder.lstat().st_mode):
-        raise UnsafeFolder(f"{folder} is no folder, or a link to one; nothing is written or deleted through it")
-
-
-def _replace(source: Path, target: Path) -> None:
-    try:
-        os.replace(source, target)
-    except IsADirectoryError:
-        raise UnsafeFolder(f"{target} is a folder where a file belongs") from None
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    status = _lstat(path)
-    return status is not None and os.path.samestat(os.fstat(fd), status)
-
-
-def _lstat(path: Path) -> os.stat_result | None:
-    try:
-        return path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _readlink(path: Path) -> str | None:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return None
-
-
-def _touch(path: Path) -> None:
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))

@@ -112,17 +112,19 @@ class Store:
                 found.append(model)
         return found
 
-    def hub_repo(self, ref: str) -> tuple[str, str] | None:
+    def hub_repo(self, ref: str) -> tuple[str, str | None] | None:
         """(repository, revision) of the model of the hub that `ref` names, be it here or not; None if it can be none.
 
-        Aliases are replaced. Built-in models and folders are none of the hub's.
+        The revision is None where `ref` names none, which means `main`. Aliases are replaced. Built-in models and
+        folders are none of the hub's.
         """
         name = self.aliases.get(ref, ref)
         if name.startswith(("/", BUILTIN_PREFIX)):
             return None
         repo, revision = hub.split_ref(name)
-        revision = hub.MAIN if revision is None else revision
-        return (repo, revision) if hub.is_repo_id(repo) and hub.is_revision(revision) else None
+        if not hub.is_repo_id(repo) or not (revision is None or hub.is_revision(revision)):
+            return None
+        return repo, revision
 
     def partial(self, ref: str) -> bool:
         """Whether a download of the repository that `ref` names was cut short, and left something to go on from."""
@@ -149,8 +151,7 @@ class Store:
 
     def _in_cache(self, name: str) -> Found:
         repo, revision = hub.split_ref(name)
-        revision = hub.MAIN if revision is None else revision
-        if not hub.is_repo_id(repo) or not hub.is_revision(revision):
+        if not hub.is_repo_id(repo) or not (revision is None or hub.is_revision(revision)):
             raise self._unknown(name)
         folder = hub.repo_folder(self.cache, repo)
         snapshot = hub.find_snapshot(folder, revision)
@@ -204,9 +205,8 @@ class Store:
             pass  # a package without built-in models
         for repo in hub.repositories(self.cache):
             yield repo
-            yield from (
-                hub.join_ref(repo, ref) for ref in hub.refs(hub.repo_folder(self.cache, repo)) if ref != hub.MAIN
-            )
+            names = (ref for ref in hub.refs(hub.repo_folder(self.cache, repo)) if ref != hub.MAIN)
+            yield from (hub.join_ref(repo, ref) for ref in names if hub.is_revision(ref))
 
     def _unknown(self, name: str) -> ModelNotFound:
         """The error for a name that leads nowhere, with names that look alike."""
