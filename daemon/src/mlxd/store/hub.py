@@ -180,8 +180,8 @@ def _is_snapshot(entry: os.DirEntry[str]) -> bool:
     return _SNAPSHOT.match(entry.name) is not None and entry.is_dir()
 
 
-def find_snapshot(folder: Path, revision: str = MAIN) -> Path | None:
-    """The snapshot of a revision that passed `is_revision`, or None.
+def find_snapshot(folder: Path, revision: str | None = None) -> Path | None:
+    """The snapshot of a revision that passed `is_revision`, or None where there is none. The revision None is `main`.
 
     It is the one that the ref of this name names, else that of the commit of this name. Where `main` names none that
     is there, it is the newest of those that no other ref names.

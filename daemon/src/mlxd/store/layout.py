@@ -15,6 +15,7 @@ a repository's folder is followed when writing. What changes more than one file 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import time
@@ -26,7 +27,6 @@ from mlxd_client.errors import DownloadFailed, ModelBusy, ModelNotFound
 from . import hub
 from .files import (
     UnsafeFolder,
-    try_lock,
     fsync_folder,
     is_at,
     lstat,
@@ -36,6 +36,7 @@ from .files import (
     replace,
     require_folder,
     touch,
+    try_lock,
 )
 
 __all__ = ["BlobsMissing", "RepoCache", "UnsafeFolder", "UnsafeName", "disk_free"]
@@ -102,16 +103,20 @@ class RepoCache:
 
         It may be a link into the store that huggingface_hub shares between repositories, but to nowhere else.
         """
+        status = self._blob_status(oid)
+        return status is not None and status.st_size == size
+
+    def _blob_status(self, oid: str) -> os.stat_result | None:
         path = self.blob(oid)
         try:
             status = path.lstat()
             if stat.S_ISLNK(status.st_mode):
                 if not os.path.realpath(path).startswith(os.path.realpath(self.cache / "blobs") + os.sep):
-                    return False
+                    return None
                 status = path.stat()
         except OSError:
-            return False
-        return stat.S_ISREG(status.st_mode) and status.st_size == size
+            return None
+        return status if stat.S_ISREG(status.st_mode) else None
 
     def has_partial(self) -> bool:
         """Whether there is something that a download was cut short in and can go on from."""
@@ -144,21 +149,20 @@ class RepoCache:
         path = self.part(oid)
         for _ in range(100):
             self.prepare()
+            status = lstat(path)
+            if status is not None and not stat.S_ISREG(status.st_mode):
+                path.unlink()  # nothing that mlxd has put there
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:
                 continue  # the folder was deleted meanwhile
-            try:
-                if not try_lock(fd):
-                    os.close(fd)
-                    return None
-                if is_at(fd, path):
-                    return fd
-            except BaseException:
+            if not try_lock(fd):
                 os.close(fd)
-                raise
+                return None
+            if is_at(fd, path):
+                return fd
             os.close(fd)  # it was removed before the lock was ours
-        raise OSError(f"{path.name} keeps disappearing")
+        raise OSError(errno.EBUSY, f"{path.name} keeps disappearing")
 
     def complete(self, oid: str) -> Path:
         """The part is whole and verified: make it the blob. Whoever calls holds its lock, and has synced it if need be.
@@ -196,7 +200,7 @@ class RepoCache:
         self.prepare()
         with self.locked():
             self.prepare()  # again: nothing is deleted any more now
-            missing = sorted(name for name, oid in files.items() if not self.blob(oid).is_file())
+            missing = sorted(name for name, oid in files.items() if self._blob_status(oid) is None)
             if missing:
                 raise BlobsMissing(f"{missing[0]} is not there any more", files=missing)
             if lstat(snapshot) is None:

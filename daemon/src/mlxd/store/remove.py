@@ -18,7 +18,7 @@ from pathlib import Path
 from mlxd_client.errors import ModelBusy, ModelNotFound, RpcError
 
 from . import hub, shared
-from .files import try_lock, fsync_folder, is_held, lstat, make_folder, readlink, remove_tree, require_folder, walk
+from .files import fsync_folder, is_held, lstat, make_folder, readlink, remove_tree, require_folder, try_lock, walk
 from .layout import BUILDING, MAP, NEW, PART, RepoCache, disk_free
 
 __all__ = ["delete", "discard", "disk_free", "finish", "prune"]

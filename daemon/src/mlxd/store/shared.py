@@ -15,7 +15,7 @@ import re
 import stat
 from pathlib import Path
 
-from .files import try_lock, lstat, readlink
+from .files import lstat, readlink, try_lock
 
 __all__ = ["sweep", "target"]
 
