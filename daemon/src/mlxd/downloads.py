@@ -153,14 +153,15 @@ class Downloads:
         repo, found = named
         if revision is not None and not hub.is_revision(revision):
             raise errors.InvalidParams(f"{revision!r} is no name that a revision can have", field="revision")
-        if revision is not None and found is not None and revision != found:
+        if revision is not None and revision != found != "main":
             raise errors.InvalidParams(f"{ref} names a revision already", field="revision")
-        found = revision or found
-        return repo if found in (None, "main") else f"{repo}@{found}"
+        return hub.join_ref(repo, revision or found)
 
     def _where(self, model: str) -> wire.Where:
-        repo, _, revision = model.partition("@")
-        return wire.Where(repo=repo, cache=str(self._store.cache), revision=revision or "main", pin=bool(revision))
+        repo, revision = hub.split_ref(model)
+        return wire.Where(
+            repo=repo, cache=str(self._store.cache), revision=revision or "main", pin=revision is not None
+        )
 
     # --- performing -----------------------------------------------------------------------------------------------
 

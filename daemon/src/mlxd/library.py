@@ -15,7 +15,7 @@ from mlxd_client.types import UNSET
 from .core import events as ev
 from .downloads import Downloads
 from .fetchers import Fetchers
-from .store import hub, remove
+from .store import hub, layout
 from .store.folder import RESERVED_TOKENS
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Library:
     async def _planned(
         self, model: str, revision: str | None, download: int, weights: int, kv: int, memory: int
     ) -> types.Plan:
-        free = await self._loop.run_in_executor(self._disk, remove.disk_free, self._store.cache)
+        free = await self._loop.run_in_executor(self._disk, layout.disk_free, self._store.cache)
         available, fits, evicts = self._core.room_for(model, memory)
         return types.Plan(
             model=model, revision=revision, download_bytes=download, disk_free_bytes=free, weights_bytes=weights,
@@ -169,7 +169,7 @@ class Library:
         named = self._store.hub_repo(ref)
         if named is None:
             return None
-        found = hub.current_snapshot(hub.repo_folder(self._store.cache, named[0]), named[1] or "main")
+        found = hub.find_snapshot(hub.repo_folder(self._store.cache, named[0]), named[1])
         return None if found is None else str(found)
 
     async def on_disk(self, model: str) -> bool:
