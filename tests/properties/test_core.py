@@ -1,6 +1,7 @@
 """The core against any order of events: its invariants hold, every request gets one last word, nobody is forgotten.
 
-The machine plays the world (clients, workers, the clock) by the rules that the runtime keeps, and no others.
+The machine plays the world (clients, workers, fetchers, the disk, the clock) by the rules that the runtime keeps, and
+no others.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from mlxd.core import actions as do
 from mlxd.core import events as ev
 from mlxd.core.core import Core, Limits
 from mlxd.core.invariants import check
-from mlxd_client.errors import LoadFailed, WorkerDied
+from mlxd_client.errors import DownloadFailed, LoadFailed, PermissionDenied, WorkerDied
 from mlxd_client.mirror import Mirror
 from mlxd_client.types import Event, Snapshot
 
-MODELS = {"a/small": 2, "b/medium": 4, "c/large": 7, "d/huge": 50, "e/never-found": 1}
+MODELS = {"a/small": 2, "b/medium": 4, "c/large": 7, "d/huge": 50, "e/never-found": 1, "a/small@v1": 2}
+NAMES = st.sampled_from(sorted(MODELS))
+REVISIONS = st.sampled_from(["r0", "r1", "r2"])
+MIB = 1024 * 1024
 CLIENTS = st.integers(1, 4)
 KEEP_ALIVE = st.sampled_from([None, None, 0.0, 5.0, -1.0])
 
@@ -29,6 +33,10 @@ def as_event(said: do.Publish) -> Event:
     )  # fmt: skip
 
 
+def repo(model: str) -> str:
+    return model.split("@")[0]
+
+
 def by_id(state: Snapshot) -> Snapshot:
     return Mirror(state).snapshot()
 
@@ -36,7 +44,7 @@ def by_id(state: Snapshot) -> Snapshot:
 class World(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.core = Core(Limits(budget_bytes=10, queue=12, max_batch=3, keep_alive_s=30))
+        self.core = Core(Limits(budget_bytes=10, queue=12, max_batch=3, keep_alive_s=30, downloads=2))
         self.now = 100.0
         self.rids = 0
         self.leases = 0
@@ -47,14 +55,27 @@ class World(RuleBasedStateMachine):
         self.slots: dict[int, set[int]] = {}  # worker → requests it holds
         self.cancelled_on_worker: set[int] = set()
         self.gone: set[int] = set()
+        self.fetchers: dict[int, str] = {}
+        self.speechless: set[int] = set()  # fetchers that have said how it went
+        self.stopped: set[int] = set()  # fetchers that were told to go
+        self.deletes: set[str] = set()
+        self.revisions: dict[str, str] = {}  # what the disk holds of each model, and what old ones lie beside
+        self.old: dict[str, set[str]] = {}
+        self.used: dict[int, str | None] = {}  # worker → the revision that it runs on
         self.mirror = Mirror(self.core.snapshot())
         for name in list(MODELS)[:2]:
-            self.tell(ev.Found(name, "hub", MODELS[name]))
+            self.tell(self.seen(name))
+            self.revisions[name] = "r0"
 
     def tell(self, event: ev.Event) -> list[do.Action]:
         actions = self.core.handle(event, self.now)
         for action in actions:
             self.perform(action)
+        for model in list(self.revisions):
+            known = self.core.models.get(model)
+            if known is None or known.lifecycle.state == "NotDownloaded":  # nobody here answers for its files
+                del self.revisions[model]
+                self.old.pop(model, None)
         return actions
 
     def perform(self, action: do.Action) -> None:
@@ -67,6 +88,8 @@ class World(RuleBasedStateMachine):
                 assert worker not in self.slots
                 self.loading[worker] = model
                 self.slots[worker] = set()
+                assert model not in self.deletes
+                self.used[worker] = self.revisions.get(model)
             case do.StopWorker(worker):
                 assert worker in self.slots, "never started"
                 assert worker not in self.stopping, "stopped twice"
@@ -80,27 +103,73 @@ class World(RuleBasedStateMachine):
                 assert rid in self.slots[worker]
                 assert rid not in self.cancelled_on_worker, "cancelled twice"
                 self.cancelled_on_worker.add(rid)
-            case do.Deliver(rid) | do.Answer(rid) | do.Fail(rid):
+            case do.Deliver(rid) | do.Answer(rid) | do.Fail(rid) | do.Deleted(rid) | do.Started(rid):
                 assert rid in self.open, "a second last word"
                 self.open.remove(rid)
+                if isinstance(action, do.Started):
+                    assert self.core.jobs[action.job].ended_at is None
+            case _:
+                self.perform_on_disk(action)
+
+    def perform_on_disk(self, action: do.Action) -> None:
+        match action:
+            case do.StartFetcher(fetcher, job, model):
+                assert fetcher not in self.fetchers
+                assert not self.core.draining
+                assert not self.works_on(model), "two work on the same files"
+                assert repo(model) not in {repo(name) for name in self.deletes}
+                assert self.core.jobs[job].model == model
+                self.fetchers[fetcher] = model
+                assert len(self.fetchers) <= 2
+            case do.StopFetcher(fetcher):
+                assert fetcher in self.fetchers, "never started"
+                assert fetcher not in self.stopped, "stopped twice"
+                self.stopped.add(fetcher)
+            case do.DeleteFiles(model):
+                assert not self.works_on(model)
+                assert model not in self.loading.values()
+                assert model not in self.ready.values()
+                assert model not in self.deletes
+                self.deletes.add(model)
+            case do.DiscardPartial(model):
+                assert not self.works_on(model)
+            case do.Prune(model, revisions):
+                assert "@" not in model
+                assert revisions
+                assert self.revisions.get(model) not in revisions, "the newest is removed"
+                assert model not in self.loading.values(), "what is loaded is removed"
+                assert model not in self.ready.values(), "what runs is removed"
+                if model in self.old:
+                    self.old[model] -= set(revisions)
+            case _:
+                raise AssertionError(f"nobody performs {action}")
+
+    def works_on(self, model: str) -> list[int]:
+        return [fetcher for fetcher, name in self.fetchers.items() if repo(name) == repo(model)]
 
     def new_rid(self) -> int:
         self.rids += 1
         self.open.add(self.rids)
         return self.rids
 
-    @rule(model=st.sampled_from(sorted(MODELS)))
+    @rule(model=NAMES)
     def found(self, model: str) -> None:
         if model != "e/never-found":
-            self.tell(ev.Found(model, "hub", MODELS[model]))
+            self.tell(self.seen(model))
+            if self.core.models[model].lifecycle.state == "Downloaded":
+                self.revisions.setdefault(model, "r0")
 
-    @rule(model=st.sampled_from(sorted(MODELS)))
+    def seen(self, model: str) -> ev.Found:
+        revision = self.revisions.get(model, "r0")
+        return ev.Found(model, "hub", MODELS[model] + int(revision[1]), revision)
+
+    @rule(model=NAMES)
     def lost(self, model: str) -> None:
         self.tell(ev.Lost(model))
 
     @rule(
         client=CLIENTS,
-        model=st.sampled_from(sorted(MODELS)),
+        model=NAMES,
         priority=st.sampled_from(["interactive", "batch"]),
         timeout=st.sampled_from([None, None, 1.0, 20.0]),
         keep_alive=KEEP_ALIVE,
@@ -110,7 +179,7 @@ class World(RuleBasedStateMachine):
         for _ in range(times):
             self.tell(ev.Submit(self.new_rid(), client, model, priority, timeout, keep_alive))
 
-    @rule(client=CLIENTS, model=st.sampled_from(sorted(MODELS)), lease=st.booleans(), keep_alive=KEEP_ALIVE)
+    @rule(client=CLIENTS, model=NAMES, lease=st.booleans(), keep_alive=KEEP_ALIVE)
     def ensure(self, client: int, model: str, lease: bool, keep_alive: float | None) -> None:
         self.leases += lease
         self.tell(ev.Ensure(self.new_rid(), client, model, f"lease-{self.leases}" if lease else None, keep_alive))
@@ -121,7 +190,7 @@ class World(RuleBasedStateMachine):
         if held:
             self.tell(ev.Release(client, data.draw(st.sampled_from(held))))
 
-    @rule(client=CLIENTS, model=st.sampled_from(sorted(MODELS)))
+    @rule(client=CLIENTS, model=NAMES)
     def unload(self, client: int, model: str) -> None:
         self.tell(ev.Unload(self.new_rid(), client, model))
 
@@ -133,7 +202,10 @@ class World(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel_job(self, data: st.DataObject) -> None:
         if self.core.jobs:
-            self.tell(ev.CancelJob(data.draw(st.sampled_from(sorted(self.core.jobs)))))
+            job = data.draw(st.sampled_from(sorted(self.core.jobs)))
+            self.tell(ev.CancelJob(job, data.draw(st.booleans())))
+            if not self.core.draining:
+                assert self.core.jobs[job].ended_at is not None or not job.startswith("download"), "still open"
 
     @rule(client=CLIENTS)
     def client_gone(self, client: int) -> None:
@@ -190,6 +262,81 @@ class World(RuleBasedStateMachine):
     def memory(self, data: st.DataObject, size: int) -> None:
         self.tell(ev.MemoryReport(data.draw(st.sampled_from(sorted(self.ready))), size))
 
+    @rule(client=CLIENTS, model=NAMES, repair=st.booleans())
+    def download(self, client: int, model: str, repair: bool) -> None:
+        self.tell(ev.Download(self.new_rid(), client, model, repair))
+
+    @rule(model=NAMES, job=st.sampled_from(["download-old-1", "download-old-2"]))
+    def download_again(self, model: str, job: str) -> None:
+        self.tell(ev.Download(self.new_rid(), 0, model, job=job, started_at=50.0))
+
+    @precondition(lambda self: self.fetchers)
+    @rule(data=st.data(), done=st.sampled_from([0, 1, 9, 20, 64]), phase=st.sampled_from(["planning", "verifying"]))
+    def fetch_progress(self, data: st.DataObject, done: int, phase) -> None:
+        fetcher = data.draw(st.sampled_from(sorted(self.fetchers)))
+        self.tell(ev.FetchProgress(fetcher, phase, done * MIB, 64 * MIB, 1e6, 1))
+
+    @precondition(lambda self: self.fetchers.keys() - self.speechless)
+    @rule(data=st.data(), well=st.sampled_from([True, True, False]), revision=REVISIONS)
+    def fetch_ends(self, data: st.DataObject, well: bool, revision: str) -> None:
+        fetcher = data.draw(st.sampled_from(sorted(self.fetchers.keys() - self.speechless)))
+        if well:
+            self.fetched(fetcher, revision)
+        else:
+            self.speechless.add(fetcher)
+            self.tell(ev.FetchFailed(fetcher, DownloadFailed("gone")))
+
+    def fetched(self, fetcher: int, revision: str) -> None:
+        self.speechless.add(fetcher)
+        model = self.fetchers[fetcher]
+        if fetcher not in self.stopped:  # else nobody cares any more
+            before = self.revisions.get(model, revision)
+            if before != revision and "@" not in model:
+                self.old.setdefault(model, set()).add(before)
+            self.old.get(model, set()).discard(revision)
+            self.revisions[model] = revision
+        found = ev.Found(model, "hub", MODELS[model] + int(revision[1]), revision)
+        self.tell(ev.Fetched(fetcher, found))
+
+    @precondition(lambda self: self.fetchers)
+    @rule(data=st.data())
+    def fetcher_dies(self, data: st.DataObject) -> None:
+        self.fetcher_exits(data.draw(st.sampled_from(sorted(self.fetchers))), WorkerDied("died", cause="signal"))
+
+    @precondition(lambda self: self.stopped)
+    @rule(data=st.data())
+    def fetcher_stops(self, data: st.DataObject) -> None:
+        self.fetcher_exits(data.draw(st.sampled_from(sorted(self.stopped))), None)
+
+    def fetcher_exits(self, fetcher: int, error: WorkerDied | None) -> None:
+        del self.fetchers[fetcher]
+        self.stopped.discard(fetcher)
+        self.speechless.discard(fetcher)
+        self.tell(ev.FetcherExited(fetcher, error))
+
+    @rule(client=CLIENTS, model=NAMES)
+    def delete(self, client: int, model: str) -> None:
+        self.tell(ev.Delete(self.new_rid(), client, model))
+
+    @precondition(lambda self: self.deletes)
+    @rule(data=st.data(), well=st.sampled_from([True, True, False]))
+    def files_deleted(self, data: st.DataObject, well: bool) -> None:
+        self.end_delete(data.draw(st.sampled_from(sorted(self.deletes))), well)
+
+    def end_delete(self, model: str, well: bool) -> None:
+        self.deletes.remove(model)
+        if well:
+            self.revisions.pop(model, None)
+            self.old.pop(model, None)
+        self.tell(ev.FilesDeleted(model, 7, None if well else PermissionDenied("no")))
+        assert not well or model not in self.core.models
+
+    @rule(model=NAMES, revision=REVISIONS)
+    def newest(self, model: str, revision: str) -> None:
+        self.tell(ev.Newest(model, revision))
+        known = self.core.models.get(model)
+        assert known is None or known.latest_revision is None or known.latest_revision != known.revision
+
     @rule(seconds=st.sampled_from([0.0, 0.5, 5.0, 31.0, 400.0]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
@@ -204,8 +351,11 @@ class World(RuleBasedStateMachine):
         assert set(self.core.requests) | set(self.core.goals) == self.open
 
     def teardown(self) -> None:
-        """However it stands: workers that do their part bring every open request to its end."""
+        """However it stands: workers that do their part bring every open request to its end, and downloads go on."""
         self.tell(ev.Drain())
+        self.serve_out()
+
+    def serve_out(self) -> None:
         for _ in range(10_000):
             check(self.core)
             held = [(w, rid) for w, rids in self.slots.items() for rid in rids]
@@ -214,6 +364,10 @@ class World(RuleBasedStateMachine):
                 self.tell(ev.Done(held[0][1]))
             elif self.stopping:
                 self.exit(min(self.stopping), None)
+            elif self.stopped:
+                self.fetcher_exits(min(self.stopped), None)
+            elif self.deletes:
+                self.end_delete(min(self.deletes), True)
             elif self.loading:
                 worker, model = min(self.loading.items())
                 del self.loading[worker]
@@ -240,9 +394,49 @@ class Aborts(World):
         for worker in sorted(self.slots):
             assert worker in self.stopping, "a worker was left behind"
             self.exit(worker, None)
+        left = {job.job for job in self.core.jobs.values() if job.ended_at is None}
+        for fetcher in sorted(self.fetchers):
+            assert fetcher in self.stopped, "a fetcher was left behind"
+            self.fetcher_exits(fetcher, None)
+        for model in sorted(self.deletes):
+            self.end_delete(model, True)
+        check(self.core)
+        assert left == {job.job for job in self.core.jobs.values() if job.ended_at is None}, "the next daemon's jobs"
         assert self.core.quiet
         assert not self.open
 
 
 Aborts.TestCase.settings = World.TestCase.settings
 TestAborts = Aborts.TestCase
+
+
+class Finishes(World):
+    """The same, but each run ends with fetchers that do their part: every download ends, and no old files are left."""
+
+    def teardown(self) -> None:
+        for _ in range(1_000):
+            check(self.core)
+            due = self.core.next_deadline()
+            if self.stopped:
+                self.fetcher_exits(min(self.stopped), None)
+            elif self.fetchers:
+                self.fetched(min(self.fetchers), "r2")
+            elif self.deletes:
+                self.end_delete(min(self.deletes), True)
+            elif self.stopping:
+                self.exit(min(self.stopping), None)
+            elif self.core._book.downloads and due is not None:
+                self.now = max(self.now, due)
+                self.tell(ev.Tick())
+            else:
+                break
+        assert not self.core._book.downloads, "downloads never ended although every fetcher did its part"
+        self.tell(ev.Drain())
+        self.serve_out()
+        for worker in sorted(self.slots):
+            self.exit(worker, None)
+        assert not any(self.old.values()), "files that nobody uses are left"
+
+
+Finishes.TestCase.settings = World.TestCase.settings
+TestFinishes = Finishes.TestCase

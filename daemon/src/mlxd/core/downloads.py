@@ -175,10 +175,8 @@ class DownloadLine:
         """Take down the revision that an update has replaced. Pinned models stay what they are."""
         if "@" in record.id:
             return
-        if old is not None and old not in record.outdated:
+        if old is not None and old != record.revision and old not in record.outdated:
             record.outdated.append(old)
-        record.outdated = [revision for revision in record.outdated if revision != record.revision]
-        if record.outdated:
             self._book.outdated[record.id] = None
 
     def fetch_failed(self, event: ev.FetchFailed, now: float) -> None:
@@ -319,6 +317,8 @@ class DownloadLine:
         for name in list(book.outdated):
             record = book.models[name]
             if record.worker is None and repo_of(name) not in fetched:
-                book.out.append(do.Prune(name, tuple(record.outdated)))
+                old = tuple(revision for revision in record.outdated if revision != record.revision)
                 record.outdated = []
                 del book.outdated[name]
+                if old:
+                    book.out.append(do.Prune(name, old))

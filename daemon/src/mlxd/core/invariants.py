@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from .book import ENDED_JOBS_KEPT, REMAINS_KEPT
 from .core import Core
+from .jobs import DownloadJob, repo_of
 from .records import ModelRecord
 
 
@@ -16,8 +18,11 @@ def check(core: Core) -> None:
     """Raises InvariantBroken with the first thing that does not hold."""
     for record in core.models.values():
         _check_model(core, record)
+        _check_files(core, record)
     _check_requests(core)
     _check_loads(core)
+    _check_downloads(core)
+    _check_jobs(core)
 
 
 def _hold(condition: object, what: str) -> None:
@@ -64,3 +69,60 @@ def _check_loads(core: Core) -> None:
     if core._book.pending:
         going = any(m.stopping is not None or m.last_seq is not None for m in core._book.by_worker.values())
         _hold(going, "a load waits for room, and nothing is going to make any")
+
+
+def _check_files(core: Core, m: ModelRecord) -> None:
+    """What a model has to do with the disk: its download, its fetcher, its being deleted."""
+    book, state, aborted = core._book, m.lifecycle.state, core._downloads._aborted
+    _hold(book.downloads.get(m.id) is m.download, f"{m.id}'s download is not on the books")
+    _hold(m.fetcher is None or book.by_fetcher.get(m.fetcher.number) is m.fetcher, f"{m.id}'s fetcher is unknown")
+    _hold((m.id in book.remains) == (state == "NotDownloaded" and not m.deleting), f"{m.id}, {state}, remains wrongly")
+    if state == "Downloading" and not aborted:
+        _hold(m.download is not None or m.leaving is not None, f"{m.id} is Downloading, and nothing downloads it")
+    _hold(state != "NotDownloaded" or m.download is None, f"{m.id} has a download and is not Downloading")
+    _hold(m.later is None or m.worker is not None, f"{m.id} puts off its new needs for no worker")
+    _hold(bool(m.outdated) == (m.id in book.outdated), f"{m.id}'s outdated revisions are not on the books")
+    if m.outdated and not aborted:
+        fetched = any(repo_of(f.model) == repo_of(m.id) for f in book.by_fetcher.values())
+        _hold(m.worker is not None or fetched, f"{m.id} keeps outdated revisions for nobody")
+    _hold(m.deleting == (m.id in book.deleting), f"{m.id}'s being deleted is not on the books")
+    _hold(m.deleting or not any(g.kind == "delete" for g in m.goals.values()), f"{m.id}: a delete is forgotten")
+    if m.deleting:
+        _hold(not m.busy and not m.leases and m.download is None, f"{m.id} is deleted while in use")
+        _hold(m.worker is None or m.stopping is not None, f"{m.id} is deleted beside a worker that stays")
+    if book.deleting.get(m.id):
+        _hold(m.worker is None and m.fetcher is None, f"{m.id}'s files are removed beside a process")
+
+
+def _check_downloads(core: Core) -> None:
+    book, line = core._book, core._downloads
+    _hold(all(core.models[f.model].fetcher is f for f in book.by_fetcher.values()), "a fetcher belongs to no model")
+    _hold(len(book.by_fetcher) + len(line._retrying) <= core.limits.downloads, "too many fetchers")
+    repos = Counter(repo_of(f.model) for f in book.by_fetcher.values())
+    repos.update(repo_of(j.model) for j in line._retrying.values())
+    _hold(all(n == 1 for n in repos.values()), "two fetchers work on one repository")
+    for name, said in book.deleting.items():
+        _hold(not said or repo_of(name) not in repos, f"{name}'s files are removed while its repository is fetched")
+    for job in book.downloads.values():
+        fetcher = core.models[job.model].fetcher
+        places = [job.job in line._waiting, job.job in line._retrying, fetcher is not None and fetcher.job is job]
+        _hold(sum(places) == 1 or (line._aborted and not any(places)), f"{job.job} is in {sum(places)} places")
+        _hold((job.state == "queued") == (job.job in line._waiting), f"{job.job} is {job.state} in the wrong place")
+        _hold((job.retry_at is not None) == (job.job in line._retrying), f"{job.job} is due without waiting")
+    _hold({j.job for j in (*line._waiting.values(), *line._retrying.values())} <= set(core.jobs), "a job is unknown")
+    if len(book.by_fetcher) + len(line._retrying) < core.limits.downloads and not core.draining:
+        idle = [job.job for job in line._waiting.values() if not line._in_use(job.model)]
+        _hold(not idle, f"{idle} wait beside a free place")
+
+
+def _check_jobs(core: Core) -> None:
+    for job in core.jobs.values():
+        if job.ended_at is None:
+            m = core.models[job.model]
+            held = m.download if isinstance(job, DownloadJob) else m.job
+            _hold(held is job, f"{job.job} is open, and its model does not know of it")
+        else:
+            _hold(job.state in ("done", "failed", "cancelled"), f"{job.job} has ended {job.state}")
+            _hold((job.state == "failed") == (job.error is not None), f"{job.job} is {job.state} with {job.error}")
+    ended = sum(job.ended_at is not None for job in core.jobs.values())
+    _hold(ended <= ENDED_JOBS_KEPT and len(core._book.remains) <= REMAINS_KEPT + core.limits.downloads, "all is kept")
