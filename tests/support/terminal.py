@@ -18,15 +18,15 @@ MLXD = [sys.executable, "-m", "mlxd"]
 
 
 class Terminal:
-    """A command whose three standard streams are a terminal."""
+    """A command whose three standard streams are a terminal. `environment` is added to this process's."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, **environment: str) -> None:
         self._master, slave = pty.openpty()
         self.shown = ""
         self._seen = 0
         self.process = subprocess.Popen(
             [*MLXD, *arguments], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "100", **environment},
         )  # fmt: skip
         os.close(slave)
 
