@@ -24,6 +24,7 @@ class Effort:
     Attributes:
         pings: round trips in one run; a comparison has `ping_rounds` pairs of runs.
         pipelined: pings in one pipelined run.
+        download_mb, download_rounds: the size of a download, in MB, and how many pairs each comparison gets.
         width, layers: of the larger random-weight model.
     """
 
@@ -34,9 +35,11 @@ class Effort:
     layers: int
     cleanup: Scale
     shape: Scale
+    download_mb: int
+    download_rounds: int
 
 
 # The larger model has 0.1 B parameters; see models.py.
-FULL = Effort(15, 400, 20_000, 768, 14, Scale(192, 15, 96, 5, 5), Scale(16, 5, 8, 3, 7))
-QUICK = Effort(7, 200, 5_000, 768, 14, Scale(96, 3, 24, 2, 2), Scale(8, 1, 6, 1, 1))
-SMOKE = Effort(2, 10, 100, 64, 2, Scale(8, 1, 4, 1, 1), Scale(8, 1, 4, 1, 1))
+FULL = Effort(15, 400, 20_000, 768, 14, Scale(192, 15, 96, 5, 5), Scale(16, 5, 8, 3, 7), 2_000, 5)
+QUICK = Effort(7, 200, 5_000, 768, 14, Scale(96, 3, 24, 2, 2), Scale(8, 1, 6, 1, 1), 1_000, 3)
+SMOKE = Effort(2, 10, 100, 64, 2, Scale(8, 1, 4, 1, 1), Scale(8, 1, 4, 1, 1), 4, 1)

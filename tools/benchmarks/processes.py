@@ -57,14 +57,15 @@ def end(process: subprocess.Popen[Any]) -> None:
 
 
 class Daemon:
-    """`with Daemon() as daemon:` has one that serves, with a log but nothing else to do."""
+    """`with Daemon() as daemon:` has one that serves, with a log but nothing else to do. `more` is environment."""
 
-    def __init__(self) -> None:
+    def __init__(self, **more: str) -> None:
+        self._more = more
         self.home = Path(tempfile.mkdtemp(prefix="mlxd-bench-"))
         self.socket = self.home / "mlxd.sock"
 
     def __enter__(self) -> Self:
-        env = environment(self.home, MLXD_HOME=str(self.home), MLXD_KEEP_ALIVE_S="-1")
+        env = environment(self.home, MLXD_HOME=str(self.home), MLXD_KEEP_ALIVE_S="-1") | self._more
         self._stderr = open(self.home / "stderr", "w+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mlxd", "serve"], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

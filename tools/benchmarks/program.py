@@ -10,12 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from . import generation_rows, models, size_rows, socket_rows, table
+from . import download_rows, generation_rows, models, size_rows, socket_rows, table
 from .effort import FULL, QUICK, SMOKE, Effort
 from .processes import Daemon, Echo, Reference, folder
 
 MODELS = ("cleanup", "shape")
-NAMES = ("size", "ping", "pipelined", *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "http")))
+NAMES = (
+    "size",
+    "ping",
+    "pipelined",
+    "download",
+    *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "http")),
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -59,6 +65,8 @@ def measure(wanted: Sequence[str], effort: Effort) -> Iterator[table.Row]:
                     yield from socket_rows.ping_rows(daemon, bare, effort)
                 if "pipelined" in wanted:
                     yield from socket_rows.pipelined_rows(daemon, bare, effort)
+        if "download" in wanted:
+            yield from download_rows.download_rows(temp, effort.download_mb, effort.download_rounds)
         cleanup = models.make("cleanup", temp) if any(name.endswith(("/cleanup", "size")) for name in wanted) else temp
         if "size" in wanted:
             yield from size_rows.after_rows(daemon, cleanup)
