@@ -73,17 +73,13 @@ def check_bytes(
     Raises: OSError: it may not be read.
     """
     hasher = Hasher(oid, size)
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
+    status = _stat_file(path)
+    if status is None:
         return "missing"
-    with open(fd, "rb", buffering=0) as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            return "missing"
-        if status.st_size != size:
-            return "size"
-        buffer = memoryview(bytearray(CHUNK_BYTES))
+    if status.st_size != size:
+        return "size"
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as file:
         try:
             while count := file.readinto(buffer):
                 hasher.update(buffer[:count])
@@ -94,6 +90,17 @@ def check_bytes(
                 raise
             return "hash"
     return None if hasher.matches() else "hash"
+
+
+def _stat_file(path: Path) -> os.stat_result | None:
+    """Of a regular file, links followed; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
+    return status if stat.S_ISREG(status.st_mode) else None
 
 
 def verify_snapshot(snapshot: Path, on_progress: Callable[[int], None] | None = None) -> list[BadFile]:
@@ -145,11 +152,8 @@ def _raise(error: OSError) -> None:
 
 
 def _check_file(path: Path, count: Callable[[int], None]) -> str | None:
-    try:
-        status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return "missing"
-    if not stat.S_ISREG(status.st_mode):
+    status = _stat_file(path)
+    if status is None:
         return "missing"
     oid = _blob_name(path)
     if oid is not None and (reason := check_bytes(path, oid, status.st_size, count)) is not None:
