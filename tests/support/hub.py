@@ -205,14 +205,14 @@ class Hub:
             short       the last `by` bytes never come, and the connection ends
             short_length    the same, and Content-Length fits: the file is just shorter
             ignore_range    200 and all of the file where a range was asked for
-            wrong_range     206 with the range `by` bytes beside the one asked for; the bytes are of the range it says
+            wrong_range     206 with the range `by` bytes after the one asked for; the bytes are of the range it says
             wrong_total     206 with another total (`value`, or `by` more) in Content-Range
             chunked     no Content-Length
             gzip        chunked, and compressed if the client accepts that; no ranges
             status      `status`, with `retry_after` (text) and `code` (X-Error-Code)
             etag        ETag and X-Linked-ETag become `value` (default: zeros of the same length)
             header      `value` is a mapping: headers set, or taken away by None
-            commit      X-Repo-Commit and the metadata's sha become `value`
+            commit      X-Repo-Commit and the metadata's sha become `value`; `tag` makes that a revision that exists
             redirect    to `value` (default: to itself, for ever), with `status` (default 302)
             size        the metadata's sizes and X-Linked-Size of `file` become `value`; the body stays
             oid         the metadata's hash of `file` becomes `value`
@@ -316,8 +316,7 @@ def _model_files(shards: int, build: str) -> dict[str, bytes]:
     from support import tiny_model
 
     options = json.loads(build)
-    if shards > 20:  # a layer has 11 tensors
-        options.setdefault("layers", shards // 11 + 1)
+    options.setdefault("layers", max(2, -(-(shards - 3) // 11)))  # a layer has 11 tensors; 3 are in none
     with tempfile.TemporaryDirectory() as folder:
         tiny_model.build(Path(folder), **options)
         files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}

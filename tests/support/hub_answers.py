@@ -145,7 +145,7 @@ class Answers:
         return problem(401 if given is None else 403, "GatedRepo", told)
 
     def _file(self, route: Route, record: Request, commit: str, file: File) -> Answer:
-        name = quote(route.file or "")
+        name = quote(route.file or "", safe="")  # whatever the name, it stays one part of the path
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if route.kind == "resolve" and file.sha256 is not None:
             signature = hashlib.sha1(f"{commit}/{name}".encode()).hexdigest()

@@ -124,9 +124,9 @@ class Control:
         def seen() -> list[Request]:
             return [record for record in self._state.records if _is(record, which)]
 
-        if not self._state.wait(lambda: len(seen()) >= count, timeout_s):
-            raise TimedOut(f"{len(seen())} of {count} requests came, of those with {which}")
         with self._state.lock:
+            if not self._state.wait(lambda: len(seen()) >= count, timeout_s):
+                raise TimedOut(f"{len(seen())} of {count} requests came, of those with {which}")
             return msgspec.convert(msgspec.to_builtins(seen()), list[Request])
 
     def wait_bytes(self, file: str, at_least: int, repo: str | None, timeout_s: float) -> int:

@@ -43,11 +43,12 @@ KINDS: dict[str, list[str]] = {
     "patch": ["info"],
     "json": METADATA,
     "raw": METADATA,
-    "huge": METADATA,
+    "huge": ["info"],
     "moves": ["info"],
 }
 IN_BODY = {"drop", "reset", "stall", "hold", "trickle", "flip", "short"}
 ABOUT_SIBLINGS = {"size", "oid", "strip", "sibling"}
+METADATA_KINDS = {*ABOUT_SIBLINGS, "patch", "commit", "json", "raw", "huge", "moves"}
 
 
 def is_early(fault: Fault) -> bool:
@@ -59,9 +60,13 @@ def applies(fault: Fault, answer: Answer, record: Request) -> bool:
     """Whether a fault that matches the request has something to act on in its answer."""
     if fault.kind in ("ignore_range", "wrong_range", "wrong_total"):
         return answer.status == 206
+    if fault.kind in METADATA_KINDS and record.file is None:
+        return answer.status == 200
     if fault.kind == "gzip":
         return "gzip" in record.accept_encoding
     if fault.kind in IN_BODY and not is_early(fault):
+        if record.method == "HEAD":
+            return False
         reached = answer.start <= place(fault, answer) <= answer.stop
         return reached and (fault.kind != "flip" or place(fault, answer) < answer.stop)
     return True
@@ -106,9 +111,9 @@ def _ignore_range(fault: Fault, answer: Answer, record: Request) -> None:
 
 
 def _wrong_range(fault: Fault, answer: Answer, record: Request) -> None:
-    """Another part than was asked for, and said so: `by` bytes later, or earlier where there are none."""
-    by = fault.by if answer.stop + fault.by <= answer.body.size else -min(fault.by, answer.start)
-    answer.start, answer.stop = answer.start + by, answer.stop + by
+    """Another part than was asked for, and said so: `by` bytes later, and shorter where the file ends."""
+    answer.start = min(answer.start + fault.by, answer.stop - 1)
+    answer.stop = min(answer.stop + fault.by, answer.body.size)
     answer.headers["Content-Range"] = f"bytes {answer.start}-{answer.stop - 1}/{answer.body.size}"
 
 

@@ -6,6 +6,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -109,8 +110,10 @@ class Sender:
         return min(SEND_BYTES, max(1, int(slowest * PACED_S))) if slowest else SEND_BYTES
 
     def _wait_for_pace(self, count: int) -> None:
-        until = time.monotonic() + max((rate.reserve(count) for rate in self._rates()), default=0.0)
-        self.wait_while(lambda: time.monotonic() < until)
+        wait_s = max((rate.reserve(count) for rate in self._rates()), default=0.0)
+        until = time.monotonic() + wait_s
+        if wait_s:
+            self.wait_while(lambda: time.monotonic() < until, until)
 
     # --- misbehaviour ---
 
@@ -142,13 +145,13 @@ class Sender:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         raise Gone("cut")
 
-    def wait_while(self, holds: Any) -> None:
-        """Wait as long as `holds()`; raises Gone once the client went away."""
+    def wait_while(self, holds: Callable[[], bool], until: float | None = None) -> None:
+        """Wait as long as `holds()`, which ends at `until` at the latest; raises Gone once the client went away."""
         while holds():
             if departed(self.sock):
                 raise Gone("client")
             with self.state.changed:
-                self.state.changed.wait(LOOK_S)
+                self.state.changed.wait(LOOK_S if until is None else max(0.0, min(LOOK_S, until - time.monotonic())))
 
 
 def place(fault: Fault, answer: Answer) -> int:

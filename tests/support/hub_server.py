@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
+from typing import BinaryIO
 
 import msgspec
 
@@ -33,7 +35,7 @@ class Head(msgspec.Struct):
     headers: dict[str, str]
 
 
-def read_head(reader: socket.SocketIO) -> Head | None:
+def read_head(reader: BinaryIO) -> Head | None:
     """The next request of a connection; None at its end, or where it is not HTTP."""
     line = reader.readline(MAX_LINE_BYTES)
     words = line.decode("latin-1").split()
@@ -103,6 +105,7 @@ def listeners() -> list[socket.socket]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for the tests, who then let go of stdin
     server = Server()
     server.start()
     print(server.port, server.secret, flush=True)

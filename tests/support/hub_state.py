@@ -15,6 +15,8 @@ import msgspec
 
 from support.hub_wire import Content, Fault, Request, git_oid, sha256
 
+CATCH_UP_S = 0.05
+
 
 class File(msgspec.Struct, frozen=True):
     """A committed file. `sha256` is set for LFS files, and `oid` is that of the pointer file then."""
@@ -64,7 +66,7 @@ def make_file(content: Content, lfs: bool) -> File:
 
 
 class Rate:
-    """All bodies together, at most so many bytes a second; half a second's worth may be sent ahead at no time."""
+    """At most so many bytes a second, for all who ask together. Who wakes late makes up for it, a little."""
 
     def __init__(self) -> None:
         self.bytes_per_s = 0.0
@@ -83,7 +85,7 @@ class Rate:
                 return 0.0
             now = time.monotonic()
             wait = max(0.0, self._free_at - now)
-            self._free_at = max(now, self._free_at) + count / self.bytes_per_s
+            self._free_at = max(now - CATCH_UP_S, self._free_at) + count / self.bytes_per_s
             return wait
 
 
