@@ -182,7 +182,7 @@ _TABLE = (
         types.DownloadParams,
         types.DownloadResult,
         "Fetch a model from the hub, or its newest revision; answers with the job, which outlives the connection.",
-        errors=(errors.ModelNotFound, errors.ModelBusy, errors.Unsupported, errors.ShuttingDown),
+        errors=(errors.ModelNotFound, errors.ModelBusy, errors.QueueFull, errors.Unsupported, errors.ShuttingDown),
         work=True,
     ),
     Method(
