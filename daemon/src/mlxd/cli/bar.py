@@ -21,6 +21,7 @@ _PHASES = {
     "planning": "asking the hub",
     "downloading": "downloading",
     "verifying": "verifying",
+    "retrying": "retrying",
 }
 _STEP = 10  # percent between two lines
 
@@ -102,7 +103,8 @@ class Lines:
         elif step <= self._told[0] and job.attempts <= self._told[1]:
             return
         else:
-            self._output.note(", ".join([_phase(job), f"{step * _STEP}%", *_figures(job)]))
+            tenth = [] if _fraction(job) is None else [f"{step * _STEP}%"]
+            self._output.note(", ".join([_phase(job), *tenth, *_figures(job)]))
         self._told = (step, job.attempts)
 
     def close(self) -> None:
@@ -118,9 +120,8 @@ def _fraction(job: Job) -> float | None:
 
 def _phase(job: Job) -> str:
     phase = job.phase or ("queued" if job.state == "queued" else "downloading")
-    if phase == "retrying":
-        return f"retrying, attempt {job.attempts}"
-    return _PHASES.get(phase, safe(phase))
+    attempt = f", attempt {job.attempts}" if job.attempts > 1 else ""
+    return _PHASES.get(phase, safe(phase)) + attempt
 
 
 def _figures(job: Job) -> list[str]:
