@@ -31,6 +31,10 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
         {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.store"},
         {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2"},
     ),
+    "mlxd.fetch": (
+        {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.store"},
+        {"msgspec", "huggingface_hub"},
+    ),
     "mlxd.server": ({"mlxd_client", "mlxd.logs"}, {"msgspec", "psutil"}),
     "mlxd.workers": ({"mlxd_client", "mlxd.childwire", "mlxd.children"}, {"msgspec"}),
     "mlxd.generation": ({"mlxd_client", "mlxd.childwire", "mlxd.core", "mlxd.server"}, {"msgspec"}),
@@ -142,6 +146,12 @@ def test_only_workers_touch_mlx() -> None:
         assert part == "mlxd.worker" or tops.isdisjoint({"mlx", "mlx_lm", "transformers", "tokenizers"}), path
 
 
+def test_only_fetchers_ask_the_hub() -> None:
+    for part, package, path in SOURCES:
+        tops = {name.split(".")[0] for name in imports(path, package)}
+        assert part == "mlxd.fetch" or tops.isdisjoint({"huggingface_hub", "hf_xet", "httpx", "httpx2"}), path
+
+
 def test_the_daemon_loads_nothing_heavy() -> None:
     """Everything that `mlxd serve` imports, and nothing that would cost memory for nothing."""
     script = "import sys, mlxd.cli.main, mlxd.settings, mlxd.app; print(*{name.split('.')[0] for name in sys.modules})"
@@ -156,6 +166,7 @@ def test_the_daemon_loads_nothing_heavy() -> None:
         "rich",
         "hf_xet",
         "httpx",
+        "httpx2",
         "yaml",
     }
     assert heavy.isdisjoint(done.stdout.split())
