@@ -14,6 +14,8 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from .files import require_folder
+
 __all__ = [
     "MAIN", "cache_folder", "find_snapshot", "is_commit", "is_file_name", "is_oid", "is_repo_id", "is_revision",
     "join_ref", "read_ref", "refs", "repo_folder", "repositories", "snapshots", "split_ref",
@@ -131,11 +133,14 @@ def refs(folder: Path, *, strict: bool = False) -> dict[str, str]:
     What names no commit is left out, and so is what lies behind linked folders.
 
     Args:
-        strict: raise OSError for what cannot be read, which is left out otherwise.
+        strict: raise OSError for what cannot be read, and UnsafeFolder for linked folders, instead.
     """
     found: dict[str, str] = {}
     root = folder / "refs"
-    for place, _, names in os.walk(root, onerror=_raise if strict else None):
+    for place, folders, names in os.walk(root, onerror=_raise if strict else None):
+        if strict:
+            for name in folders:
+                require_folder(Path(place, name))
         for name in names:
             path = Path(place, name)
             try:

@@ -48,12 +48,14 @@ def sweep(cache: Path, name: str) -> int:
     except FileNotFoundError:
         return 0
     try:
-        status = lstat(stored)
-        if not try_lock(lock) or status is None or not stat.S_ISREG(status.st_mode) or _is_linked(cache, stored):
+        if not try_lock(lock) or _is_linked(cache, stored):
             return 0  # whoever holds the lock is about to link it
-        stored.unlink()
+        status = lstat(stored)
+        if status is not None and not stat.S_ISREG(status.st_mode):
+            return 0
+        stored.unlink(missing_ok=True)
         Path(f"{stored}.refs").unlink(missing_ok=True)
-        return status.st_size
+        return 0 if status is None else status.st_size
     finally:
         os.close(lock)
 
