@@ -16,7 +16,7 @@ from mlxd.core.core import Core, Limits
 from mlxd.core.invariants import check
 from mlxd_client.errors import DownloadFailed, LoadFailed, PermissionDenied, WorkerDied
 from mlxd_client.mirror import Mirror
-from mlxd_client.types import Event, Snapshot
+from mlxd_client.types import EVENT_TOPICS, Event, Snapshot
 
 MODELS = {"a/small": 2, "b/medium": 4, "c/large": 7, "d/huge": 50, "e/never-found": 1, "a/small@v1": 2}
 NAMES = st.sampled_from(sorted(MODELS))
@@ -81,6 +81,7 @@ class World(RuleBasedStateMachine):
     def perform(self, action: do.Action) -> None:
         match action:
             case do.Publish():
+                assert action.name in EVENT_TOPICS
                 self.mirror.apply(as_event(action))
                 if action.name == "generation_finished":
                     assert action.rid in self.open, "told after the last word, when nobody knows its request any more"

@@ -1,18 +1,25 @@
-"""The transition table: complete, reachable, drawn into the docs as it is; the fair queue in plain cases."""
+"""The core's tables: transitions, complete, reachable and drawn into the docs as they are; what may happen while what
+else goes on; the fair queue in plain cases."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from mlxd.core import actions as do
+from mlxd.core import events as ev
 from mlxd.core.lifecycle import TRANSITIONS, IllegalTransition, Lifecycle
 from mlxd.core.queue import FairQueue
+from mlxd_client.errors import WorkerDied
 from mlxd_client.types import EVENT_TOPICS
+from support.core_bench import MODEL, Bench
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +45,138 @@ def test_the_docs_show_the_table_as_it_is():
     script = ROOT / "tools" / "draw_states.py"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_every_event_is_handled():
+    assert set(get_args(ev.Event)) == set(Bench().core._handlers)
+
+
+# --- two at a time ------------------------------------------------------------------------------------------------
+
+
+def nothing(bench: Bench) -> None:
+    """Nobody has heard of the model."""
+
+
+def downloading(bench: Bench) -> None:
+    bench.download()
+
+
+def download_waits(bench: Bench) -> None:
+    for n in range(2):
+        bench.download(f"org/{n}")
+    bench.download()
+
+
+def download_leaving(bench: Bench) -> None:
+    bench.tell(ev.CancelJob(bench.download()))
+
+
+def download_failed(bench: Bench) -> None:
+    bench.tell(ev.FetchFailed(bench.fetch(), WorkerDied("gone")))
+
+
+def downloaded(bench: Bench) -> None:
+    bench.have()
+
+
+def updating(bench: Bench) -> None:
+    bench.have()
+    bench.download()
+
+
+def update_leaving(bench: Bench) -> None:
+    bench.have()
+    bench.tell(ev.CancelJob(bench.download()))
+
+
+def loading(bench: Bench) -> None:
+    bench.have()
+    bench.ask(lambda rid: ev.Ensure(rid, 1, MODEL))
+
+
+def load_leaving(bench: Bench) -> None:
+    loading(bench)
+    bench.tell(ev.CancelJob("load-abc123-1"))
+
+
+def ready(bench: Bench) -> None:
+    bench.have()
+    bench.load()
+
+
+def ready_updating(bench: Bench) -> None:
+    ready(bench)
+    bench.download()
+
+
+def leased(bench: Bench) -> None:
+    bench.have()
+    bench.load(lease="L")
+
+
+def deleting(bench: Bench) -> None:
+    bench.have()
+    bench.delete()
+
+
+def deleting_worker(bench: Bench) -> None:
+    ready(bench)
+    bench.delete()
+
+
+WISHES: dict[str, Callable[[int], ev.Event]] = {
+    "download": lambda rid: ev.Download(rid, 1, MODEL),
+    "delete": lambda rid: ev.Delete(rid, 1, MODEL),
+    "load": lambda rid: ev.Ensure(rid, 1, MODEL),
+    "generate": lambda rid: ev.Submit(rid, 1, MODEL),
+    "unload": lambda rid: ev.Unload(rid, 1, MODEL),
+}
+
+# What becomes of each wish: `attach` and `new` say which job a download got, `wait` that the answer comes later, `at
+# once` that it is here; anything else is the kind of its refusal.
+PAIRS: dict[Callable[[Bench], None], tuple[str, str, str, str, str]] = {
+    nothing:          ("new",        "wait",       "model_not_found", "model_not_found", "model_not_found"),
+    downloading:      ("attach",     "model_busy", "model_not_found", "model_not_found", "at once"),
+    download_waits:   ("attach",     "model_busy", "model_not_found", "model_not_found", "at once"),
+    download_leaving: ("new",        "wait",       "model_not_found", "model_not_found", "at once"),
+    download_failed:  ("new",        "wait",       "model_not_found", "model_not_found", "at once"),
+    downloaded:       ("new",        "wait",       "wait",            "wait",            "at once"),
+    updating:         ("attach",     "model_busy", "wait",            "wait",            "at once"),
+    update_leaving:   ("new",        "wait",       "wait",            "wait",            "at once"),
+    loading:          ("new",        "model_busy", "wait",            "wait",            "model_busy"),
+    load_leaving:     ("new",        "wait",       "wait",            "wait",            "wait"),
+    ready:            ("new",        "wait",       "at once",         "wait",            "wait"),
+    ready_updating:   ("attach",     "model_busy", "at once",         "wait",            "wait"),
+    leased:           ("new",        "model_busy", "at once",         "wait",            "model_busy"),
+    deleting:         ("model_busy", "model_busy", "model_busy",      "model_busy",      "at once"),
+    deleting_worker:  ("model_busy", "model_busy", "model_busy",      "model_busy",      "wait"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("situation", PAIRS, ids=lambda situation: situation.__name__)
+def test_what_may_happen_while_something_else_does(situation: Callable[[Bench], None]):
+    found = []
+    for make in WISHES.values():
+        bench = Bench()
+        situation(bench)
+        before = set(bench.core.jobs)
+        found.append(outcome(bench, bench.ask(make), before))
+    assert tuple(found) == PAIRS[situation]
+
+
+def outcome(bench: Bench, rid: int, jobs: set[str]) -> str:
+    said = [action for action in bench.said if getattr(action, "rid", None) == rid]
+    match [action for action in said if not isinstance(action, do.Dispatch | do.Publish)]:
+        case []:
+            return "wait"
+        case [do.Started(_, job)]:
+            return "attach" if job in jobs else "new"
+        case [do.Fail(_, error)]:
+            return error.kind
+        case [do.Answer()]:
+            return "at once"
+    raise AssertionError(said)
 
 
 @dataclass

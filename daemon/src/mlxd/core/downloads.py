@@ -70,7 +70,8 @@ class DownloadLine:
         book = self._book
         name = event.job if event.job is not None and event.job not in book.jobs else book.new_download_id()
         began = now if event.started_at is None else event.started_at - book.wall
-        job = DownloadJob(name, record.id, event.repair, began, old_revision=record.revision)
+        old = record.leaving.job.old_revision if record.revision is None and record.leaving else record.revision
+        job = DownloadJob(name, record.id, event.repair, began, old_revision=old)
         book.jobs[name] = self._waiting[name] = job
         record.download = book.downloads[record.id] = job
         book.publish_job(job)
