@@ -212,7 +212,7 @@ class Store:
         """The error for a name that leads nowhere, with names that look alike."""
         import difflib  # costs milliseconds, and only a mistake needs it
 
-        known = {full.lower(): full for full in (*self._names(), *self.aliases)}
+        known = {full.lower(): full for full in (*self._names(), *self.aliases) if full != name}
         known |= {full.lower().rpartition("/")[2]: full for full in known.values()}
         alike = difflib.get_close_matches(name.lower(), known, n=3)
         near = list(dict.fromkeys(known[each] for each in alike))
