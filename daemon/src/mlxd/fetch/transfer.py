@@ -308,7 +308,7 @@ class Transfer:
     def _end_if_done(self) -> None:
         if not self._live:
             self._ended.set()
-            self._changed.notify_all()
+        self._changed.notify_all()  # also where another file may be opened now
 
     def _end(self, error: RpcError) -> None:
         with self._changed:
