@@ -162,10 +162,10 @@ def test_a_killed_daemon_is_followed_by_one_that_goes_on(hub: Hub) -> None:
 def test_a_daemon_that_is_asked_to_stop_does_not_wait_for_a_download(hub: Hub) -> None:
     hub.commit(MODEL, files())
     hub.fault(MODEL, "hold", file="model.safetensors", after=4 * MIB, times=1)
-    with daemon_of(hub) as daemon:
+    with daemon_of(hub, download_connections=1) as daemon:
         with daemon.client() as client, client.events() as events:
             job = client.download(MODEL)
-            moving(events, job)
+            moving(events, job, 3 * MIB)
         began = time.monotonic()
         daemon.restart()
         assert time.monotonic() - began < 5
@@ -186,7 +186,7 @@ def test_cancelling_keeps_what_is_there_and_leaves_siblings_alone(hub: Hub) -> N
         until(events, "download_cancelled")
         assert time.monotonic() - began < 1.0
         assert client.job(sibling).state == "running"
-        with pytest.raises(errors.ModelNotFound):
+        with pytest.raises(errors.ModelNotDownloaded):
             client.load(MODEL)
         hub.release()
         hub.clear()
@@ -200,7 +200,7 @@ def test_cancelling_keeps_what_is_there_and_leaves_siblings_alone(hub: Hub) -> N
 def test_discarding_leaves_nothing(hub: Hub) -> None:
     hub.commit(MODEL, files())
     hub.fault(MODEL, "hold", file="model.safetensors", after=12 * MIB)
-    with daemon_of(hub) as daemon, daemon.client() as client, client.events() as events:
+    with daemon_of(hub, download_connections=1) as daemon, daemon.client() as client, client.events() as events:
         job = client.download(MODEL)
         moving(events, job, MIB)
         client.cancel_job(job, discard=True)
@@ -377,7 +377,7 @@ def test_where_the_settings_allow_it_a_request_fetches_its_model_first(hub: Hub)
     hub.commit(MODEL, files(2 * MIB))
     with daemon_of(hub, download="auto") as daemon, daemon.client() as client, client.events() as events:
         with client.stream_process("one two", model=MODEL) as stream:
-            phases = [piece.phase for piece in stream.raw() if piece.phase is not None]
+            phases = [piece.phase for piece in stream.pieces() if piece.phase is not None]
         assert phases[0] == "downloading"
         assert stream.result.text == "one two"
         hub.commit("org/other", files(2 * MIB, seed=1))

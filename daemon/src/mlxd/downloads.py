@@ -153,14 +153,14 @@ class Downloads:
         repo, found = named
         if revision is not None and not hub.is_revision(revision):
             raise errors.InvalidParams(f"{revision!r} is no name that a revision can have", field="revision")
-        if revision is not None and revision != found != "main":
+        if revision is not None and found is not None and revision != found:
             raise errors.InvalidParams(f"{ref} names a revision already", field="revision")
-        return hub.join_ref(repo, revision or found)
+        return hub.join_ref(repo, revision or found or hub.MAIN)
 
     def _where(self, model: str) -> wire.Where:
         repo, revision = hub.split_ref(model)
         return wire.Where(
-            repo=repo, cache=str(self._store.cache), revision=revision or "main", pin=revision is not None
+            repo=repo, cache=str(self._store.cache), revision=revision or hub.MAIN, pin=revision is not None
         )
 
     # --- performing -----------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class Downloads:
 
     def delete(self, action: do.DeleteFiles) -> None:
         repo, _, revision = action.model.partition("@")
-        self._later(self._delete(action.model, repo, revision or "main"))
+        self._later(self._delete(action.model, repo, revision or hub.MAIN))
 
     async def _delete(self, model: str, repo: str, revision: str) -> None:
         try:

@@ -169,7 +169,7 @@ class Library:
         named = self._store.hub_repo(ref)
         if named is None:
             return None
-        found = hub.find_snapshot(hub.repo_folder(self._store.cache, named[0]), named[1])
+        found = hub.find_snapshot(hub.repo_folder(self._store.cache, named[0]), named[1] or hub.MAIN)
         return None if found is None else str(found)
 
     async def on_disk(self, model: str) -> bool:

@@ -413,7 +413,7 @@ class Runtime:
             return otherwise
         except errors.RpcError as error:
             return errors.ModelNotFound(f"{otherwise.message}, and the hub was no help: {error.message}", model=model)
-        told = f"{model} is not on this machine; downloading it takes {plan.download_bytes / 1e9:.2f} GB"
+        told = f"{model} is not on this machine, but the hub has it"
         return errors.ModelNotDownloaded(told, model=model, plan=msgspec.to_builtins(plan))
 
     async def _watch_job(self, job: str, waiting: Callable[[float | None], None] | None) -> None:
