@@ -90,8 +90,8 @@ def dies_at(step: int, work: Callable[[], object]) -> bool:
 
     Returns: whether it was; False where it had ended before. What it raised fails the test.
     """
-    pid = os.fork()
-    if pid == 0:
+
+    def counting() -> None:
         left = step
 
         def count(event: str, arguments: tuple[object, ...]) -> None:
@@ -101,13 +101,23 @@ def dies_at(step: int, work: Callable[[], object]) -> bool:
                 if left == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        try:
-            sys.addaudithook(count)
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        sys.addaudithook(count)
+        work()
+
+    status = os.waitstatus_to_exitcode(os.waitpid(in_a_process(counting), 0)[1])
     assert status in (0, -signal.SIGKILL)
     return status != 0
+
+
+def in_a_process(work: Callable[[], object]) -> int:
+    """Do `work` in a process of its own. Returns its pid; it exits with 1 where `work` raises, and says what."""
+    pid = os.fork()
+    if pid != 0:
+        return pid
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)

@@ -12,10 +12,10 @@ from huggingface_hub import scan_cache_dir
 from huggingface_hub.utils import _shared_blobs
 
 from mlxd.store import Store, remove
-from mlxd.store.layout import RepoCache
+from mlxd.store.layout import BlobsMissing, RepoCache
 from mlxd.store.verify import verify_snapshot
 from mlxd_client.errors import ModelInvalid, ModelNotFound
-from support.hubcache import commit, dies_at, download, model_files, oids, publish, sha256
+from support.hubcache import commit, dies_at, download, in_a_process, model_files, oids, publish, sha256
 
 A, B, C = commit("a"), commit("b"), commit("c")
 FILES = {A: model_files("o"), B: model_files("n") | {"sub/x.json": b"{}"}, C: model_files("p")}
@@ -193,6 +193,7 @@ def test_deleting(tmp_path: Path, state: Callable[[Path], object], revision: str
     def check(cache: Path) -> None:
         found = claims(cache)
         assert left.items() <= found.items()
+        assert found.get(model) in (None, claims(tmp_path / "start")[model])
         remove.finish(cache)
         found = claims(cache)
         assert left.items() <= found.items()
@@ -258,3 +259,33 @@ def test_finishing_can_be_killed_as_well(tmp_path: Path) -> None:
         assert not list(cache.glob("*/.mlxd*"))
 
     assert each_step(tmp_path, state, remove.finish, check) > 5
+
+
+# --- both at once ---------------------------------------------------------------------------------------------------
+
+
+def test_publishing_and_deleting_at_once(tmp_path: Path) -> None:
+    """Two processes, one that downloads and one that deletes: whoever comes last is right, and nobody fails."""
+    rounds = 60
+
+    def downloads() -> None:
+        for number in range(rounds):
+            files = FILES[(A, B)[number % 2]]
+            while True:
+                try:
+                    publish(tmp_path, "org/m", files, (A, B)[number % 2], "main", "v1")
+                    break
+                except BlobsMissing:
+                    continue
+
+    def deletes() -> None:
+        for number in range(rounds):
+            remove.delete(tmp_path, "org/m", ("main", "v1")[number % 2])
+            remove.finish(tmp_path)
+
+    children = [in_a_process(work) for work in (downloads, deletes)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
+    claims(tmp_path)
+    downloads()
+    assert claims(tmp_path)["org/m"] == claims(tmp_path)["org/m@v1"] == B
+    no_warnings(tmp_path)

@@ -13,7 +13,8 @@ from huggingface_hub import scan_cache_dir, snapshot_download, try_to_load_from_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxd.store import Store, hub
+from mlxd.store import Store, hub, layout
+from mlxd.store.files import remove_tree, try_lock
 from mlxd.store.layout import BlobsMissing, RepoCache, UnsafeFolder, UnsafeName, disk_free
 from mlxd_client.errors import ModelBusy, ModelNotFound
 from support.hubcache import commit, download, git_oid, model_files, oids, publish, sha256, tensors
@@ -225,6 +226,24 @@ def test_a_part_has_one_writer(at: RepoCache) -> None:
     assert second is not None
     assert os.read(second, 10) == b"half"
     os.close(second)
+
+
+def test_a_lock_on_what_was_just_removed_counts_for_nothing(at: RepoCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody who held the lock removes the file, or the folder, between our opening it and the lock being ours."""
+
+    def removing(path: Path) -> None:
+        remove_tree(path)
+        monkeypatch.setattr(layout, "try_lock", try_lock)
+
+    at.prepare()
+    monkeypatch.setattr(layout, "try_lock", lambda fd: (removing(at.part("1" * 40)), try_lock(fd))[1])
+    fd = at.open_part("1" * 40)
+    assert fd is not None
+    assert os.path.samestat(os.fstat(fd), at.part("1" * 40).stat())
+    os.close(fd)
+    monkeypatch.setattr(layout, "try_lock", lambda fd: (removing(at.folder), try_lock(fd))[1])
+    with pytest.raises(FileNotFoundError), at.locked():
+        pass
 
 
 def test_publishing_waits_for_the_lock_and_not_for_ever(at: RepoCache) -> None:

@@ -197,9 +197,7 @@ class RepoCache:
         for ref in wanted:
             if not hub.is_revision(ref):
                 raise UnsafeName(f"{ref[:120]!r} is no name that a revision can have")
-        self.prepare()
-        with self.locked():
-            self.prepare()  # again: nothing is deleted any more now
+        with self.locked(make=True):
             missing = sorted(name for name, oid in files.items() if self._blob_status(oid) is None)
             if missing:
                 raise BlobsMissing(f"{missing[0]} is not there any more", files=missing)
@@ -270,32 +268,49 @@ class RepoCache:
     # --- one at a time --------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def locked(self, wait_s: float = LOCK_WAIT_S) -> Iterator[None]:
-        """Hold the lock on the repository's folder, which has to be there: for moments, never for a whole download.
+    def locked(self, wait_s: float = LOCK_WAIT_S, *, make: bool = False) -> Iterator[None]:
+        """Hold the lock on the repository's folder: for moments, never for a whole download.
 
-        On a file system without locks, as some network mounts are, this does nothing.
+        On a file system without locks, as some network mounts are, nobody is kept out.
+
+        Args:
+            wait_s: how long another process may hold it.
+            make: have the folders be there; nobody else removes them meanwhile.
 
         Raises:
             UnsafeFolder: the folder, or one below it that is written into, is a link.
             ModelBusy: another process held the lock for `wait_s` seconds.
             FileNotFoundError: there is no folder.
         """
-        deadline = time.monotonic() + wait_s
+        fd = self._lock(time.monotonic() + wait_s, make)
+        try:
+            if make:
+                self.prepare()
+            for folder in (self.blobs, self.snapshots, self.refs):
+                if lstat(folder) is not None:
+                    require_folder(folder)
+            yield
+        finally:
+            os.close(fd)
+
+    def _lock(self, deadline: float, make: bool) -> int:
         while True:
-            require_folder(self.folder)
-            fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            if make:
+                self.prepare()
             try:
-                if try_lock(fd):
-                    if not is_at(fd, self.folder):
-                        continue  # deleted, and perhaps made anew, before the lock was ours
-                    for folder in (self.blobs, self.snapshots, self.refs):
-                        if lstat(folder) is not None:
-                            require_folder(folder)
-                    yield
-                    return
-            finally:
-                os.close(fd)
-            if time.monotonic() > deadline:
+                require_folder(self.folder)
+                fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if make and time.monotonic() < deadline:
+                    continue  # deleted by whoever had the lock
+                raise
+            if try_lock(fd):
+                if is_at(fd, self.folder):
+                    return fd
+                os.close(fd)  # deleted, and perhaps made anew, before the lock was ours
+                continue
+            os.close(fd)
+            if time.monotonic() >= deadline:
                 raise ModelBusy(f"another process keeps changing {self.repo} in the cache", model=self.repo)
             time.sleep(0.02)  # the kernel offers no lock with a deadline
 
