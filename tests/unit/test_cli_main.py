@@ -252,3 +252,5 @@ def test_serve_names_wrong_settings(
     assert main(["serve", "--set", "max_bach=3"]) == exits.USAGE
     assert "did you mean max_batch?" in capsys.readouterr().err
     assert main(["serve", "--set", "max_batch"]) == exits.USAGE
+    assert main(["serve", "--set", 'catalog={"org/m": {"sise": 1}}']) == exits.USAGE
+    assert "sise" in capsys.readouterr().err

@@ -59,7 +59,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
          "mlxd.store"},
         {"uvloop", "msgspec"},
     ),
-    "mlxd.cli": ({"mlxd_client", "mlxd.app", "mlxd.settings"}, {"msgspec", "rich"}),
+    "mlxd.cli": ({"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.settings"}, {"msgspec", "rich"}),
     "mlxd.__main__": ({"mlxd.cli"}, set()),
 }  # fmt: skip
 

@@ -47,6 +47,10 @@ def serve(args: argparse.Namespace, output: Output) -> int:
     loaded = settings.load(flags=flags)
     for warning in loaded.warnings:
         output.note(warning)
+    if loaded.settings.catalog:
+        from mlxd import catalog
+
+        catalog.load(loaded.settings.catalog)  # better now than when the first app asks for it
     from mlxd import app
 
     return app.serve(loaded.settings)
