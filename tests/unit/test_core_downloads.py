@@ -96,6 +96,8 @@ def test_a_job_of_an_earlier_daemon_goes_on_under_its_name(bench: Bench) -> None
     assert bench.one(do.Started) == do.Started(1, "download-old-7")
     assert bench.one(do.StartFetcher).repair
     assert bench.job("download-old-7").started_at == pytest.approx(5.0)
+    bench.tell(ev.Download(2, 0, "org/other", job="download-old-7", started_at=5.0))
+    assert bench.one(do.Started).job == "download-abc123-1", "no two jobs have one name"
 
 
 def test_the_line_of_downloads_has_an_end(bench: Bench) -> None:
@@ -157,6 +159,31 @@ def test_a_failed_download_may_be_tried_again(bench: Bench) -> None:
     bench.gone(fetcher)
     assert bench.names() == ["download_progress"]
     assert bench.one(do.StartFetcher).model == MODEL
+
+
+def test_a_failed_download_is_not_forgotten_before_its_process_is_gone(bench: Bench) -> None:
+    fetcher = bench.fetch()
+    bench.tell(ev.FetchFailed(fetcher, errors.DownloadFailed("gone")))
+    bench.now += REMAINS_S
+    bench.tell(ev.Lost(MODEL))
+    for n in range(REMAINS_KEPT + 1):
+        other = bench.fetch(f"org/{n}")
+        bench.tell(ev.FetchFailed(other, errors.DownloadFailed("gone")))
+        bench.gone(other)
+    assert MODEL in bench.core.models
+    bench.gone(fetcher)
+    bench.tell(ev.Lost(MODEL))
+    assert MODEL not in bench.core.models
+
+
+def test_a_model_may_come_to_the_disk_by_other_means(bench: Bench) -> None:
+    fetcher = bench.fetch()
+    bench.tell(ev.FetchFailed(fetcher, errors.DownloadFailed("gone")))
+    bench.have()
+    assert bench.names() == ["model_found"]
+    assert (bench.view().state, bench.view().error) == ("Downloaded", None)
+    bench.gone(fetcher)
+    assert bench.said == []
 
 
 def test_only_so_many_failures_are_remembered(bench: Bench) -> None:
@@ -274,6 +301,8 @@ def test_what_is_asked_for_meanwhile_starts_after_the_cancelled_one_is_gone(benc
     new = bench.download()
     assert new != old
     assert bench.job(new).state == "queued"
+    assert bench.names() == [], "the model is still what it was"
+    assert bench.view().phase == "planning"
     assert bench.all(do.StartFetcher) == []
     bench.gone(fetcher)
     assert bench.names() == ["download_cancelled", "download_started", "download_progress"]
@@ -326,6 +355,29 @@ def test_old_files_stay_until_the_worker_that_uses_them_is_gone(bench: Bench) ->
     bench.tell(ev.WorkerExited(worker, DIED))
     assert bench.one(do.Prune) == do.Prune(MODEL, ("r0", "r1"))
     assert bench.core.models[MODEL].need_bytes == 99
+
+
+def test_files_that_come_back_into_use_stay(bench: Bench) -> None:
+    bench.have()
+    worker = bench.load()
+    for revision in ("r1", "r0"):
+        fetcher = bench.fetch()
+        bench.fetched(fetcher, revision)
+        bench.gone(fetcher)
+    bench.tell(ev.WorkerExited(worker, DIED))
+    assert bench.one(do.Prune).revisions == ("r1",)
+
+
+def test_what_an_update_replaces_is_what_was_there_when_it_began() -> None:
+    bench = Bench(downloads=1)
+    bench.have()
+    other = bench.fetch("org/other")
+    bench.download()
+    bench.have(revision="r1")
+    bench.fetched(other)
+    bench.gone(other)
+    bench.fetched(bench.one(do.StartFetcher).fetcher, "r2")
+    assert bench.one(do.Prune).revisions == ("r1",)
 
 
 def test_an_update_that_brings_nothing_new_removes_nothing(bench: Bench) -> None:
@@ -386,6 +438,17 @@ def test_files_that_go_while_an_update_runs_make_it_a_download(bench: Bench) -> 
     assert bench.one(do.Prune).revisions == ("r0",), "something of it may be left"
 
 
+def test_what_is_left_of_lost_files_goes_with_the_download_that_succeeds_in_the_end(bench: Bench) -> None:
+    bench.have()
+    fetcher = bench.fetch()
+    bench.tell(ev.Lost(MODEL))
+    bench.tell(ev.CancelJob(next(iter(bench.core.jobs))))
+    bench.download()
+    bench.gone(fetcher)
+    bench.fetched(bench.one(do.StartFetcher).fetcher)
+    assert bench.one(do.Prune).revisions == ("r0",)
+
+
 def test_what_the_disk_is_said_to_hold_does_not_count_while_it_downloads(bench: Bench) -> None:
     bench.download()
     bench.have()
@@ -404,9 +467,8 @@ def test_deleting_frees_the_disk_and_forgets_the_model(bench: Bench) -> None:
     assert bench.names() == ["deleting_started"]
     assert bench.one(do.DeleteFiles).model == MODEL
     assert bench.view().phase == "deleting"
-    bench.have(revision="r5")
-    bench.tell(ev.Lost(MODEL))
-    assert bench.said == [], "what the disk holds is in between"
+    for event in (ev.Found(MODEL, "hub", 10, "r5"), ev.Lost(MODEL), ev.Newest(MODEL, "r6")):
+        assert bench.tell(event) == [], "what the disk holds is in between"
     bench.tell(ev.FilesDeleted(MODEL, 1234))
     assert bench.names() == ["deleted", "model_lost"]
     assert bench.one(do.Deleted) == do.Deleted(rid, 1234)
@@ -564,6 +626,8 @@ def test_a_daemon_that_stops_leaves_its_downloads_to_the_next(bench: Bench) -> N
     bench.gone(running)
     assert bench.said == []
     assert [job.state for job in bench.core.jobs.values()] == ["running", "running", "queued"]
+    for job in bench.core.jobs:
+        assert bench.tell(ev.CancelJob(job, discard=True)) == [], "too late"
 
 
 def test_an_abort_begins_no_delete(bench: Bench) -> None:
