@@ -194,6 +194,8 @@ class Downloads:
     async def _delete(self, model: str, repo: str, revision: str) -> None:
         try:
             freed = await self._removing(remove.delete, self._store.cache, repo, revision)
+        except errors.RpcError as error:
+            self._tell(ev.FilesDeleted(model, 0, error))
         except OSError as error:
             told = errors.PermissionDenied(f"{model} cannot be deleted: {error.strerror or error}", model=model)
             self._tell(ev.FilesDeleted(model, 0, told))

@@ -160,8 +160,7 @@ class DownloadLine:
         record = book.models[job.model]
         self._let_go(record, job)
         job.revision = found.revision
-        if job.total_bytes is not None:
-            job.done_bytes = job.total_bytes
+        job.done_bytes = job.total_bytes = job.total_bytes or found.size_bytes  # a quick one has told nothing
         record.error = None
         book.learn(record, found)
         self._replace(record, job.old_revision)
