@@ -80,7 +80,10 @@ class Core:
         while self._deadlines and not self._deadline_live(self._deadlines[0]):
             heapq.heappop(self._deadlines)
         times = (m.idle_deadline for m in self._book.by_worker.values())
-        due = [t for t in (*times, self._downloads.next_deadline()) if t is not None]
+        due = [t for t in times if t is not None]
+        retry_at = self._downloads.next_deadline()
+        if retry_at is not None:
+            due.append(retry_at)
         if self._deadlines:
             due.append(self._deadlines[0][0])
         return min(due, default=None)
@@ -354,7 +357,8 @@ class Core:
                 self._line.unpend(record, None, now)
         self._line.make_room(now)
         self._line.retire(now)
-        self._deletes.settle()
+        if self._book.deleting:
+            self._deletes.settle()
         self._downloads.settle(now)
         for name in self._book.touched:
             record = self.models[name]

@@ -89,7 +89,7 @@ class Deletes:
 
     def settle(self) -> None:
         """Have the files removed of those whose processes are gone."""
-        if not self._book.deleting or self._aborted:
+        if self._aborted:
             return
         fetched = {repo_of(fetcher.model) for fetcher in self._book.by_fetcher.values()}
         for name, said in self._book.deleting.items():

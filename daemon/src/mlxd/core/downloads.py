@@ -265,7 +265,7 @@ class DownloadLine:
 
     def next_deadline(self) -> float | None:
         """When a fetcher has to be started again, on the clock of `now`."""
-        if self._book.draining:
+        if not self._retrying or self._book.draining:
             return None
         return min((job.retry_at for job in self._retrying.values() if job.retry_at is not None), default=None)
 

@@ -126,7 +126,9 @@ class ModelRecord:
             return "loading", self.progress
         if self.job is not None and self.job.state == "queued":
             return "queued", None
-        fetch = self.download if self.leaving is None else self.leaving.job
+        fetch = self.download
+        if self.fetcher is not None and self.leaving is not None:
+            fetch = self.leaving.job
         return (None, None) if fetch is None else (fetch.phase, fetch.progress)
 
     def activity(self) -> tuple[object, ...]:
