@@ -5,6 +5,7 @@
     test [ARG...]    the whole suite: style, types and tests; arguments go to pytest
     exec CMD [ARG...]  run any command inside the environment, e.g. `exec mlxd status`
     bench [ARG...]   speed and size against mlx_lm, as ratios in one run
+    soak [ARG...]    downloads that are killed again and again, and very large ones
     lint [--fix]     style and types alone
     setup            only see to the environment
 
@@ -291,6 +292,10 @@ def run_bench(arguments: "list[str]") -> int:
     return become([PYTHON, os.path.join(ROOT, "tools", "bench.py"), *arguments])
 
 
+def run_soak(arguments: "list[str]") -> int:
+    return become([PYTHON, os.path.join(ROOT, "tools", "soak.py"), *arguments])
+
+
 def run_setup(arguments: "list[str]") -> int:
     return fail("setup takes no arguments.", 2) if arguments else 0
 
@@ -300,6 +305,7 @@ COMMANDS = {
     "test": run_test,
     "exec": run_exec,
     "bench": run_bench,
+    "soak": run_soak,
     "lint": run_lint,
     "setup": run_setup,
 }

@@ -1,0 +1,38 @@
+"""Fetchers and daemons that are killed at any byte of downloads, updates and deletes. tools/soak.py does it for hours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.daemon import Daemon
+from support.download_kills import LOST_BYTES, SLACK_BYTES, KillLoop
+from support.hub import Hub
+
+SOAK = Path(__file__).resolve().parents[2] / "tools" / "soak.py"
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_whole_and_never_claims_to_be_before() -> None:
+    seed = int.from_bytes(os.urandom(4))
+    print(f"python3 tools/dev.py soak --kills 14 --seed {seed}")  # shown where it fails
+    with Hub() as hub, Daemon(bad_child="worker", env=hub.env()) as daemon:
+        tally = KillLoop(hub, daemon, seed).run(14)
+    assert tally.count == 14
+    assert tally.deletes >= 1
+    assert tally.sent_bytes <= tally.size_bytes + 14 * LOST_BYTES + len(tally.overshoot) * SLACK_BYTES
+    assert all(lost <= LOST_BYTES for lost in tally.lost)
+
+
+def test_the_long_form_runs_and_tells_what_it_did() -> None:
+    command = [sys.executable, str(SOAK), "--kills", "2", "--seed", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "seed 3" in done.stdout
+    assert "2 kills" in done.stdout
+    refused = subprocess.run([*command, "--kills", "-1"], capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2

@@ -1,0 +1,150 @@
+"""Downloads under duress, for as long as one likes: kills at any byte, and models as large as the disk allows.
+
+    python3 tools/dev.py soak [--kills N] [--seed N] [--size-gb G] [--files N]
+
+The suite has the short forms (tests/faults/test_download_kills.py and test_download_scale.py). Everything happens
+against the tests' hub on loopback, in a folder of its own, and is checked as it goes: the first thing that is wrong
+ends the run. Exits 1 then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+if TYPE_CHECKING:
+    from support.download_kills import Tally
+
+MIB = 1024 * 1024
+SPARE_BYTES = 4 * 10**9
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tools/dev.py soak", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--kills", type=_count, help="kill downloads and deletes so often; 200 where nothing is asked")
+    parser.add_argument("--seed", type=int, help="decides what is killed, and when; printed where it is not given")
+    parser.add_argument("--size-gb", type=float, help="download one model of this size, and watch what it costs others")
+    parser.add_argument("--files", type=_count, help="the same with a model of so many files")
+    options = parser.parse_args(arguments)
+    if options.kills is options.size_gb is options.files is None:
+        options.kills = 200
+    wanted: list[Callable[[], None]] = []
+    if options.size_gb is not None:
+        wanted.append(lambda: large(options.size_gb))
+    if options.files is not None:
+        wanted.append(lambda: many(options.files))
+    if options.kills is not None:
+        seed = random.randrange(2**32) if options.seed is None else options.seed
+        wanted.append(lambda: kill(options.kills, seed))
+    try:
+        for run in wanted:
+            run()
+    except AssertionError as error:
+        print(f"WRONG: {error}", flush=True)
+        return 1
+    return 0
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return int(text)
+
+
+# --- kills ----------------------------------------------------------------------------------------------------------
+
+
+def kill(kills: int, seed: int) -> None:
+    """Raises AssertionError, with the table of what was done until then."""
+    from support.daemon import Daemon
+    from support.download_kills import KillLoop
+    from support.hub import Hub
+
+    print(f"{kills} kills, seed {seed}", flush=True)
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - began:5.0f} s] {loop.tally.count:4} kills  {line}", flush=True)
+
+    with Hub() as hub, Daemon(bad_child="worker", env=hub.env()) as daemon:
+        loop = KillLoop(hub, daemon, seed, say)
+        try:
+            loop.run(kills)
+        finally:
+            print(*table(loop.tally, time.monotonic() - began), sep="\n", flush=True)
+
+
+def table(tally: Tally, took_s: float) -> list[str]:
+    over = [extra / killed / MIB for killed, extra in tally.overshoot if killed]
+    lines = [
+        "",
+        f"{tally.count} kills in {took_s:.0f} s, {_listed(tally.downloads)}, {tally.deletes} deletes",
+        f"  who    {_listed(tally.kills)}",
+        f"  when   {_listed(tally.moments)}",
+        f"  bytes  {tally.sent_bytes / MIB:,.0f} MiB sent for {tally.size_bytes / MIB:,.0f} MiB of weights",
+    ]
+    if over:
+        lines.append(
+            f"         {statistics.mean(over):.2f} MiB again for each kill, in the worst download {max(over):.2f} "
+            "(8 are allowed)"
+        )
+    if tally.lost:
+        lines.append(f"  lost   at most {max(tally.lost) / MIB:.2f} MiB of what a job had told, by one kill")
+    for who, times in sorted(tally.recovered_s.items()):
+        lines.append(
+            f"  again  {statistics.median(times):.2f} s after a kill of {who}, at the slowest {max(times):.2f}"
+        )
+    if tally.left_behind:
+        lines.append(f"  left   {tally.left_behind} replaced revisions that only the next delete removed")
+    return lines
+
+
+def _listed(counter: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counter.most_common()) or "nothing"
+
+
+# --- scale ----------------------------------------------------------------------------------------------------------
+
+
+def large(size_gb: float) -> None:
+    from support.hub import sparse_safetensors, synthetic_files
+
+    size = int(size_gb * 1e9)
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if free < size + SPARE_BYTES:
+        raise AssertionError(f"{size_gb:g} GB do not fit: {free / 1e9:.0f} GB are free in {tempfile.gettempdir()}")
+    print(f"one file of {size_gb:g} GB; the hub hashes it first", flush=True)
+    _scale({**synthetic_files(1, MIB), "model.safetensors": sparse_safetensors(size)})
+
+
+def many(count: int) -> None:
+    from support.hub import synthetic_files
+
+    print(f"{count} files", flush=True)
+    _scale(synthetic_files(count, MIB))
+
+
+def _scale(files: dict[str, object]) -> None:
+    from support.daemon import Daemon
+    from support.download_scale import measure
+    from support.hub import Hub
+
+    with Hub() as hub, Daemon(bad_child="worker", env=hub.env()) as daemon:
+        hub.commit("org/large", files)  # type: ignore[arg-type]
+        figures = measure(daemon, "org/large")
+    print(*figures.lines(), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
