@@ -37,16 +37,19 @@ class Failure(Exception):
         retry: whether trying again can help.
         retry_after_s: how long the server asks to wait.
         status: of the answer, where there was one.
-        refused: the hub itself says that this user may not.
+        refused: the hub itself says that this user may not; `gated`: before its terms are accepted.
+        wrong: all bytes came, and are not those that the hub has.
     """
 
     def __init__(
         self, reason: str, host: str = "", *, retry: bool = True, retry_after_s: float | None = None, status: int = 0,
         refused: bool = False,
+        gated: bool = False,
+        wrong: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(reason)
         self.reason, self.host, self.retry, self.retry_after_s = reason, host, retry, retry_after_s
-        self.status, self.refused = status, refused
+        self.status, self.refused, self.gated, self.wrong = status, refused, gated, wrong
 
 
 class Unranged(Exception):
@@ -111,7 +114,7 @@ class Http:
                 retry = status >= 500 or status in _TRY_AGAIN
                 raise Failure(
                     f"HTTP {status}", host, retry=retry, retry_after_s=retry_after(headers.get("retry-after")),
-                    status=status, refused=refused,
+                    status=status, refused=refused, gated=headers.get("x-error-code") == "GatedRepo",
                 )  # fmt: skip
         raise Failure(f"more than {MAX_REDIRECTS} redirects", urlsplit(route.url).hostname or "")
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.utils import get_session
 
-from mlxd_client.errors import DownloadFailed, ModelNotFound, PermissionDenied, RpcError
+from mlxd_client.errors import DownloadFailed, ModelNotFound, PermissionDenied, RpcError, VerificationFailed
 
 from ..store import hub as names
 from ..store.verify import Hasher
@@ -149,7 +149,7 @@ class Hub:
             hasher = Hasher(file.oid, file.size)
             hasher.update(raw)
             if not hasher.matches():
-                raise Failure("other bytes came than the hub has")
+                raise Failure("other bytes came than the hub has", wrong=True)
             return bytes(raw)
 
         if file.size == 0:
@@ -173,13 +173,15 @@ class Hub:
     def explain(self, failure: Failure, name: str, repo: str, attempts: int) -> RpcError:
         """What becomes of a download that this was the last failure of."""
         if failure.refused:
-            return self._refused(failure.status, repo)
-        what = f"{name} could not be fetched" if name else "the hub could not be asked"
+            return self._refused(failure.status, repo, failure.gated)
         facts: dict[str, Any] = {"attempts": attempts, "reason": failure.reason}
         facts |= {key: value for key, value in (("file", name), ("host", failure.host)) if value}
         tries = f" (tried {attempts} times)" if attempts > 1 else ""
-        where = f" from {failure.host}" if failure.host else ""
-        return DownloadFailed(f"{what}{where}: {failure.reason}{tries}", **facts)
+        if failure.wrong:
+            return VerificationFailed(f"{name}: {failure.reason}{tries}", **facts)
+        if not name:
+            return DownloadFailed(f"the hub at {failure.host} could not be asked: {failure.reason}{tries}", **facts)
+        return DownloadFailed(f"{name} could not be fetched from {failure.host}: {failure.reason}{tries}", **facts)
 
     def _judge(self, error: Exception, repo: str, revision: str) -> Exception:
         """What an exception of huggingface_hub's metadata calls means: an RpcError, or a Failure."""

@@ -106,15 +106,12 @@ class Fetcher:
         request_id, report = self._task
         outcome = report.outcome
         now = time.monotonic()
-        due = now >= self._told_at + PROGRESS_S
-        if report.progress is not None and (due or outcome is not None):
-            progress = report.progress()
-            if progress != self._told:
+        if now >= self._told_at + PROGRESS_S:
+            self._told_at = now
+            progress = report.progress() if report.progress is not None else None
+            if progress is not None and progress != self._told:
                 self._pipe.notify("fetching", progress)
                 self._told = progress
-            self._told_at = now
-        elif due:
-            self._told_at = now
         if outcome is None:
             return
         self._task = None

@@ -28,8 +28,8 @@ def plan(hub: Hub, order: PlanFetch, report: Report) -> FetchPlan:
     where = order.where
     hub.require_online()
     cache = RepoCache(Path(where.cache), where.repo)
-    listing, weights, others = survey(hub, cache, where)
-    config = parse_object(content(hub, cache, listing, CONFIG), CONFIG)
+    listing, weights, others = survey(hub, cache, where, {})
+    config = parse_object(content(hub, cache, listing, CONFIG, {}), CONFIG)
     files = unique([*weights, *others])
     size = sum(file.size for file in [*weights, *others])
     folder = estimate(dict(config), size, sum(file.size for file in weights))
@@ -55,15 +55,16 @@ def fetch(hub: Hub, order: Fetch, report: Report) -> Fetched:
     hub.require_online()
     report.progress = lambda: Fetching(phase="planning")
     cache = RepoCache(Path(where.cache), where.repo)
-    listing, weights, others = survey(hub, cache, where)
+    known: dict[str, bytes] = {}
+    listing, weights, others = survey(hub, cache, where, known)
     files = unique([*others, *weights])
     try:
         bad = rotten(cache, files, report) if order.repair else frozenset()
         missing = [file for file in files if file.oid in bad or not cache.has_blob(file.oid, file.size)]
         require_room(cache, missing)
-        transfer = Transfer(order, hub, hub.connect(), cache, listing.commit, files, force=bad)
+        transfer = Transfer(order, hub, hub.connect(), cache, listing.commit, files, force=bad, known=known)
         report.progress = transfer.progress
-        fetched = transfer.run()
+        fetched = transfer.run() + sum(map(len, known.values()))
         is_commit = names.is_commit(where.revision)
         refs = [] if is_commit and not where.pin else [where.revision]
         cache.publish(listing.commit, {file.name: file.oid for file in [*others, *weights]}, refs=refs)
@@ -94,15 +95,15 @@ def latest(hub: Hub, repos: list[str], report: Report) -> dict[str, Any]:
 # --- what plans and downloads share ---------------------------------------------------------------------------------
 
 
-def survey(hub: Hub, cache: RepoCache, where: Where) -> tuple[Listing, list[File], list[File]]:
+def survey(hub: Hub, cache: RepoCache, where: Where, known: dict[str, bytes]) -> tuple[Listing, list[File], list[File]]:
     """What the revision holds, and of that the weights and the other files that a model needs."""
     listing = hub.listing(where.repo, where.revision)
-    index = content(hub, cache, listing, INDEX) if INDEX in listing.files else None
+    index = content(hub, cache, listing, INDEX, known) if INDEX in listing.files else None
     return listing, *choose(listing, index)
 
 
-def content(hub: Hub, cache: RepoCache, listing: Listing, name: str) -> bytes:
-    """A small file's verified content, from the disk where it is there."""
+def content(hub: Hub, cache: RepoCache, listing: Listing, name: str, known: dict[str, bytes]) -> bytes:
+    """A small file's verified content, from the disk where it is there; what had to be fetched is added to `known`."""
     file = listing.files.get(name)
     if file is None:
         raise ModelInvalid(f"the repository has no {name}", file=name)
@@ -111,7 +112,8 @@ def content(hub: Hub, cache: RepoCache, listing: Listing, name: str) -> bytes:
             return cache.blob(file.oid).read_bytes()
     except OSError:
         pass  # then it is fetched
-    return hub.small(cache.repo, listing.commit, file)
+    known[file.oid] = hub.small(cache.repo, listing.commit, file)
+    return known[file.oid]
 
 
 def unique(files: list[File]) -> list[File]:

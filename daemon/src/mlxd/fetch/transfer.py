@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mlxd_client.errors import RpcError, VerificationFailed
 
@@ -38,11 +38,13 @@ class Transfer:
         order: what to fetch, and how.
         files: each oid once, in the order in which they are fetched.
         force: oids of files that are fetched although something of that name is there.
+        known: contents that are in memory already, verified, by oid.
     """
 
     def __init__(
         self, order: Fetch, hub: Hub, http: Http, cache: RepoCache, commit: str, files: Sequence[File],
         force: Iterable[str] = (),
+        known: Mapping[str, bytes] | None = None,
     ) -> None:  # fmt: skip
         self.order, self.cache, self.http = order, cache, http
         self._hub = hub
@@ -55,6 +57,7 @@ class Transfer:
             )
             for file in files
         ]  # fmt: skip
+        self._known = known or {}
         self._live = list(self._targets)
         self._hashing: deque[Target] = deque()
         self._changed = threading.Condition()
@@ -168,6 +171,9 @@ class Transfer:
                 there = True  # another process was faster
                 part.discard()
                 part.close()
+            elif part is not None and file.oid in self._known and 1 not in part.chunks:
+                part.write([self._known[file.oid]], 0)
+                part.mark(range(len(part.chunks)))
         with self._changed:
             self._busy -= 1
             if there:
@@ -292,8 +298,8 @@ class Transfer:
             if target.failures.exhausted:
                 name, count = target.file.name, target.failures.count
                 raise VerificationFailed(
-                    f"{name} came with other bytes than the hub has, {count} times",
-                    file=name, attempts=count, reason="hash",
+                    f"{name}: other bytes came than the hub has (tried {count} times)",
+                    file=name, attempts=count, reason="other bytes came than the hub has",
                 )  # fmt: skip
             self._changed.notify_all()
 
