@@ -1,4 +1,4 @@
-"""Fetchers and daemons that are killed at any byte of downloads, updates and deletes. tools/soak.py does it for hours."""
+"""Fetchers and daemons killed at any byte of downloads, updates and deletes; tools/soak.py does it for hours."""
 
 from __future__ import annotations
 
