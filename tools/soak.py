@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -50,8 +51,10 @@ def main(arguments: list[str]) -> int:
     try:
         for run in wanted:
             run()
-    except AssertionError as error:
-        print(f"WRONG: {error}", flush=True)
+    except AssertionError:
+        sys.stdout.flush()
+        traceback.print_exc()
+        print("WRONG: see above", flush=True)
         return 1
     return 0
 
@@ -123,7 +126,7 @@ def large(size_gb: float) -> None:
     size = int(size_gb * 1e9)
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if free < size + SPARE_BYTES:
-        raise AssertionError(f"{size_gb:g} GB do not fit: {free / 1e9:.0f} GB are free in {tempfile.gettempdir()}")
+        sys.exit(f"{size_gb:g} GB do not fit: {free / 1e9:.0f} GB are free in {tempfile.gettempdir()}")
     print(f"one file of {size_gb:g} GB; the hub hashes it first", flush=True)
     _scale({**synthetic_files(1, MIB), "model.safetensors": sparse_safetensors(size)})
 

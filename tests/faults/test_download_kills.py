@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from mlxd.store.layout import RepoCache
+from support import hubcache
 from support.daemon import Daemon
 from support.download_kills import LOST_BYTES, SLACK_BYTES, KillLoop
 from support.hub import Hub
+from support.wholeness import Eye, digests
 
 SOAK = Path(__file__).resolve().parents[2] / "tools" / "soak.py"
 
@@ -36,3 +39,26 @@ def test_the_long_form_runs_and_tells_what_it_did() -> None:
     assert "2 kills" in done.stdout
     refused = subprocess.run([*command, "--kills", "-1"], capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2
+
+
+def test_a_file_that_is_put_in_its_place_by_who_dies_meanwhile_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    files, steps = hubcache.model_files(), 0
+    name = next(iter(files))
+    oid, commit = hubcache.oids(files)[name], hubcache.commit("a")
+    while True:
+        steps += 1
+        cache = tmp_path / str(steps)
+        at = RepoCache(cache, "org/model")
+        fd = at.open_part(oid)
+        assert fd is not None
+        os.write(fd, files[name])
+        at.part_map(oid).write_bytes(b"whatever")
+        died = hubcache.dies_at(steps, lambda at=at: at.complete(oid))  # type: ignore[misc]
+        os.close(fd)
+        hubcache.publish(cache, "org/model", files, commit, "main")
+        eye = Eye(cache, "org/model", {commit: digests(files)})
+        assert eye.look() == commit
+        assert eye.litter() == []
+        if not died:
+            break
+    assert steps > 3

@@ -148,8 +148,8 @@ class KillLoop:
         self._in_a_row = 0
         self._nobody_left()
         assert self.eye.look() == commit
-        assert self.eye.warnings() == []
-        assert self.eye.litter() == []
+        assert self.eye.warnings() == [], self.eye.warnings()
+        assert self.eye.litter() == [], self.eye.litter()
         self.tally.left_behind += len(list((self.eye.cache / "models--org--killed" / "snapshots").iterdir())) - 1
 
     # --- one kill -------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class KillLoop:
         self._in_a_row = self._in_a_row + 1 if who == "fetcher" else 0
         if who != "fetcher":
             assert self.eye.look(quiet=False) in self._allowed
-            assert self.eye.warnings() == []
+            assert self.eye.warnings() == [], self.eye.warnings()
             self._restart()
         self._recover(job, who, began, requests, before)
         return True
@@ -295,7 +295,7 @@ class KillLoop:
             client.delete(REPO)
         self._nobody_left()
         assert self.eye.look() is None
-        assert self.eye.files() == []
+        assert self.eye.files() == [], self.eye.files()
         assert not folder.exists()
         self._here = None
         self.tally.deletes += 1

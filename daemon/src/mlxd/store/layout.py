@@ -209,6 +209,8 @@ class RepoCache:
                 self._write_ref(ref, commit)
             for oid in set(files.values()):
                 self.new(oid).unlink(missing_ok=True)
+                if lstat(self.part(oid)) is None:  # whoever completed it may have died before the map was gone
+                    self.part_map(oid).unlink(missing_ok=True)
 
     def _link(self, name: str, oid: str) -> str:
         return "../" * (2 + name.count("/")) + f"blobs/{self.blob(oid).name}"
