@@ -91,6 +91,9 @@ class Http:
         try:
             check_answer(response.status_code, response.headers, None if whole else (start, stop), size, host)
             yield _pieces(response, host)
+        except Failure as failure:  # also what its reader finds wrong with it
+            failure.host = failure.host or host
+            raise
         finally:
             response.close()
 
