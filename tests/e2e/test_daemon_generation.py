@@ -173,7 +173,7 @@ def test_a_real_worker_killed_at_any_moment() -> None:
     with Daemon() as daemon, daemon.client() as client, client.events() as events:
         client.load("mlxd/cleanup")
         kill_worker(daemon, events)
-        stream = client.stream_process(SAID[0], max_tokens=2000)
+        stream = client.stream_process(SAID[0], max_tokens=2000, logit_bias={"0": -1000})  # without an end
         next(iter(stream))
         kill_worker(daemon, events, stream)
         model = client.load("mlxd/cleanup")

@@ -123,13 +123,15 @@ def finish(cache: Path) -> int:
 
 def _under_lock(at: RepoCache, work: Callable[[], int], wait_s: float | None = None) -> int:
     """`work` while the folder is locked; 0 where there is no folder."""
+    began = False
     try:
         with at.locked() if wait_s is None else at.locked(wait_s):
+            began = True
             return work()
     except (FileNotFoundError, NotADirectoryError):
-        if lstat(at.folder) is not None:
+        if began and lstat(at.folder) is not None:
             raise
-        return 0
+        return 0  # where it is there again by now, it was made after this was asked
 
 
 # --- what is meant --------------------------------------------------------------------------------------------------
