@@ -80,11 +80,16 @@ class Eye:
         return self._judge(Path(found.path))
 
     def _genuine(self) -> str | None:
+        path = self.genuine_path()
+        return None if path is None else self._judge(path)
+
+    def genuine_path(self) -> Path | None:
+        """The folder that huggingface_hub takes for the model, whatever is in it."""
         try:
             path = huggingface_hub.snapshot_download(self.repo, cache_dir=self.cache, local_files_only=True)
         except LocalEntryNotFoundError:
             return None
-        return self._judge(Path(path))
+        return Path(path)
 
     def _judge(self, snapshot: Path) -> str:
         """Every file of the commit has to be there, and right. Returns the commit."""
