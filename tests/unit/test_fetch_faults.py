@@ -163,6 +163,19 @@ def test_connections_that_fail_together_have_failed_once(hub: Hub, repo: str, ca
     assert_whole(hub, cache, repo, commit)
 
 
+def test_a_slow_line_is_shared_by_fewer_connections_and_not_given_up(hub: Hub, repo: str, cache: Path) -> None:
+    """Four connections share what is enough for one: each brings too little, all of them together do not."""
+    files = synthetic_files(4, 300_000)
+    commit = hub.commit(repo, files)
+    for number in range(1, 5):
+        hub.fault(repo, "trickle", file=f"model-0000{number}-*", after=0, bytes_per_s=30_000.0, times=1)
+    with FetcherProcess(hub.env()) as fetcher:
+        order = Fetch(where=where(cache, repo), connections=4, stall_s=1.0, floor_bytes_s=60_000, attempts=1)
+        fetcher.ask("fetch", order)
+    assert max(at.attempts for at in fetcher.progress) == 1
+    assert_whole(hub, cache, repo, commit)
+
+
 def test_a_server_without_ranges_serves_a_resumed_file_too(hub: Hub, repo: str, cache: Path) -> None:
     commit = hub.synthetic(repo, shard_bytes=16 * MIB)
     hold = hub.fault(repo, "hold", file=FILE, at=14 * MIB)

@@ -18,10 +18,6 @@ FLUSH_S = 0.5
 NO_FLOOR_IDLE_S = 60.0
 
 
-class Stalled(Failure):
-    """Bytes come, but too few."""
-
-
 def receive(transfer: Transfer, target: Target, segment: Segment) -> None:
     """Fetch the segment to its end, which may move back meanwhile.
 
@@ -44,8 +40,8 @@ def receive(transfer: Transfer, target: Target, segment: Segment) -> None:
                     sink.add(piece[: max(0, room)], now)
                     break  # another connection fetches the rest
                 sink.add(piece, now)
-                if order.floor_bytes_s and flow.full(now) and flow.rate(now) < order.floor_bytes_s:
-                    raise Stalled(f"fewer than {order.floor_bytes_s} bytes/s came over {order.stall_s:g} s")
+                if len(piece) < room and flow.full(now) and flow.rate(now) < order.floor_bytes_s:
+                    raise Failure(f"fewer than {order.floor_bytes_s} bytes/s came over {order.stall_s:g} s", slow=True)
                 if (wait := transfer.limiter.take(len(piece), now)) > 0:
                     transfer.wait(wait)
                     flow.pause(wait)

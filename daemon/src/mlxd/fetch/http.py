@@ -39,17 +39,16 @@ class Failure(Exception):
         status: of the answer, where there was one.
         refused: the hub itself says that this user may not; `gated`: before its terms are accepted.
         wrong: all bytes came, and are not those that the hub has.
+        slow: too few bytes came in the time they had; the server may not be to blame.
     """
 
     def __init__(
         self, reason: str, host: str = "", *, retry: bool = True, retry_after_s: float | None = None, status: int = 0,
-        refused: bool = False,
-        gated: bool = False,
-        wrong: bool = False,
+        refused: bool = False, gated: bool = False, wrong: bool = False, slow: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(reason)
         self.reason, self.host, self.retry, self.retry_after_s = reason, host, retry, retry_after_s
-        self.status, self.refused, self.gated, self.wrong = status, refused, gated, wrong
+        self.status, self.refused, self.gated, self.wrong, self.slow = status, refused, gated, wrong, slow
 
 
 class Unranged(Exception):
@@ -140,7 +139,7 @@ def _pieces(response: Any, host: str) -> Iterator[bytes]:
     try:
         yield from response.iter_raw()
     except Exception as error:
-        raise Failure(reason_of(error), host) from None
+        raise Failure(reason_of(error), host, slow=type(error).__name__ == "ReadTimeout") from None
 
 
 def check_answer(status: int, headers: Any, ranged: tuple[int, int] | None, size: int, host: str) -> None:

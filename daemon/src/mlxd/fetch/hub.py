@@ -21,7 +21,7 @@ from .http import Failure, Http, Route, reason_of, retry_after
 from .listing import MAX_JSON_BYTES, File, Listing, read_listing
 from .pace import delay_s
 
-METADATA_BYTES = 16 * 1024 * 1024
+METADATA_BYTES = 8 * 1024 * 1024
 METADATA_S = 60.0
 TIMEOUT_S = 15.0
 ATTEMPTS = 3

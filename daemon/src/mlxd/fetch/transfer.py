@@ -14,7 +14,7 @@ from mlxd_client.errors import RpcError, VerificationFailed
 
 from ..childwire import Fetch, Fetching
 from ..store.layout import RepoCache
-from .connection import Stalled, receive
+from .connection import receive
 from .disk import disk_error
 from .hashing import judge, read_front
 from .http import Failure, Http, Unranged
@@ -67,6 +67,7 @@ class Transfer:
         if order.rate_bytes_s:
             self._connections = min(self._connections, max(1, order.rate_bytes_s // RATE_PER_CONNECTION))
         self._allowed = self._connections  # fewer where the line is too slow for all
+        self._lowered = 0  # how often that was found
         self._busy = 0
         self.limiter = Limiter(order.rate_bytes_s)
         now = time.monotonic()
@@ -187,7 +188,7 @@ class Transfer:
             self._changed.notify_all()
 
     def _fetch(self, target: Target, segment: Segment) -> None:
-        epoch, failure, unranged = target.epoch, None, False
+        epochs, failure, unranged = (target.epoch, self._lowered), None, False
         try:
             receive(self, target, segment)
         except Failure as error:
@@ -197,7 +198,7 @@ class Transfer:
         with self._changed:
             self._busy -= 1
             if failure is not None:
-                self._failed(target, segment, epoch, failure)
+                self._failed(target, segment, epochs, failure)
             elif unranged:
                 target.serial = True
                 target.give_back(segment)
@@ -209,13 +210,18 @@ class Transfer:
                 self.offer(target)
             self._changed.notify_all()
 
-    def _failed(self, target: Target, segment: Segment, epoch: int, failure: Failure) -> None:
+    def _failed(self, target: Target, segment: Segment, epochs: tuple[int, int], failure: Failure) -> None:
+        """Count it, unless it began before another failure of the same cause: then it has been counted."""
+        epoch, lowered = epochs
         target.give_back(segment)
         if not failure.retry:
             self._end(self._hub.explain(failure, target.file.name, self._repo, target.failures.count + 1))
-        if isinstance(failure, Stalled) and self._is_shared():
+        if failure.slow and lowered != self._lowered:
+            return
+        if failure.slow and self._is_shared():
             self._allowed = max(1, self._allowed // 2)
-        elif epoch == target.epoch:  # else it failed together with another, which was counted
+            self._lowered += 1
+        elif epoch == target.epoch:
             target.epoch += 1
             target.failures.network()
             if target.failures.exhausted:
