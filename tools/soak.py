@@ -89,21 +89,19 @@ def kill(kills: int, seed: int) -> None:
 
 
 def table(tally: Tally, took_s: float) -> list[str]:
-    over = [extra / killed / MIB for killed, extra in tally.overshoot if killed]
     lines = [
         "",
         f"{tally.count} kills in {took_s:.0f} s, {_listed(tally.downloads)}, {tally.deletes} deletes",
         f"  who    {_listed(tally.kills)}",
         f"  when   {_listed(tally.moments)}",
-        f"  bytes  {tally.sent_bytes / MIB:,.0f} MiB sent for {tally.size_bytes / MIB:,.0f} MiB of weights",
+        f"  bytes  {tally.sent_bytes / MIB:,.1f} MiB sent for {tally.size_bytes / MIB:,.1f} MiB of weights; "
+        f"{tally.in_sockets / MIB:,.1f} MiB of the rest lay in sockets",
     ]
-    if over:
-        lines.append(
-            f"         {statistics.mean(over):.2f} MiB again for each kill, in the worst download {max(over):.2f} "
-            "(8 are allowed)"
-        )
     if tally.lost:
-        lines.append(f"  lost   at most {max(tally.lost) / MIB:.2f} MiB of what a job had told, by one kill")
+        lines.append(
+            f"  lost   {statistics.mean(tally.lost) / MIB:.2f} MiB by a kill, {max(tally.lost) / MIB:.2f} by the worst "
+            "one (8 are allowed)"
+        )
     for who, times in sorted(tally.recovered_s.items()):
         lines.append(
             f"  again  {statistics.median(times):.2f} s after a kill of {who}, at the slowest {max(times):.2f}"

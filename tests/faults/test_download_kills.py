@@ -12,7 +12,7 @@ import pytest
 from mlxd.store.layout import RepoCache
 from support import hubcache
 from support.daemon import Daemon
-from support.download_kills import LOST_BYTES, SLACK_BYTES, KillLoop
+from support.download_kills import LOST_BYTES, KillLoop
 from support.hub import Hub
 from support.wholeness import Eye, digests
 
@@ -27,8 +27,8 @@ def test_killed_again_and_again_it_ends_whole_and_never_claims_to_be_before() ->
         tally = KillLoop(hub, daemon, seed).run(14)
     assert tally.count == 14
     assert tally.deletes >= 1
-    assert tally.sent_bytes <= tally.size_bytes + 14 * LOST_BYTES + len(tally.overshoot) * SLACK_BYTES
-    assert all(lost <= LOST_BYTES for lost in tally.lost)
+    assert 0 < len(tally.lost) <= 14
+    assert max(tally.lost) <= LOST_BYTES
 
 
 def test_the_long_form_runs_and_tells_what_it_did() -> None:

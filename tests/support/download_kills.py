@@ -3,8 +3,9 @@
 One loop, for the suite (a few kills) and for tools/soak.py (as many as one likes). What is killed and at which byte is
 drawn from one seed; the moments themselves are the machine's.
 
-How bytes are counted: those of weights that the hub's kernel took, over all answers, so that what was in sockets when a
-process died counts as lost. Not counted are the small files and the metadata, which each new fetcher asks for again.
+How bytes are counted: those of weights that the hub's kernel took, over all answers. What it took and the disk does not
+hold after a kill has to come again; of that, what still lay in sockets (as Linux tells, the moment before) had come to
+nobody, and the rest is what the kill has cost. Small files and metadata are not counted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from mlxd.fetch.parts import held
+from mlxd.store.layout import RepoCache
 from mlxd_client import errors
 from mlxd_client.types import Job
 from support import hubcache
@@ -47,7 +50,8 @@ IN_A_ROW = 2
 
 @dataclass
 class Tally:
-    """What happened; `lost` and `recovered_s` hold one figure a kill, `overshoot` one a download."""
+    """What happened. `again_bytes` are those that came twice, all in all, of which `in_sockets` had not arrived; `lost`
+    is what single kills have cost, `recovered_s` how long it took until the hub was asked again."""
 
     kills: Counter[str] = field(default_factory=Counter)
     moments: Counter[str] = field(default_factory=Counter)
@@ -55,7 +59,8 @@ class Tally:
     deletes: int = 0
     size_bytes: int = 0
     sent_bytes: int = 0
-    overshoot: list[tuple[int, int]] = field(default_factory=list)
+    again_bytes: int = 0
+    in_sockets: int = 0
     lost: list[int] = field(default_factory=list)
     recovered_s: dict[str, list[float]] = field(default_factory=dict)
     left_behind: int = 0
@@ -84,6 +89,12 @@ class KillLoop:
         self.eye = Eye(daemon.home / "hub", REPO, versions)
         self._here: str | None = None  # the commit that is on disk, whole
         self._allowed: tuple[str | None, ...] = ()  # what a look may find meanwhile
+        self._sizes = {
+            versions[commit][name]: len(data)
+            for commit, files in zip(self._commits, self._files, strict=True)
+            for name, data in files.items()
+        }
+        self._point = 0, 0  # bytes sent, bytes held, the last time that they were compared
         self._sessions: set[int] = {daemon.pid}
         self._in_a_row = 0
         hub.throttle(RATE_BYTES_S)
@@ -106,6 +117,8 @@ class KillLoop:
         self.hub.forget()
         size = self._missing(version)
         planned = min(self._draw.randint(1, 6), kills - self.tally.count)
+        self._point = 0, self._held(commit)
+        again, in_sockets = self.tally.again_bytes, self.tally.in_sockets
         with self.daemon.client() as client:
             job = client.download(REPO)
         killed, ended = 0, False
@@ -118,12 +131,13 @@ class KillLoop:
         sent = self.hub.sent(WEIGHTS, repo=REPO)
         kind = "update" if before else "download"
         self.say(f"{kind} of {size / MIB:.1f} MiB: {killed} kills, {sent / MIB:.1f} MiB sent")
-        assert size <= sent <= size + killed * LOST_BYTES + SLACK_BYTES, f"{sent} bytes were sent for {size}"
+        again, in_sockets = self.tally.again_bytes - again, self.tally.in_sockets - in_sockets
+        assert abs(sent - size - again) <= SLACK_BYTES, f"{sent} bytes for {size}, but kills account for {again} only"
+        assert sent <= size + killed * LOST_BYTES + in_sockets + SLACK_BYTES, f"{sent} bytes were sent for {size}"
         self._here = commit
         self.tally.downloads[kind] += 1
         self.tally.size_bytes += size
         self.tally.sent_bytes += sent
-        self.tally.overshoot.append((killed, sent - size))
 
     def _missing(self, version: int) -> int:
         """Bytes of weights that the disk does not hold."""
@@ -134,6 +148,26 @@ class KillLoop:
             for name, data in self._files[version].items()
             if name.endswith(".safetensors") and wanted[name] not in had
         )
+
+    def _held(self, commit: str) -> int:
+        """Bytes of the commit's weights that the disk holds, in blobs and parts."""
+        at, found = RepoCache(self.eye.cache, REPO), 0
+        for name, oid in self.eye.versions[commit].items():
+            if name.endswith(".safetensors"):
+                size = self._sizes[oid]
+                found += size if at.has_blob(oid, size) else held(at, oid, size)
+        return found
+
+    def _account(self, in_sockets: int) -> None:
+        """A fetcher has been killed, and is gone: what has that cost?"""
+        sent_before, held_before = self._point
+        self._point = sent, now_held = self.hub.sent(WEIGHTS, repo=REPO), self._held(str(self._allowed[1]))
+        assert now_held >= held_before, "the disk holds less than before"
+        again = max(0, sent - sent_before - (now_held - held_before))
+        self.tally.again_bytes += again
+        self.tally.in_sockets += min(again, in_sockets)
+        self.tally.lost.append(max(0, again - in_sockets))
+        assert self.tally.lost[-1] <= LOST_BYTES, f"a kill has cost {self.tally.lost[-1]} bytes"
 
     def _finish(self, job: str, commit: str) -> None:
         """It ends as the job that it began as, and all is as if nobody had killed anything."""
@@ -165,9 +199,12 @@ class KillLoop:
         while not (fetchers := self._fetchers()) and who == "fetcher":
             if self._job(job) is None:
                 return False
-        before = self._job(job)
-        began, requests = time.monotonic(), len(self.hub.requests(repo=REPO))
+        began = time.monotonic()
+        in_sockets = _in_sockets(self.hub.port)
         self._strike(who, fetchers)
+        _wait_dead(fetchers)
+        self._account(in_sockets)
+        requests = len(self.hub.requests(repo=REPO))
         self.tally.kills[who] += 1
         self.tally.moments[moment] += 1
         self._in_a_row = self._in_a_row + 1 if who == "fetcher" else 0
@@ -175,7 +212,7 @@ class KillLoop:
             assert self.eye.look(quiet=False) in self._allowed
             assert self.eye.warnings() == [], self.eye.warnings()
             self._restart()
-        self._recover(job, who, began, requests, before)
+        self._recover(job, who, began, requests)
         return True
 
     def _await_moment(self, job: str, moment: str, share: float, size: int) -> bool:
@@ -235,23 +272,15 @@ class KillLoop:
         self.daemon.restart(crash=True)
         self._sessions.add(self.daemon.pid)
 
-    def _recover(self, job: str, who: str, began: float, requests: int, before: Job | None) -> None:
+    def _recover(self, job: str, who: str, began: float, requests: int) -> None:
         """Somebody asks the hub again, or there was nothing left to ask for."""
         give_up_at = time.monotonic() + PATIENCE_S
-        while time.monotonic() < give_up_at:
+        while self._job(job) is not None:
+            assert time.monotonic() < give_up_at, "nobody goes on with the download"
             with contextlib.suppress(TimeoutError):
                 self.hub.wait_requests(requests + 1, repo=REPO, timeout_s=0.1)
                 self.tally.recovered_s.setdefault(who, []).append(time.monotonic() - began)
-                break
-            if self._job(job) is None:
                 return
-        else:
-            raise AssertionError("nobody goes on with the download")
-        while (now := self._job(job)) is not None and now.phase not in ("downloading", "verifying"):
-            assert time.monotonic() < give_up_at, now
-            time.sleep(0.005)
-        if before is not None and now is not None and before.done_bytes and now.done_bytes is not None:
-            self.tally.lost.append(max(0, before.done_bytes - now.done_bytes))
 
     def _nobody_left(self) -> None:
         """Of all daemons so far, no child lives."""
@@ -319,7 +348,7 @@ class KillLoop:
     def _bulk(self, count: int) -> None:
         """A further snapshot that no ref names, of many small files, so that a delete takes a while."""
         files: Mapping[str, bytes] = {f"{number}.json": b"%d" % number for number in range(count)}
-        at = hubcache.RepoCache(self.eye.cache, REPO)
+        at = RepoCache(self.eye.cache, REPO)
         oids = hubcache.oids(files)
         for name, data in files.items():
             at.blob(oids[name]).write_bytes(data)
@@ -327,6 +356,32 @@ class KillLoop:
         snapshot.mkdir()
         for name, oid in oids.items():
             (snapshot / name).symlink_to(f"../../blobs/{oid}")
+
+
+def _in_sockets(port: int) -> int:
+    """Bytes between the hub and its clients, sent and not read yet. 0 where the system does not tell.
+
+    https://www.kernel.org/doc/Documentation/networking/proc_net_tcp.txt
+    """
+    found = 0
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table) as file:
+            for line in list(file)[1:]:
+                _, here, there, _, queues, *_ = line.split()
+                waiting_to_go, waiting_to_be_read = (int(part, 16) for part in queues.split(":"))
+                found += waiting_to_go if int(here.split(":")[1], 16) == port else 0
+                found += waiting_to_be_read if int(there.split(":")[1], 16) == port else 0
+    return found
+
+
+def _wait_dead(processes: list[psutil.Process]) -> None:
+    """Until they run no more. Whoever inherits orphans may take its time to bury them."""
+    give_up_at = time.monotonic() + 10
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while process.status() != psutil.STATUS_ZOMBIE:
+                assert time.monotonic() < give_up_at, "a fetcher outlived its daemon"
+                time.sleep(0.001)
 
 
 def _session(pid: int) -> int:
