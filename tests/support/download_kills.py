@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import psutil
@@ -28,7 +28,6 @@ from mlxd.fetch.parts import held
 from mlxd.store.layout import RepoCache
 from mlxd_client import errors
 from mlxd_client.types import Job
-from support import hubcache
 from support.daemon import PATIENCE_S, Daemon
 from support.hub import Hub
 from support.wholeness import MIB, Eye, digests, sharded
@@ -346,16 +345,13 @@ class KillLoop:
         return process
 
     def _bulk(self, count: int) -> None:
-        """A further snapshot that no ref names, of many small files, so that a delete takes a while."""
-        files: Mapping[str, bytes] = {f"{number}.json": b"%d" % number for number in range(count)}
+        """A further snapshot that no ref names, of many files, so that a delete takes a while."""
         at = RepoCache(self.eye.cache, REPO)
-        oids = hubcache.oids(files)
-        for name, data in files.items():
-            at.blob(oids[name]).write_bytes(data)
         snapshot = at.snapshot("b" * 40)
         snapshot.mkdir()
-        for name, oid in oids.items():
-            (snapshot / name).symlink_to(f"../../blobs/{oid}")
+        for number in range(count):
+            at.blob(oid := f"{number:040x}").touch()
+            (snapshot / f"{number}.json").symlink_to(f"../../blobs/{oid}")
 
 
 def _in_sockets(port: int) -> int:
