@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from mlxd_client.errors import RpcError, VerificationFailed
 
@@ -22,6 +22,7 @@ from .hub import Hub
 from .listing import File
 from .pace import Failures, Flow, Limiter, delay_s
 from .parts import Closed, Part, held
+from .report import internal
 from .segments import Segment
 from .targets import State, Target
 
@@ -109,9 +110,9 @@ class Transfer:
 
     # --- what connections do
 
-    def _guarded(self, work: object) -> None:
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
-            work()  # type: ignore[operator]
+            work()
         except Closed:
             pass
         except RpcError as error:
@@ -119,8 +120,6 @@ class Transfer:
         except OSError as error:  # the network's are Failures
             self._end(disk_error(error, self.cache, [target.file for target in self._live]))
         except BaseException as error:
-            from .report import internal
-
             self._end(internal(error))
 
     def _connect(self) -> None:
