@@ -24,9 +24,10 @@ __all__ = ["FetcherLink", "Fetchers"]
 
 T = TypeVar("T")
 
-# What huggingface_hub finds a user's token by. Children get none of the daemon's secrets; fetchers get these.
+# What huggingface_hub finds a user's token by, and what keeps it from doing so. Children get none of the daemon's
+# secrets; fetchers get these.
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_TOKEN_FILES = ("HF_TOKEN_PATH",)
+_ON_TOKENS = ("HF_TOKEN_PATH", "HF_HUB_DISABLE_IMPLICIT_TOKEN")
 # How long a fetcher may take to go once it is of no use: what it has is on disk already.
 _GRACE_S = 0.3
 
@@ -104,7 +105,7 @@ class Fetchers:
 
     def _changes(self) -> dict[str, str | None]:
         token = next((self._environment[name] for name in _TOKENS if self._environment.get(name)), None)
-        changes: dict[str, str | None] = {name: self._environment.get(name) for name in _TOKEN_FILES}
+        changes: dict[str, str | None] = {name: self._environment.get(name) for name in _ON_TOKENS}
         changes["HF_TOKEN"] = token
         if not self.offline:
             changes["HF_HUB_OFFLINE"] = None
