@@ -107,7 +107,7 @@ def table(tally: Tally, took_s: float) -> list[str]:
             f"  again  {statistics.median(times):.2f} s after a kill of {who}, at the slowest {max(times):.2f}"
         )
     if tally.left_behind:
-        lines.append(f"  left   {tally.left_behind} replaced revisions that only the next delete removed")
+        lines.append(f"  left   {tally.left_behind} replaced revisions that only the next daemon removed")
     return lines
 
 

@@ -62,7 +62,7 @@ class Tally:
     in_sockets: int = 0
     lost: list[int] = field(default_factory=list)
     recovered_s: dict[str, list[float]] = field(default_factory=dict)
-    left_behind: int = 0
+    left_behind: int = 0  # replaced revisions that only the next daemon removed
 
     @property
     def count(self) -> int:
@@ -182,8 +182,18 @@ class KillLoop:
         self._nobody_left()
         assert self.eye.look() == commit
         assert self.eye.warnings() == [], self.eye.warnings()
+        if not self._alone(commit):  # whoever was to remove the old revision was killed: the next one does
+            self.tally.left_behind += 1
+            self._restart()
+            assert self._alone(commit), "a replaced revision stays"
         assert self.eye.litter() == [], self.eye.litter()
-        self.tally.left_behind += len(list((self.eye.cache / "models--org--killed" / "snapshots").iterdir())) - 1
+
+    def _alone(self, commit: str) -> bool:
+        """Whether no other revision is there, or soon none will be."""
+        snapshots, give_up_at = self.eye.cache / "models--org--killed" / "snapshots", time.monotonic() + 1
+        while os.listdir(snapshots) != [commit] and time.monotonic() < give_up_at:
+            time.sleep(0.01)
+        return os.listdir(snapshots) == [commit]
 
     # --- one kill -------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ A, B, C = commit("a"), commit("b"), commit("c")
 FILES = {A: model_files("o"), B: model_files("n") | {"sub/x.json": b"{}"}, C: model_files("p")}
 MODELS = ("org/m", "org/m@v1", "org/m@team/v2", f"org/m@{A}", f"org/m@{B}")
 MOST_STEPS = 200
+UNDER_WAY = (".mlxd-new", ".mlxd-trash")
 
 
 def claims(cache: Path) -> dict[str, str]:
@@ -103,7 +104,7 @@ def test_publishing(tmp_path: Path, state: Callable[[Path], object]) -> None:
         work(cache)
         assert claims(cache)["org/m"] == claims(cache)["org/m@team/v2"] == B
         no_warnings(cache)
-        assert [path.name for path in (cache / at.folder.name).iterdir() if path.name.startswith(".mlxd")] == []
+        assert [path.name for path in (cache / at.folder.name).iterdir() if path.name.startswith(UNDER_WAY)] == []
 
     assert each_step(tmp_path, prepare, work, check) > 5
 
@@ -205,7 +206,7 @@ def test_deleting(tmp_path: Path, state: Callable[[Path], object], revision: str
         names = set(os.listdir(cache)) - {"blobs", ".locks"}
         assert names == ({"models--org--m"} if left else set())
         assert not [path for path in cache.glob("blobs/*/*") if path.suffix != ".lock"]
-        assert not list(cache.glob("*/.mlxd*"))
+        assert not [path for path in cache.glob("*/.mlxd*") if path.name.startswith(UNDER_WAY)]
         if left:
             linked = {
                 os.path.basename(os.readlink(path)) for path in cache.glob("*/snapshots/*/**/*") if path.is_symlink()
@@ -256,7 +257,7 @@ def test_finishing_can_be_killed_as_well(tmp_path: Path) -> None:
         remove.finish(cache)
         assert claims(cache)["org/m@v1"] == C
         no_warnings(cache)
-        assert not list(cache.glob("*/.mlxd*"))
+        assert not [path for path in cache.glob("*/.mlxd*") if path.name.startswith(UNDER_WAY)]
 
     assert each_step(tmp_path, state, remove.finish, check) > 5
 

@@ -273,8 +273,9 @@ class Downloads:
             self.records.keep(OpenJob(job=job.job, model=job.model, started_at=job.started_at or time.time()))
 
     async def begin(self) -> list[OpenJob]:
-        """Finish deletes that were cut short. Returns the downloads that an earlier daemon left open."""
+        """Finish deletes that were cut short, and updates. Returns the downloads that an earlier daemon left open."""
         await self._quietly(remove.finish, self._store.cache)
+        await self._quietly(remove.prune_replaced, self._store.cache)
         return [one for one in self.records.read() if self._is_sound(one)]
 
     def _is_sound(self, one: OpenJob) -> bool:

@@ -6,6 +6,7 @@
            blobs/<oid>.mlxd-new      says that the blob came with a download whose snapshot is not there yet
            snapshots/<commit>/<name> a link to ../../blobs/<oid>, as huggingface_hub writes it
            refs/<revision>           a commit
+           .mlxd-old-<commit>        says that a publishing let `main` name another commit: this one may go
            .mlxd-*                   what is about to be renamed into its place, or has been renamed out of it
 
 Names come from a server: each is checked against a list of what is allowed before it becomes a path, and no link below
@@ -42,7 +43,7 @@ from .files import (
 __all__ = ["BlobsMissing", "RepoCache", "UnsafeFolder", "UnsafeName", "disk_free"]
 
 PART, MAP, NEW = ".mlxd-part", ".mlxd-map", ".mlxd-new"
-BUILDING = ".mlxd-new-"
+BUILDING, OLD = ".mlxd-new-", ".mlxd-old-"
 LOCK_WAIT_S = 10.0
 
 
@@ -206,6 +207,8 @@ class RepoCache:
             else:
                 self._mend(snapshot, links)
             for ref in wanted:
+                if ref == hub.MAIN:
+                    self._mark_old(commit)
                 self._write_ref(ref, commit)
             for oid in set(files.values()):
                 self.new(oid).unlink(missing_ok=True)
@@ -249,6 +252,13 @@ class RepoCache:
             os.symlink(links[name], aside)
             replace(aside, snapshot / name)
             fsync_folder(place)
+
+    def _mark_old(self, commit: str) -> None:
+        """Whoever replaces a revision may not live to remove it, or has a worker that uses it until the end."""
+        old = hub.read_ref(self.folder, hub.MAIN)
+        if old is not None and old != commit and lstat(self.snapshots / old) is not None:
+            touch(self.folder / (OLD + old))
+        (self.folder / (OLD + commit)).unlink(missing_ok=True)
 
     def _write_ref(self, ref: str, commit: str) -> None:
         place = self.refs

@@ -19,9 +19,9 @@ from mlxd_client.errors import ModelBusy, ModelNotFound, RpcError
 
 from . import hub, shared
 from .files import fsync_folder, is_held, lstat, make_folder, readlink, remove_tree, require_folder, try_lock, walk
-from .layout import BUILDING, MAP, NEW, PART, RepoCache, disk_free
+from .layout import BUILDING, MAP, NEW, OLD, PART, RepoCache, disk_free
 
-__all__ = ["delete", "discard", "disk_free", "finish", "prune"]
+__all__ = ["delete", "discard", "disk_free", "finish", "prune", "prune_replaced"]
 
 TRASH = ".mlxd-trash"
 # In the trash: `<name><SHARED>` says that a blob was a link to this file of the shared store.
@@ -69,13 +69,19 @@ def prune(cache: Path, repo: str, commits: Collection[str]) -> int:
 
     def work() -> int:
         _refuse_if_hub_writes(at)
-        freed = _finish(at)
-        named = set(hub.refs(at.folder, strict=True).values())
-        for commit in sorted(set(commits) & set(hub.snapshots(at.folder)) - named):
-            _to_trash(at, commit)
-        return freed + _finish(at)
+        return _finish(at) + _prune(at, commits)
 
     return _under_lock(at, work)
+
+
+def _prune(at: RepoCache, commits: Collection[str]) -> int:
+    named = set(hub.refs(at.folder, strict=True).values())
+    for commit in sorted(set(commits) & set(hub.snapshots(at.folder)) - named):
+        _to_trash(at, commit)
+    freed = _finish(at)
+    for commit in commits:
+        (at.folder / f"{OLD}{commit}").unlink(missing_ok=True)
+    return freed
 
 
 def discard(cache: Path, repo: str, oids: Collection[str] | None = None) -> int:
@@ -116,6 +122,22 @@ def finish(cache: Path) -> int:
             names = os.listdir(at.folder)
             if not names or any(name.startswith((TRASH, BUILDING)) for name in names):
                 freed += _under_lock(at, work, 0)
+        except (OSError, RpcError):
+            continue
+    return freed
+
+
+def prune_replaced(cache: Path) -> int:
+    """`prune` what updates have replaced in any repository, for whoever begins and knows that nobody uses it.
+
+    What cannot be done now is left for the next time.
+    """
+    freed = 0
+    for repo in hub.repositories(cache):
+        at = RepoCache(cache, repo)
+        try:
+            old = [name.removeprefix(OLD) for name in os.listdir(at.folder) if name.startswith(OLD)]
+            freed += prune(cache, repo, old) if old else 0
         except (OSError, RpcError):
             continue
     return freed
@@ -211,7 +233,8 @@ def _finish(at: RepoCache) -> int:
     While huggingface_hub writes into the repository, nothing is done: it names a commit before it has it.
     """
     for name in os.listdir(at.folder):
-        if name.startswith(BUILDING):
+        replaced = name.removeprefix(OLD) if name.startswith(OLD) else None
+        if name.startswith(BUILDING) or (replaced is not None and lstat(at.snapshots / replaced) is None):
             remove_tree(at.folder / name)
     trash = at.folder / TRASH
     status = lstat(trash)
