@@ -107,6 +107,8 @@ class Fetchers:
         token = next((self._environment[name] for name in _TOKENS if self._environment.get(name)), None)
         changes: dict[str, str | None] = {name: self._environment.get(name) for name in _ON_TOKENS}
         changes["HF_TOKEN"] = token
+        # glibc would keep an arena of large blocks for each thread, and more of them the longer a download goes on.
+        changes["MALLOC_ARENA_MAX"] = "2"
         if not self.offline:
             changes["HF_HUB_OFFLINE"] = None
         return changes

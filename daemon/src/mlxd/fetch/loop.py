@@ -19,7 +19,7 @@ from . import tasks
 from .hub import Hub
 from .report import Report, internal
 
-PROGRESS_S = 0.1
+PROGRESS_S = 0.11  # so that no second has more than ten
 
 T = TypeVar("T")
 
