@@ -26,6 +26,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from ..childwire import PromptCacheStats
 from .prefix import Found, PrefixTree
 
 __all__ = ["PromptCache", "RowView", "take"]
@@ -139,9 +140,8 @@ class PromptCache:
         self.hits = self.misses = self.saved_tokens = 0
         self._pending: list[tuple[bytes, array[int], RowView]] = []
 
-    @property
-    def nbytes(self) -> int:
-        return self.tree.nbytes
+    def stats(self) -> PromptCacheStats:
+        return PromptCacheStats(self.hits, self.misses, self.saved_tokens, self.tree.nbytes)
 
     @property
     def pending(self) -> bool:
