@@ -1,4 +1,4 @@
-"""Builds small random-weight folders, Qwen3 or another family, that mlx_lm loads like any other model. Nothing is downloaded.
+"""Builds small random-weight folders, of Qwen3 or another family, that mlx_lm loads like any model; no download.
 
 The tokenizer is a byte-level BPE learned from a few lines, so that every Unicode text has tokens and characters beyond
 ASCII take several. Weights are random by seed: the text is noise, but the same noise each time.

@@ -140,6 +140,10 @@ class PromptCache:
         self.hits = self.misses = self.saved_tokens = 0
         self._pending: list[tuple[bytes, array[int], RowView]] = []
 
+    @property
+    def nbytes(self) -> int:
+        return self.tree.nbytes
+
     def stats(self) -> PromptCacheStats:
         return PromptCacheStats(self.hits, self.misses, self.saved_tokens, self.tree.nbytes)
 
