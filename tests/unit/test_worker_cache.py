@@ -163,6 +163,54 @@ def test_what_a_cancelled_answer_had_is_gone_on_with(models: dict[str, LoadedMod
     assert_same(got, answer(plain, messages))
 
 
+# --- prompts that wait for one that begins alike ----------------------------------------------------------------------
+
+LONG = SYSTEM * 4
+
+
+@pytest.mark.parametrize("joins", [1, 8])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "mamba2"])
+def test_of_eight_at_once_one_reads_what_they_share(models: dict[str, LoadedModel], family: str, joins: int) -> None:
+    engine, plain = make(models[family], prefill_joins=joins), make(models[family], cache_bytes=0)
+    questions = [turns(f"{number} monday", system=LONG) for number in range(8)]
+    for number, messages in enumerate(questions):
+        ask(engine, number, messages)
+    assert engine.waiting == 8
+    step(engine, {})
+    assert (engine.active, engine.waiting) == (1, 7)
+    ends = drain(engine)
+    assert sorted(end.cached_tokens > 200 for end in ends.values()) == [False] + 7 * [True]
+    for number in (0, 7):
+        assert_same(ends[number], answer(plain, questions[number]))
+
+
+def test_who_is_waited_for_may_go(models: dict[str, LoadedModel]) -> None:
+    engine, plain = make(models["qwen3"]), make(models["qwen3"], cache_bytes=0)
+    questions = [turns(f"{number} monday", system=LONG) for number in range(4)]
+    for number, messages in enumerate(questions):
+        ask(engine, number, messages)
+    step(engine, {})
+    engine.cancel(0)  # it is read,
+    engine.cancel(2)  # it waits
+    ends = drain(engine)
+    assert ends.keys() == {1, 3}
+    assert ends[1].cached_tokens >= 32  # what the first one had read
+    assert ends[3].cached_tokens > 200
+    assert_same(ends[3], answer(plain, questions[3]))
+
+
+def test_nobody_waits_for_longer_than_it_saves(models: dict[str, LoadedModel]) -> None:
+    engine = make(models["qwen3"])
+    ask(engine, 0, turns("monday " * 500))
+    step(engine, {})
+    ask(engine, 1, turns("tuesday"))
+    ask(engine, 2, turns("monday " * 400), cache_prompt=False)
+    step(engine, {})
+    step(engine, {})
+    assert (engine.active, engine.waiting) == (3, 0)
+    assert [drain(engine)[number].cached_tokens for number in (2,)] == [0]
+
+
 # --- what is kept, and what is not ------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +19,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from .kvcache import PromptCache, RowView, take
 from .sampling import Plan, Sampling
+from .waits import Reuse, Waits
 
 # What a row's `logprobs` are where the model computed no finite numbers for it.
 NOT_FINITE = "not finite"
@@ -45,21 +45,6 @@ class RowFailure:
 
     def __init__(self, cause: Exception) -> None:
         self.cause = cause
-
-
-@dataclass(slots=True)
-class Reuse:
-    """How a row's prompt makes use of the prompt cache.
-
-    Attributes:
-        namespace: nothing is shared between different ones.
-        cuts: after how many tokens its reading pauses, so that what was computed can be kept.
-        cached: how many tokens were there already; known once its reading begins.
-    """
-
-    namespace: bytes
-    cuts: tuple[int, ...] = ()
-    cached: int = 0
 
 
 class RowBatch(GenerationBatch):  # type: ignore[misc]
@@ -230,6 +215,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self._prefill_rate = FIRST_PREFILL / PREFILL_S  # tokens per second, of all prompts together
         self._prompt_cache = prompt_cache
         self._reuses: dict[int, Reuse] = {}  # by uid, of prompts whose reading has not begun
+        self._waits = Waits(prompt_cache.tree) if prompt_cache is not None else None
         self._steps = 0
 
     def _next(self) -> Any:
@@ -238,16 +224,28 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts()
         fitting = self._prefill_rate * PREFILL_S / max(rows, 1)
         self.prefill_step_size = int(max(min(fitting, self._most_prefill), min(LEAST_PREFILL, self._most_prefill)))
+        if self._waits is not None and (self._unprocessed_sequences or self._waits):
+            joins = self.prefill_batch_size - reading
+            self._waits.sort(self._unprocessed_sequences, joins, self._reuses, self._left_to_read)
         counters = self._counters
         tokens, seconds = counters.prompt_tokens, counters.prompt_time
         made = super()._next()
         if counters.prompt_tokens > tokens:
             self._prefill_rate = (counters.prompt_tokens - tokens) / (counters.prompt_time - seconds)
-        if self._prompt_cache is not None:
+        if self._prompt_cache is not None and self._waits is not None:
+            if self._waits.reading:
+                for response in made[1]:
+                    self._waits.begun(response.uid)
             self._steps += 1
             if counters.prompt_tokens > tokens or self._steps % LOOK_STEPS == 0:
                 self._prompt_cache.tree.fit(self.live_bytes())
         return made
+
+    def _left_to_read(self, uid: int) -> int | None:
+        if uid in self._prompt_batch.uids:
+            _, done, total = self._currently_processing[self._prompt_batch.uids.index(uid)]
+            return int(total - done)
+        return 0 if uid in self._generation_batch.uids else None
 
     def _make_batch(self, n: int) -> Any:
         if self._reuses and self._prompt_cache is not None:
@@ -315,6 +313,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         view = self.view(uid)
         self.remove([uid])
         self._reuses.pop(uid, None)
+        if self._waits is not None:
+            self._waits.remove(uid)
         return view
 
     @property
@@ -323,7 +323,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     @property
     def waiting(self) -> int:
-        return len(self._unprocessed_sequences)
+        return len(self._unprocessed_sequences) + len(self._waits or ())
 
 
 def _free_tokens(caches: list[Any]) -> int:

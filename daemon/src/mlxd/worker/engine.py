@@ -14,13 +14,14 @@ from mlx_lm.sample_utils import make_logits_processors
 from mlxd_client.errors import InternalError, ModelInvalid, RpcError, Unsupported
 
 from ..childwire import CountTokens, Generate, Generated, WorkerTimings
-from .batch import NOT_FINITE, Reuse, RowFailure, RowGenerator
+from .batch import NOT_FINITE, RowFailure, RowGenerator
 from .kvcache import PromptCache, RowView
 from .load import LoadedModel
 from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
 from .sampling import Sampling
 from .text import TextStream, make_machine
+from .waits import Reuse
 
 # What shares prefixes: all that the base model computes.
 NAMESPACE = b""

@@ -124,27 +124,27 @@ class PrefixTree:
 
     def find(self, namespace: bytes, tokens: Sequence[int], limit: int) -> Found | None:
         """The longest beginning of `tokens` that is kept and can be taken up, of at most `limit` tokens."""
-        wanted = _packed(tokens)
-        path, child, common = self._walk(namespace, wanted)
-        matched = min((path[-1].end if path else 0) + common, limit)
-        mark = None
-        if self.marked:
-            length, marked = self._find_mark(path, child, matched)
-            if marked is None:
-                return None
-            mark = marked.mark
-            self._touch([marked])
-        else:
-            length = matched
-            self._touch([*path, child] if child is not None else path)
+        path, child, alike = self._walk(namespace, _packed(tokens))
+        length, marked = self._usable(path, child, alike, limit)
+        nodes = [*path, child] if child is not None else path
+        self._touch(nodes if marked is None else [marked])
         if length <= 0:
             return None
         parts = []
-        for node in [*path, child] if child is not None else path:
+        for node in nodes:
             begin = node.end - len(node.tokens)
             if begin < length and node.part is not None:
                 parts.append((node.part, min(node.end, length) - begin))
-        return Found(length, parts, mark)
+        return Found(length, parts, marked.mark if marked is not None else None)
+
+    def peek(self, namespace: bytes, tokens: Sequence[int], limit: int) -> int:
+        """How long the sequence is that `find` would find; no use is made of it."""
+        return self._usable(*self._walk(namespace, _packed(tokens)), limit)[0]
+
+    def _usable(self, path: list[Node], child: Node | None, alike: int, limit: int) -> tuple[int, Node | None]:
+        """How much of what `_walk` found can be taken up, and the node with the mark that this needs."""
+        matched = min((path[-1].end if path else 0) + alike, limit)
+        return self._find_mark(path, child, matched) if self.marked else (matched, None)
 
     def _walk(self, namespace: bytes, wanted: array[int]) -> tuple[list[Node], Node | None, int]:
         """The nodes whose tokens are all wanted, the first one first; and a further one of which only some are, with
@@ -155,11 +155,11 @@ class PrefixTree:
             child = node.children.get(wanted[at])
             if child is None:
                 break
-            common = _common(child.tokens, wanted, at)
-            if common < len(child.tokens):
-                return path, child, common
+            alike = common(child.tokens, wanted, at)
+            if alike < len(child.tokens):
+                return path, child, alike
             path.append(child)
-            node, at = child, at + common
+            node, at = child, at + alike
         return path, None, 0
 
     def _find_mark(self, path: list[Node], child: Node | None, matched: int) -> tuple[int, Node | None]:
@@ -182,8 +182,8 @@ class PrefixTree:
         `row` holds the KV of `tokens`, and is asked only for what is not kept yet. Where it raises, nothing is added.
         """
         wanted = _packed(tokens)
-        path, child, common = self._walk(namespace, wanted)
-        have = (path[-1].end if path else 0) + common
+        path, child, alike = self._walk(namespace, wanted)
+        have = (path[-1].end if path else 0) + alike
         if not wanted or (have == len(wanted) and (not self.marked or (child is None and path[-1].mark is not None))):
             self._touch(path if child is None else [*path, child])
             return 0
@@ -195,7 +195,7 @@ class PrefixTree:
             if room < 0 or (end < len(wanted) if self.marked else end == have):
                 return 0
             mark = row.mark() if self.marked else None
-            tip = self._grow(namespace, wanted[:end], path, child, common, row)
+            tip = self._grow(namespace, wanted[:end], path, child, alike, row)
             if mark is not None:
                 self._set_mark(tip, mark)
         finally:
@@ -206,14 +206,14 @@ class PrefixTree:
         return end - have
 
     def _grow(
-        self, namespace: bytes, wanted: array[int], path: list[Node], child: Node | None, common: int, row: Row
+        self, namespace: bytes, wanted: array[int], path: list[Node], child: Node | None, alike: int, row: Row
     ) -> Node:
         """Add the nodes that a sequence lacks, behind those that `_walk` found. Returns its last one."""
-        begin = (path[-1].end if path else 0) + common
+        begin = (path[-1].end if path else 0) + alike
         edges = [(at, min(at + LONGEST_EDGE, len(wanted))) for at in range(begin, len(wanted), LONGEST_EDGE)]
         parts = [row.part(start, end) for start, end in edges]
         if child is not None:
-            tip = self._split(child, common)
+            tip = self._split(child, alike)
         else:
             tip = path[-1] if path else self._roots.setdefault(namespace, Node(None, array("I"), None))
         for (start, end), part in zip(edges, parts, strict=True):
@@ -364,7 +364,7 @@ def _packed(tokens: Sequence[int]) -> array[int]:
     return tokens if isinstance(tokens, array) else array("I", tokens)
 
 
-def _common(edge: array[int], wanted: array[int], at: int) -> int:
+def common(edge: array[int], wanted: array[int], at: int) -> int:
     """How many tokens of `edge` are those of `wanted` from `at` on. Compared in halves, since arrays compare fast."""
     high = min(len(edge), len(wanted) - at)
     if edge[:high] == wanted[at : at + high]:
