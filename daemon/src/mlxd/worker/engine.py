@@ -21,7 +21,7 @@ from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
 from .sampling import Sampling
 from .text import TextStream, make_machine
-from .waits import Reuse
+from .waits import LEAST, Reuse
 
 # What shares prefixes: all that the base model computes.
 NAMESPACE = b""
@@ -273,10 +273,13 @@ class Engine:
                 self._keep(running, row, tokens)
 
     def _keep_prompt(self, response: Any, running: Running) -> None:
-        """A prompt gave its first token: others may use it from now on, while its own answer is made."""
-        if self.cache is not None and not self.cache.marked and response.finish_reason is None:
+        """A prompt gave its first token: where much of it is new, others may use it while its own answer is made."""
+        reuse, length = running.reuse, len(running.prompt.tokens)
+        if self.cache is None or self.cache.marked or reuse is None or length - reuse.cached < LEAST:
+            return
+        if response.finish_reason is None:
             row, tokens = self._generator.view(response.uid)
-            self._keep(running, row, tokens[: len(running.prompt.tokens)])
+            self._keep(running, row, tokens[:length])
 
     # --- failures
 

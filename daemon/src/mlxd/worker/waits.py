@@ -14,9 +14,9 @@ from typing import Any
 
 from .prefix import PrefixTree, common
 
-__all__ = ["Reuse", "Waits"]
+__all__ = ["LEAST", "Reuse", "Waits"]
 
-# Fewer tokens are not worth a wait.
+# Fewer tokens that are shared are not worth a wait, nor to be at hand before the answer is done.
 LEAST = 64
 WORTH = 2
 
