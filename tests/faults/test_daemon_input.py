@@ -208,7 +208,6 @@ def test_params_of_chat(client: Client, params: dict, field: str) -> None:
         ("process", {"prompt": "x", "schema": {"type": "object"}}, "schema"),
         ("process", {"prompt": "x", "schema": True}, "schema"),
         ("process", {"prompt": "x", "grammar": "root ::= 'a'"}, "grammar"),
-        ("process", {"prompt": "x", "cache_prompt": True}, "cache_prompt"),
         ("chat", ASK | {"tools": [{"name": "clock"}]}, "tools"),
         ("chat", ASK | {"tool_choice": "auto"}, "tool_choice"),
         ("chat", {"messages": [{"role": "tool", "content": "3 PM"}]}, "messages"),

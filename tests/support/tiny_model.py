@@ -1,4 +1,4 @@
-"""Builds small random-weight Qwen3 folders that mlx_lm loads like any other model. Nothing is downloaded.
+"""Builds small random-weight folders, of Qwen3 or another family, that mlx_lm loads like any model; no download.
 
 The tokenizer is a byte-level BPE learned from a few lines, so that every Unicode text has tokens and characters beyond
 ASCII take several. Weights are random by seed: the text is noise, but the same noise each time.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from support.families import FAMILIES
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -32,6 +34,7 @@ CORPUS = [
 def build(
     folder: Path,
     *,
+    family: str = "qwen3",
     hidden: int = 64,
     layers: int = 2,
     heads: int = 4,
@@ -46,6 +49,7 @@ def build(
     """Write a model into `folder` and return it.
 
     Args:
+        family: one of support.families.
         hidden: width; the feed-forward part is three times as wide.
         vocabulary: the wished tokenizer size; the small corpus may give less. Embeddings have exactly this many rows.
         chat_template: None writes a tokenizer without one.
@@ -55,13 +59,12 @@ def build(
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.utils import tree_flatten
-    from mlx_lm.models.qwen3 import Model, ModelArgs
+    from mlx_lm.utils import _get_classes as get_classes
 
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, vocabulary, chat_template)
     settings: dict[str, Any] = {
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": family,
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "intermediate_size": 3 * hidden,
@@ -74,12 +77,16 @@ def build(
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "eos_token_id": 2,
-    }
+    } | FAMILIES[family]
     mx.random.seed(seed)
-    model = Model(ModelArgs.from_dict(settings))
+    model_class, arguments_class = get_classes(settings)
+    model = model_class(arguments_class.from_dict(settings))
     # Scales at which layers matter and logits lie apart: greedy decoding wanders, and has no near-ties.
-    model.model.embed_tokens.weight = mx.random.normal((vocabulary, hidden))
-    model.lm_head.weight = mx.random.normal((vocabulary, hidden)) * (3.0 / hidden**0.5)
+    for name, module in model.named_modules():
+        if name.endswith(("embed_tokens", "backbone.embeddings")):
+            module.weight = mx.random.normal((vocabulary, hidden))
+        elif name == "lm_head":
+            module.weight = mx.random.normal((vocabulary, hidden)) * (3.0 / hidden**0.5)
     if quantize is not None:
         nn.quantize(model, group_size=32, bits=quantize)
         settings["quantization"] = {"group_size": 32, "bits": quantize}

@@ -54,7 +54,8 @@ def make_cleanup(folder: Path) -> None:
     weights: Any = mx.load(str(folder / "model.safetensors"))
     weights = {key: value.astype(dtype) for key, value in weights.items()}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    config |= {"eos_token_id": config["vocab_size"], "torch_dtype": dtype_name}
+    # Longer prompts than it was made for cost what they cost, whatever it makes of them.
+    config |= {"eos_token_id": config["vocab_size"], "torch_dtype": dtype_name, "max_position_embeddings": CONTEXT}
     (folder / "config.json").write_text(json.dumps(config))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     del settings["eos_token"]  # mlx_lm adds it to what the config says

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from . import download_rows, generation_rows, models, size_rows, socket_rows, table
+from . import download_rows, generation_rows, models, prefix_rows, size_rows, socket_rows, table
 from .effort import FULL, QUICK, SMOKE, Effort
 from .processes import Daemon, Echo, Reference, folder
 
@@ -20,7 +20,7 @@ NAMES = (
     "ping",
     "pipelined",
     "download",
-    *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "http")),
+    *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "http", "prefix")),
 )
 
 
@@ -94,4 +94,6 @@ def generation(
                     yield from generation_rows.batch_rows(label, daemon, reference, path, scale)
         if f"http/{model}" in wanted:
             yield from generation_rows.http_rows(label, daemon, temp, path, scale)
+        if f"prefix/{model}" in wanted:
+            yield from prefix_rows.prefix_rows(label, daemon, path, scale)
         client.unload(str(path))

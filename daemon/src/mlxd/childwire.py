@@ -44,21 +44,35 @@ class Ready(msgspec.Struct, omit_defaults=True):
     versions: dict[str, str] = {}
 
 
+class PromptCacheStats(msgspec.Struct, omit_defaults=True):
+    """What became of the prefix cache since the model was loaded: requests that found a prefix and that found none,
+    tokens that were not computed; `bytes` is what it holds now."""
+
+    hits: int = 0
+    misses: int = 0
+    saved_tokens: int = 0
+    bytes: int = 0
+
+
 class Heartbeat(msgspec.Struct, omit_defaults=True):
-    """`memory_bytes` is what the child's model and caches hold now, as MLX counts it."""
+    """`memory_bytes` is what the child's model and caches hold now, as MLX counts it. `prompt_cache` is missing where
+    no prefixes are kept."""
 
     active: int = 0
     waiting: int = 0
     memory_bytes: int = 0
+    prompt_cache: PromptCacheStats | None = None
 
 
 class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """`path` is a verified local folder. `max_batch` bounds how many requests decode together."""
+    """`path` is a verified local folder. `max_batch` bounds how many requests decode together; `cache_bytes` what
+    their KV caches and the prefixes that are kept hold together, where 0 keeps none."""
 
     model: str
     path: str
     max_batch: int = 32
     prefill_step: int = 512
+    cache_bytes: int = 0
 
 
 class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -92,8 +92,6 @@ def refuse_unsupported(params: types.GenerateParams) -> None:
     for option in UNSUPPORTED:
         if getattr(params, option, UNSET) is not UNSET:
             raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
-    if params.cache_prompt is True:
-        raise errors.Unsupported("no prompt caches are kept yet", option="cache_prompt")
     for number, turn in enumerate(params.messages if isinstance(params, types.ChatParams) else ()):
         if turn.role == "tool" or turn.tool_calls is not UNSET or turn.tool_call_id is not UNSET:
             told = f"messages[{number}]"

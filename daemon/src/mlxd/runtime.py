@@ -144,7 +144,10 @@ class Runtime:
 
     def _start_worker(self, action: do.StartWorker) -> None:
         settings = self._settings
-        load = wire.LoadModel(model=action.model, path=self._library.paths[action.model], max_batch=settings.max_batch)
+        load = wire.LoadModel(
+            model=action.model, path=self._library.paths[action.model], max_batch=settings.max_batch,
+            cache_bytes=settings.prompt_cache_bytes,
+        )  # fmt: skip
         link = WorkerLink(action.worker, load, self, load_s=settings.load_s)
         self._links[action.worker] = link
         spec = ChildSpec(kind="worker", name=action.model, argv=settings.worker_command)

@@ -24,6 +24,7 @@ __all__ = ["LOG_LEVELS", "Loaded", "LogLevel", "Origin", "Settings", "SettingsEr
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOG_LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
 MEMORY_SHARE = 0.7
+PROMPT_CACHE_SHARE = 0.1
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 KeepAlive = Annotated[float, Meta(ge=-1, le=31_536_000)]
@@ -49,6 +50,11 @@ def memory_budget() -> int:
     return int(min(physical, _control_group_limit() or physical) * MEMORY_SHARE)
 
 
+def prompt_cache_budget() -> int:
+    """Bytes that one model's prompt cache may take by default: a share of what all models may."""
+    return int(memory_budget() * PROMPT_CACHE_SHARE)
+
+
 def _control_group_limit() -> int | None:
     """The limit that a Linux container sets, or None. See cgroup-v2.rst, memory.max."""
     try:
@@ -68,6 +74,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         keep_alive_s: a model that nobody used for so long is unloaded; -1 never, 0 at once.
         keep_alive: the same for single models, by id. Requests may say otherwise.
         memory_budget_bytes: bounds all loaded models together.
+        prompt_cache_bytes: what prompts and answers that are kept, for requests that begin alike, may hold in one model
+            together with those that run; 0 keeps none.
         max_batch: how many requests decode together in one model.
         queue_limit: how many requests may wait, over all models.
         requests_in_flight: how many requests one connection may have open.
@@ -100,6 +108,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keep_alive_s: KeepAlive = 300.0
     keep_alive: dict[Name, KeepAlive] = {}
     memory_budget_bytes: Annotated[int, Meta(ge=1)] = msgspec.field(default_factory=memory_budget)
+    prompt_cache_bytes: Annotated[int, Meta(ge=0, le=2**53)] = msgspec.field(default_factory=prompt_cache_budget)
     max_batch: Annotated[int, Meta(ge=1, le=1024)] = 32
     queue_limit: Count = 512
     requests_in_flight: Count = 1024

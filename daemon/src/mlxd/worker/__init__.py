@@ -7,6 +7,9 @@
     prompt     messages become tokens, through the model's chat template
     engine     the requests in flight and how each ends
     batch      mlx_lm's BatchGenerator with sampling for all rows in one call
+    prefix      which prefixes of prompts are kept, and which go first
+    kvcache     their arrays: out of a batch, and into another row
+    waits       prompts that wait for one that begins alike
     sampling   penalties, filters and seeded draws, for a whole batch
     text       tokens become text: whole characters, stop strings, reasoning apart
 

@@ -9,6 +9,7 @@ are mlx_lm's.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -16,7 +17,9 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch, greedy_sampler
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
+from .kvcache import PromptCache, RowView, take
 from .sampling import Plan, Sampling
+from .waits import Reuse, Waits
 
 # What a row's `logprobs` are where the model computed no finite numbers for it.
 NOT_FINITE = "not finite"
@@ -31,6 +34,10 @@ LEAST_PREFILL = 4
 MOST_PREFILLS = 8
 # How many tokens are read the first time, of all prompts together, while nobody knows yet how long that takes.
 FIRST_PREFILL = 64
+# How many steps the batch may grow before it is looked at again how much it holds.
+LOOK_STEPS = 16
+# By how many tokens mlx_lm's caches grow when they are full.
+GROWTH = KVCache.step
 
 
 class RowFailure:
@@ -134,8 +141,8 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
         self._steps_alone, self._plain = 0, False
         self._next_mass = self._next_mass[keep] if keep and self._next_mass is not None else None
 
-    def extract_cache(self, idx: int) -> list[Any]:
-        return list(self.prompt_cache) if self._plain else super().extract_cache(idx)
+    def extract_cache(self, idx: int) -> RowView | None:
+        return take(self.prompt_cache, idx, len(self.tokens[idx]))
 
     def _make_plain(self) -> None:
         """Caches of other types stay as they are: a batch of one."""
@@ -152,6 +159,9 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
 
 class RowPrompts(PromptProcessingBatch):  # type: ignore[misc]
     """A PromptProcessingBatch that hands over to a RowBatch."""
+
+    def extract_cache(self, idx: int) -> RowView | None:
+        return take(self.prompt_cache, idx, len(self.tokens[idx]))
 
     def generate(self, tokens: list[list[int]]) -> RowBatch:
         if any(len(row) > 1 for row in tokens):
@@ -179,9 +189,18 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         prefill_step: how many tokens of each prompt are read between two decode steps at most; see PREFILL_S.
         prefill_joins: how many prompts begin to be read in one step at most. One that takes several steps is read
             together with those that begin after it.
+        prompt_cache: where prompts find what was computed before; None computes everything.
     """
 
-    def __init__(self, model: Any, *, max_batch: int, prefill_step: int, prefill_joins: int = MOST_PREFILLS) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_batch: int,
+        prefill_step: int,
+        prefill_joins: int = MOST_PREFILLS,
+        prompt_cache: PromptCache | None = None,
+    ) -> None:
         super().__init__(
             model,
             completion_batch_size=max_batch,
@@ -194,6 +213,10 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self._generation_batch = RowBatch.empty(model, greedy_sampler)
         self._most_prefill = prefill_step
         self._prefill_rate = FIRST_PREFILL / PREFILL_S  # tokens per second, of all prompts together
+        self._prompt_cache = prompt_cache
+        self._reuses: dict[int, Reuse] = {}  # by uid, of prompts whose reading has not begun
+        self._waits = Waits(prompt_cache.tree) if prompt_cache is not None else None
+        self._steps = 0
 
     def _next(self) -> Any:
         reading = len(self._prompt_batch)
@@ -201,18 +224,73 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts()
         fitting = self._prefill_rate * PREFILL_S / max(rows, 1)
         self.prefill_step_size = int(max(min(fitting, self._most_prefill), min(LEAST_PREFILL, self._most_prefill)))
+        if self._waits is not None and (self._unprocessed_sequences or self._waits):
+            joins = self.prefill_batch_size - reading
+            self._waits.sort(self._unprocessed_sequences, joins, self._reuses, self._left_to_read)
         counters = self._counters
         tokens, seconds = counters.prompt_tokens, counters.prompt_time
         made = super()._next()
         if counters.prompt_tokens > tokens:
             self._prefill_rate = (counters.prompt_tokens - tokens) / (counters.prompt_time - seconds)
+        if self._prompt_cache is not None and self._waits is not None:
+            if self._waits.reading:
+                for response in made[1]:
+                    self._waits.begun(response.uid)
+            self._steps += 1
+            if counters.prompt_tokens > tokens or self._steps % LOOK_STEPS == 0:
+                self._prompt_cache.tree.fit(self.live_bytes())
         return made
+
+    def _left_to_read(self, uid: int) -> int | None:
+        if uid in self._prompt_batch.uids:
+            _, done, total = self._currently_processing[self._prompt_batch.uids.index(uid)]
+            return int(total - done)
+        return 0 if uid in self._generation_batch.uids else None
+
+    def _make_batch(self, n: int) -> Any:
+        if self._reuses and self._prompt_cache is not None:
+            for index in range(n):
+                reuse = self._reuses.pop(self._unprocessed_sequences[index][0], None)
+                if reuse is not None:
+                    self._take_up(index, reuse, self._prompt_cache)
+        return super()._make_batch(n)
+
+    def _take_up(self, index: int, reuse: Reuse, prompt_cache: PromptCache) -> None:
+        """Have the prompt of a waiting row begin where what is kept of it ends."""
+        uid, segments, most, caches, _, *rest = self._unprocessed_sequences[index]
+        tokens = [token for segment in segments for token in segment]
+        found = prompt_cache.find(reuse.namespace, tokens)
+        if found is not None:
+            caches, reuse.cached = found
+            prompt_cache.tree.fit(self.live_bytes() + sum(cache.nbytes for cache in caches))
+        edges = sorted({reuse.cached, *(cut for cut in reuse.cuts if cut > reuse.cached), len(tokens) - 1, len(tokens)})
+        segments = [tokens[start:end] for start, end in itertools.pairwise(edges)]
+        self._unprocessed_sequences[index] = (uid, segments, most, caches, tokens[: reuse.cached], *rest)
+
+    def live_bytes(self) -> int:
+        """What the caches of all rows hold, and will hold before the next look at it."""
+        token_bytes = self._prompt_cache.token_bytes if self._prompt_cache is not None else 0
+        ahead = {self._prompt_batch: self._most_prefill, self._generation_batch: LOOK_STEPS}
+        total = 0
+        for batch, tokens in ahead.items():
+            total += sum(cache.nbytes for cache in batch.prompt_cache)
+            if batch.prompt_cache and _free_tokens(batch.prompt_cache) < tokens:
+                total += len(batch) * token_bytes * max(tokens, GROWTH)
+        return total
 
     def _read_prompts(self) -> int:
         """How many prompts are read but for their last token, with which their first decode step begins."""
         return sum(len(segments) == 1 and len(segments[0]) == 1 for segments, *_ in self._currently_processing)
 
-    def add(self, tokens: list[int], max_tokens: int, sampling: Sampling, processors: list[Any], stops: Any) -> int:
+    def add(
+        self,
+        tokens: list[int],
+        max_tokens: int,
+        sampling: Sampling,
+        processors: list[Any],
+        stops: Any,
+        reuse: Reuse | None = None,
+    ) -> int:
         """Queue one prompt. Returns the number that its responses carry as `uid`."""
         uids: list[int] = self.insert(
             [tokens],
@@ -221,7 +299,23 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
             logits_processors=[processors],
             stop_sequences=[stops],
         )
+        if reuse is not None:
+            self._reuses[uids[0]] = reuse
         return uids[0]
+
+    def view(self, uid: int) -> tuple[RowView | None, list[int]]:
+        """What the caches hold for a row now, and the tokens that this is of."""
+        view, tokens = self.extract_cache([uid]).get(uid) or (None, [])
+        return (view, tokens) if isinstance(view, RowView) else (None, [])
+
+    def drop(self, uid: int) -> tuple[RowView | None, list[int]]:
+        """Take a row out, whatever it is at. Returns its `view`."""
+        view = self.view(uid)
+        self.remove([uid])
+        self._reuses.pop(uid, None)
+        if self._waits is not None:
+            self._waits.remove(uid)
+        return view
 
     @property
     def active(self) -> int:
@@ -229,4 +323,12 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     @property
     def waiting(self) -> int:
-        return len(self._unprocessed_sequences)
+        return len(self._unprocessed_sequences) + len(self._waits or ())
+
+
+def _free_tokens(caches: list[Any]) -> int:
+    """How many tokens fit into a batch's caches before they grow; 0 where they hold none that grow by token."""
+    for cache in caches:
+        if isinstance(cache, KVCache | BatchKVCache) and cache.keys is not None:
+            return int(cache.keys.shape[2] - cache.size())
+    return 0

@@ -11,16 +11,20 @@ import mlx.core as mx
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import make_logits_processors
 
-from mlxd_client.errors import InternalError, ModelInvalid, RpcError
+from mlxd_client.errors import InternalError, ModelInvalid, RpcError, Unsupported
 
 from ..childwire import CountTokens, Generate, Generated, WorkerTimings
 from .batch import NOT_FINITE, RowFailure, RowGenerator
+from .kvcache import PromptCache, RowView
 from .load import LoadedModel
 from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
 from .sampling import Sampling
 from .text import TextStream, make_machine
+from .waits import LEAST, Reuse
 
+# What shares prefixes: all that the base model computes.
+NAMESPACE = b""
 # After this many failed steps in a row, no further batch is tried.
 MAX_FAILED_STEPS = 2
 # A device that said this does not compute again in this process.
@@ -41,6 +45,7 @@ class Running:
     choices: Choices
     text: TextStream
     received_at: float
+    reuse: Reuse | None = None
     tokens: int = 0
     prompt_at: float = 0.0
     first_at: float = 0.0
@@ -63,6 +68,7 @@ class Engine:
         max_batch: how many decode together; further ones wait their turn.
         prefill_step: how many tokens of a prompt are read between two decode steps.
         prefill_joins: how many prompts begin to be read in one step.
+        cache_bytes: bounds the prefixes that are kept and what the batch holds, together; 0 keeps nothing.
         guard: (source, answer) → words the answer invents; used for models that promise to rewrite faithfully.
     """
 
@@ -73,10 +79,18 @@ class Engine:
         max_batch: int,
         prefill_step: int,
         prefill_joins: int = 8,
+        cache_bytes: int = 0,
         guard: Callable[[str, str], tuple[str, ...]] | None = None,
     ) -> None:
         self._loaded = loaded
-        self._limits = {"max_batch": max_batch, "prefill_step": prefill_step, "prefill_joins": prefill_joins}
+        cache = PromptCache(loaded.model, cache_bytes)
+        self.cache = cache if cache_bytes > 0 and cache.usable else None
+        self._limits: dict[str, Any] = {
+            "max_batch": max_batch,
+            "prefill_step": prefill_step,
+            "prefill_joins": prefill_joins,
+            "prompt_cache": self.cache,
+        }
         self._guard = guard
         self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary)
         self._generator = RowGenerator(loaded.model, **self._limits)
@@ -92,7 +106,8 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._running)
+        """There is something left to do for `step`."""
+        return bool(self._running) or (self.cache is not None and self.cache.pending)
 
     @property
     def active(self) -> int:
@@ -111,15 +126,21 @@ class Engine:
         """
         received_at = time.perf_counter()
         choices = resolve(request.kind, request.options, self._loaded.defaults, self._loaded.vocabulary)
-        prompt = self._prompts.build(request.kind, request.messages, thinking=choices.thinking)
+        if self.cache is None and request.options.get("cache_prompt") is True:
+            raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
+        reuse = Reuse(NAMESPACE) if self.cache is not None and choices.cache_prompt else None
+        cut = reuse is not None and self.cache is not None and self.cache.marked
+        prompt = self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut)
+        if reuse is not None:
+            reuse.cuts = prompt.cuts
         machine = make_machine(choices.stop, self._think)
         text = TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
         room = self._loaded.context_length - len(prompt.tokens)
         processors = make_logits_processors(choices.logit_bias)
         uid = self._generator.add(
-            prompt.tokens, min(choices.max_tokens, room), choices.sampling, processors, self._stops
+            prompt.tokens, min(choices.max_tokens, room), choices.sampling, processors, self._stops, reuse
         )
-        self._running[uid] = Running(request_id, request, prompt, choices, text, received_at)
+        self._running[uid] = Running(request_id, request, prompt, choices, text, received_at, reuse)
         self._uids[request_id] = uid
 
     def cancel(self, request_id: int) -> Outcome:
@@ -127,7 +148,7 @@ class Engine:
         outcome = Outcome()
         uid = self._uids.get(request_id)
         if uid is not None:
-            self._generator.remove([uid])
+            self._keep(self._running[uid], *self._generator.drop(uid))
             self._end(uid, "cancelled", outcome)
         return outcome
 
@@ -143,6 +164,8 @@ class Engine:
             EngineLost: no further step can work; every request in flight is lost with the process.
         """
         try:
+            if self.cache is not None and self.cache.pending:
+                self.cache.settle(self._generator.live_bytes())
             prompts, responses = self._generator.next()
         except Exception as error:
             return self._fail_all(error)
@@ -150,8 +173,11 @@ class Engine:
         outcome = Outcome()
         now = time.perf_counter()
         for progress in prompts:
-            if progress.end_of_prompt and (running := self._running.get(progress.uid)) is not None:
+            running = self._running.get(progress.uid)
+            if running is not None and progress.end_of_prompt:
                 running.prompt_at = now
+            elif running is not None and progress.end_of_segment:
+                self._keep_cut(progress.uid, running)
         for response in responses:
             running = self._running.get(response.uid)
             if running is None:
@@ -169,21 +195,22 @@ class Engine:
                 raise ModelInvalid("the model computed values that are no finite numbers")
             if isinstance(note, RowFailure):
                 raise note.cause
-        if not running.tokens:
-            running.first_at = now
         running.tokens += 1
+        if running.tokens == 1:
+            running.first_at = now
+            self._keep_prompt(response, running)
         if token not in self._eos:
             if note is not None:
                 running.logprobs.append(self._report(running.choices.sampling.logprobs, token, note))
             text, reasoning = running.text.add(token)
             if (text or reasoning) and running.request.stream:
                 outcome.pieces.append((running.id, text, reasoning))
-        if running.text.stopped:
-            if response.finish_reason is None:
-                self._generator.remove([response.uid])
+        if response.finish_reason is not None:
+            self._keep(running, response.prompt_cache, response.all_tokens)
+            self._end(response.uid, "stop" if running.text.stopped else response.finish_reason, outcome)
+        elif running.text.stopped:
+            self._keep(running, *self._generator.drop(response.uid))
             self._end(response.uid, "stop", outcome)
-        elif response.finish_reason is not None:
-            self._end(response.uid, response.finish_reason, outcome)
 
     def _end(self, uid: int, reason: str, outcome: Outcome) -> None:
         """Say how a request ended. It has left the batch already."""
@@ -209,6 +236,7 @@ class Engine:
             finish_reason=reason,
             prompt_tokens=len(running.prompt.tokens),
             completion_tokens=running.tokens,
+            cached_tokens=running.reuse.cached if running.reuse is not None else 0,
             timings=WorkerTimings(
                 prompt_s=(running.prompt_at or now) - start,
                 first_token_s=first - start if first else 0.0,
@@ -230,6 +258,29 @@ class Engine:
             entry["top"] = [(decode([other]), value) for other, value in best if value > -1e9]
         return entry
 
+    # --- the prompt cache
+
+    def _keep(self, running: Running, row: RowView | None, tokens: list[int]) -> None:
+        """Have what was computed for a request kept. The copying waits for the next step, behind the answer."""
+        if self.cache is not None and running.reuse is not None:
+            self.cache.keep(running.reuse.namespace, tokens, row)
+
+    def _keep_cut(self, uid: int, running: Running) -> None:
+        """A prompt was read up to a cut that was made for this."""
+        if running.reuse is not None and running.reuse.cuts:
+            row, tokens = self._generator.view(uid)
+            if len(tokens) in running.reuse.cuts:
+                self._keep(running, row, tokens)
+
+    def _keep_prompt(self, response: Any, running: Running) -> None:
+        """A prompt gave its first token: where much of it is new, others may use it while its own answer is made."""
+        reuse, length = running.reuse, len(running.prompt.tokens)
+        if self.cache is None or self.cache.marked or reuse is None or length - reuse.cached < LEAST:
+            return
+        if response.finish_reason is None:
+            row, tokens = self._generator.view(response.uid)
+            self._keep(running, row, tokens[:length])
+
     # --- failures
 
     def _fail(self, uid: int, error: Exception, outcome: Outcome, *, in_batch: bool) -> None:
@@ -238,7 +289,7 @@ class Engine:
             return
         self._uids.pop(running.id, None)
         if in_batch:
-            self._generator.remove([uid])
+            self._generator.drop(uid)
         outcome.ended.append((running.id, _typed(error)))
 
     def _fail_all(self, error: Exception) -> Outcome:
@@ -250,6 +301,8 @@ class Engine:
         outcome = Outcome(ended=[(running.id, _typed(error)) for running in self._running.values()])
         self._running.clear()
         self._uids.clear()
+        if self.cache is not None:
+            self.cache.forget_pending()
         self._generator.close()
         self._generator = RowGenerator(self._loaded.model, **self._limits)
         mx.clear_cache()

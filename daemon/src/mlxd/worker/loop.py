@@ -64,7 +64,13 @@ class Worker:
         engine = self._engine
         if engine is None:
             return Heartbeat(memory_bytes=mx.get_active_memory())
-        return Heartbeat(active=engine.active, waiting=engine.waiting, memory_bytes=mx.get_active_memory())
+        cache = engine.cache
+        return Heartbeat(
+            active=engine.active,
+            waiting=engine.waiting,
+            memory_bytes=mx.get_active_memory(),
+            prompt_cache=cache.stats() if cache is not None else None,
+        )
 
     # --- messages
 
@@ -96,6 +102,7 @@ class Worker:
         engine = Engine(
             loaded,
             **limits(request),
+            cache_bytes=request.cache_bytes,
             guard=find_guard() if loaded.faithful else None,
         )
         try:

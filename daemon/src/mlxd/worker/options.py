@@ -34,6 +34,7 @@ class Choices:
     stop: tuple[str, ...] = ()
     logit_bias: Mapping[int, float] | None = None
     thinking: bool = False
+    cache_prompt: bool = True
 
 
 def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], vocabulary: int) -> Choices:
@@ -73,6 +74,7 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
         stop=tuple(_or(params.stop, [])),
         logit_bias=_bias(_or(params.logit_bias, {}), vocabulary),
         thinking=_or(params.thinking, False),
+        cache_prompt=_or(params.cache_prompt, True),
     )
 
 
@@ -81,8 +83,6 @@ def refuse_unsupported(options: Mapping[str, Any]) -> None:
     for name in NOT_YET:
         if name in options:
             raise Unsupported(f"this engine cannot honour {name} yet", option=name)
-    if options.get("cache_prompt") is True:
-        raise Unsupported("this engine keeps no prompt caches yet", option="cache_prompt")
 
 
 def check_defaults(raw: Any) -> dict[str, Any]:

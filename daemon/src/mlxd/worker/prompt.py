@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,13 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`source` is the text that the last user turn brought; `in_reasoning` says that the template opened a thought."""
+    """`source` is the text that the last user turn brought; `in_reasoning` says that the template opened a thought;
+    `cuts` are where other prompts may go on differently, in tokens: after the system turn, and after the last one."""
 
     tokens: list[int]
     source: str
     in_reasoning: bool = False
+    cuts: tuple[int, ...] = ()
 
 
 class PromptBuilder:
@@ -53,8 +55,8 @@ class PromptBuilder:
         # No token spells more bytes than this, so that huge texts are refused without tokenizing them.
         self._longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
 
-    def build(self, kind: str, messages: list[dict[str, Any]], *, thinking: bool) -> Prompt:
-        """The prompt for an answer to `messages`.
+    def build(self, kind: str, messages: list[dict[str, Any]], *, thinking: bool, cut: bool = False) -> Prompt:
+        """The prompt for an answer to `messages`; with `cuts` if `cut`.
 
         Raises:
             InvalidParams: no or malformed messages, or ones that the template refuses.
@@ -73,7 +75,23 @@ class PromptBuilder:
             raise Unsupported("this model has no thinking mode", option="thinking")
         text = self._render(messages, thinking)
         opened = self._tokenizer.has_thinking and text.rstrip().endswith(self._tokenizer.think_start)
-        return Prompt(self._encode(text, special=False), source, opened)
+        tokens = self._encode(text, special=False)
+        return Prompt(tokens, source, opened, self._cuts(messages, thinking, text, tokens) if cut else ())
+
+    def _cuts(self, messages: list[dict[str, Any]], thinking: bool, text: str, tokens: list[int]) -> tuple[int, ...]:
+        """See Prompt. Where a template allows no comparison there are none: they are of use, not needed."""
+        found = set()
+        with contextlib.suppress(Exception):
+            # Up to where the template asks for an answer.
+            rest = text[_same(text, self._apply(messages, thinking, answer=False)) :]
+            found.add(len(tokens) - len(self._tokenizer.encode(rest, add_special_tokens=False)))
+        if messages[0]["role"] == "system" and len(messages) > 1:
+            with contextlib.suppress(Exception):
+                # Up to where another first turn would make a difference.
+                other = {**messages[1], "content": "y" if messages[1]["content"].startswith("x") else "x"}
+                same = text[: _same(text, self._apply([messages[0], other], thinking))]
+                found.add(_same(tokens, self._tokenizer.encode(same, add_special_tokens=False)))
+        return tuple(sorted(cut for cut in found if 0 < cut < len(tokens)))
 
     def count(self, *, text: str | None, messages: list[dict[str, Any]] | None) -> int:
         """How many tokens a plain text has, or the prompt that `chat` would make of messages, context or not.
@@ -134,14 +152,23 @@ class PromptBuilder:
                 refusal = raise_as
         raise refusal
 
-    def _apply(self, messages: list[dict[str, Any]], thinking: bool) -> str:
+    def _apply(self, messages: list[dict[str, Any]], thinking: bool, *, answer: bool = True) -> str:
         with time_limit(TEMPLATE_LIMIT_S):
             text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+                messages, tokenize=False, add_generation_prompt=answer, enable_thinking=thinking
             )
         if not isinstance(text, str):
             raise ModelInvalid("the model's chat template gives no text")
         return text
+
+
+def _same(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How long both begin alike."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
 
 
 def check_messages(messages: list[dict[str, Any]]) -> None:

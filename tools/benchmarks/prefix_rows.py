@@ -1,0 +1,59 @@
+"""The second turn of a long conversation: with what the first one computed, and without.
+
+Both sides are the same daemon and the same messages, one with `cache_prompt` off. Every conversation is new.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from string import ascii_lowercase
+
+from mlxd_client import Client
+
+from .effort import Scale
+from .generation_rows import GREEDY, Messages
+from .processes import Daemon
+from .table import Row, paired
+
+ANSWER = 8
+
+
+def prefix_rows(label: str, daemon: Daemon, model: Path, scale: Scale) -> Iterator[Row]:
+    source = random.Random(0)
+    with daemon.client() as client:
+        pairs = [one_pair(client, model, conversation(client, model, scale.prefix_tokens, source))
+                 for _ in range(scale.prefix_rounds)]  # fmt: skip
+    what = f"{label}: first token of a second turn after {scale.prefix_tokens} tokens; without a cache"
+    yield paired(f"prefix/{model.name}", what, pairs, "ms", ("<=", 0.08))
+
+
+def conversation(client: Client, model: Path, tokens: int, source: random.Random) -> Messages:
+    """A first turn with this many tokens at least."""
+    words: list[str] = []
+    while True:
+        words += ["".join(source.choices(ascii_lowercase, k=3)) for _ in range(max(1, tokens // 8))]
+        messages = [{"role": "user", "content": " ".join(words)}]
+        if client.count_tokens(messages=messages, model=str(model)) >= tokens:
+            return messages
+
+
+def one_pair(client: Client, model: Path, messages: Messages) -> tuple[float, float]:
+    """Milliseconds to the second turn's first token, with the first turn's cache and without any."""
+    first = client.chat(messages, model=str(model), max_tokens=ANSWER, **GREEDY)
+    messages = [*messages, {"role": "assistant", "content": first.text}, {"role": "user", "content": " and then"}]
+    cold = first_token_ms(client, model, messages, cache_prompt=False)
+    return first_token_ms(client, model, messages, cache_prompt=True), cold
+
+
+def first_token_ms(client: Client, model: Path, messages: Messages, *, cache_prompt: bool) -> float:
+    began = time.perf_counter()
+    stream = client.stream_chat(messages, model=str(model), max_tokens=ANSWER, cache_prompt=cache_prompt, **GREEDY)
+    first = None
+    for _ in stream:
+        first = first or time.perf_counter()
+    if (stream.result.usage.cached_tokens > 0) != cache_prompt:
+        raise RuntimeError(f"{stream.result.usage.cached_tokens} tokens were cached")
+    return ((first or time.perf_counter()) - began) * 1e3
