@@ -75,6 +75,15 @@ class PromptBuilder:
         opened = self._tokenizer.has_thinking and text.rstrip().endswith(self._tokenizer.think_start)
         return Prompt(self._encode(text, special=False), source, opened)
 
+    def open_thought(self, prompt: Prompt) -> Prompt:
+        """The prompt, with a thought begun where the template left that to the model. Raises ContextExceeded."""
+        if prompt.in_reasoning:
+            return prompt
+        tokens = [*prompt.tokens, *self._tokenizer.think_start_tokens]
+        if len(tokens) >= self._context_length:
+            raise self._too_long(len(tokens))
+        return Prompt(tokens, prompt.source, True)
+
     def count(self, *, text: str | None, messages: list[dict[str, Any]] | None) -> int:
         """How many tokens a plain text has, or the prompt that `chat` would make of messages, context or not.
 

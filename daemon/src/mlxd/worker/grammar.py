@@ -1,0 +1,247 @@
+"""What an answer must look like, compiled: a JSON Schema or a grammar becomes a matcher of llguidance's, or a refusal.
+
+Compiling runs on a thread of its own, without Python's lock, so that others decode meanwhile; its limits are
+llguidance's, plus one on the size of the text. What was compiled is kept, and each request gets a copy.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.hf import from_tokenizer
+
+from mlxd_client.errors import InternalError, InvalidParams, RpcError, Unsupported
+
+from ..childwire import MAX_RULE_BYTES
+
+# Compiling takes time in proportion to the square of an object's properties.
+MAX_PROPERTIES = 1_000
+# What is kept for later requests: this many, and this much text of theirs.
+KEPT, KEPT_BYTES = 64, 2 * 1024 * 1024
+# Compiled ones are tried on so many tokens: what ends nowhere shows there.
+PROBE_TOKENS = 3
+
+# No white space but one optional space after a comma or colon: an answer cannot run away in it.
+_JSON: Any = {
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "whitespace_flexible": False,
+    "coerce_one_of": False,
+    "lenient": False,
+}
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    max_grammar_size=500_000,
+    max_items_in_row=2_000,
+    step_lexer_fuel=200_000,
+    step_max_items=50_000,
+    max_lexer_states=50_000,  # one or two KB each
+    verbose_errors=False,
+)
+# What llguidance says where JSON Schema has a way to say something and it has none to enforce it.
+_NOT_ENFORCED: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r'Unimplemented keys: \["([^"]+)"'), ""),
+    (re.compile(r"oneOf constraints are not supported"), "oneOf"),
+    (re.compile(r"Unknown format"), "format"),
+    (re.compile(r"look-around|backreferences"), "pattern"),
+    (re.compile(r"Failed to generate regex for (?:float|integer|int) range"), "minimum"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What was asked: `text` is a JSON Schema as JSON, or a grammar in llguidance's dialect of Lark."""
+
+    kind: Literal["schema", "grammar"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """`fresh` gives a matcher at the start of the answer; they share nothing."""
+
+    rule: Rule
+    tokenizer: LLTokenizer
+    fresh: Callable[[], LLMatcher]
+
+
+def read_rule(schema: Any, grammar: str | None) -> Rule | None:
+    """What a request asks for under `schema` (an object, True for any JSON, or None) or `grammar`; None for nothing.
+
+    Raises:
+        InvalidParams: both, `false`, or more than can be compiled; details.field says which.
+    """
+    if schema is not None and grammar is not None:
+        raise InvalidParams("give either schema or grammar: an answer follows one of them", field="grammar")
+    if grammar is not None:
+        return _sized(Rule("grammar", grammar))
+    if schema is None:
+        return None
+    if schema is False:
+        raise InvalidParams("schema: no value fits the schema false", field="schema")
+    # `x-guidance` would set llguidance's own options, which are not the caller's.
+    plain = {} if schema is True else {name: value for name, value in schema.items() if name != "x-guidance"}
+    rule = _sized(Rule("schema", json.dumps(plain, ensure_ascii=False, separators=(",", ":"))))
+    _check_properties(plain)
+    return rule
+
+
+def _sized(rule: Rule) -> Rule:
+    size = len(rule.text.encode("utf-8", "surrogatepass"))
+    if size > MAX_RULE_BYTES:
+        told = f"{rule.kind}: {size} bytes are over the limit of {MAX_RULE_BYTES}"
+        raise InvalidParams(told, field=rule.kind, limit_bytes=MAX_RULE_BYTES)
+    return rule
+
+
+def _check_properties(schema: Any) -> None:
+    stack = [schema]
+    while stack:
+        top = stack.pop()
+        if isinstance(top, dict):
+            properties = top.get("properties")
+            if isinstance(properties, dict) and len(properties) > MAX_PROPERTIES:
+                told = f"schema: an object with {len(properties)} properties is over the limit of {MAX_PROPERTIES}"
+                raise InvalidParams(told, field="schema", keyword="properties")
+            stack.extend(top.values())
+        elif isinstance(top, list):
+            stack.extend(top)
+
+
+def can_constrain(tokenizer: Any) -> bool:
+    """Whether llguidance can tell which bytes each token of mlx_lm's `tokenizer` stands for: byte-level tokenizers,
+    and those that fall back to bytes, as sentencepiece's do."""
+    backend = getattr(getattr(tokenizer, "_tokenizer", tokenizer), "backend_tokenizer", None)
+    try:
+        decoder = json.loads(backend.decoder.__getstate__())  # type: ignore[union-attr]
+    except (AttributeError, TypeError, ValueError):
+        return False
+    parts = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else []
+    return decoder.get("type") == "ByteLevel" or any(part.get("type") == "ByteFallback" for part in parts)
+
+
+class Compiler:
+    """Compiles for one model, and keeps what it compiled, least recently used first to go.
+
+    Args:
+        tokenizer: mlx_lm's TokenizerWrapper.
+        vocabulary: how many tokens the model gives logits for.
+        eos: the tokens that end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, eos: set[int]) -> None:
+        self._usable = can_constrain(tokenizer)
+        self._source = getattr(tokenizer, "_tokenizer", tokenizer)
+        self._vocabulary = vocabulary
+        self._eos = sorted(eos)
+        self._tokenizer: LLTokenizer | None = None
+        self._kept: OrderedDict[Rule, Future[Compiled]] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
+
+    def compile(self, rule: Rule) -> Future[Compiled]:
+        """A future of the compiled rule; done already where it was asked for before. It fails with an RpcError.
+
+        Raises:
+            Unsupported: nothing can be enforced with this model's tokenizer.
+        """
+        if not self._usable:
+            told = f"this model's tokenizer does not tell its tokens' bytes, so that {rule.kind} cannot be enforced"
+            raise Unsupported(told, option=rule.kind)
+        found = self._kept.get(rule)
+        if found is None:
+            found = self._kept[rule] = self._thread.submit(self._compile, rule)
+        self._kept.move_to_end(rule)
+        while len(self._kept) > KEPT or sum(len(kept.text) for kept in self._kept) > KEPT_BYTES:
+            self._kept.popitem(last=False)
+        return found
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    # --- on the thread
+
+    def _compile(self, rule: Rule) -> Compiled:
+        try:
+            if self._tokenizer is None:
+                self._tokenizer = self._read_tokenizer(rule)
+            matcher = LLMatcher(self._tokenizer, _source(rule), log_level=0, limits=_LIMITS)
+            self._probe(rule, matcher)
+        except RpcError:
+            raise
+        except ValueError as error:
+            raise refusal(rule, str(error)) from None
+        except Exception as error:
+            raise InternalError(f"{rule.kind} could not be compiled: {type(error).__name__}: {error}") from error
+        return Compiled(rule, self._tokenizer, matcher.deep_copy)
+
+    def _read_tokenizer(self, rule: Rule) -> LLTokenizer:
+        try:
+            size = max(self._vocabulary, len(self._source))  # added tokens may lie beyond the model's
+            return from_tokenizer(self._source, n_vocab=size, eos_token=self._eos)
+        except Exception as error:
+            told = f"this model's tokenizer cannot be used to enforce {rule.kind}: {error}"
+            raise Unsupported(told, option=rule.kind) from None
+
+    def _probe(self, rule: Rule, matcher: LLMatcher) -> None:
+        """Try the first tokens, as far as there is no choice. Raises an RpcError where that leads nowhere."""
+        trial = matcher.deep_copy()
+        for number in range(PROBE_TOKENS):
+            bits = np.unpackbits(np.frombuffer(trial.compute_bitmask(), np.uint8), bitorder="little")
+            if trial.is_error():
+                raise refusal(rule, trial.get_error())
+            allowed = [int(token) for token in np.flatnonzero(bits)[: len(self._eos) + 2]]
+            if number == 0 and not set(allowed) - set(self._eos):
+                raise InvalidParams(f"{rule.kind}: it matches nothing", field=rule.kind)
+            if len(allowed) != 1 or not trial.consume_token(allowed[0]) or trial.is_stopped():
+                break
+        if trial.is_error():
+            raise refusal(rule, trial.get_error())
+
+
+def _source(rule: Rule) -> str:
+    if rule.kind == "schema":
+        return LLMatcher.grammar_from_json_schema(rule.text, overrides=_JSON)
+    return LLMatcher.grammar_from_lark(_compact(rule.text))
+
+
+def _compact(grammar: str) -> str:
+    """The grammar, with the JSON Schemas within it held to the same white space, unless they say otherwise."""
+    parts, end = [], 0
+    for found in re.finditer(r"%json\s*(?=\{)", grammar):
+        if found.start() < end:
+            continue
+        try:
+            schema, after = json.JSONDecoder().raw_decode(grammar, found.end())
+        except (ValueError, RecursionError):
+            continue
+        schema.setdefault("x-guidance", _JSON)
+        parts += [grammar[end : found.end()], json.dumps(schema)]
+        end = after
+    return "".join([*parts, grammar[end:]])
+
+
+def refusal(rule: Rule, reason: str) -> RpcError:
+    """Why a rule cannot be compiled, or followed any further, from what llguidance says."""
+    told = reason.replace("<non-verbose/>", "").strip()[:500]
+    for pattern, keyword in _NOT_ENFORCED:
+        found = pattern.search(told)
+        if found is not None:
+            name = keyword or found[1]
+            return Unsupported(f"{rule.kind}: {name} cannot be enforced here: {told}", option=rule.kind, keyword=name)
+    if "Default retriever" in told:
+        told = f"{told.split(' is not present')[0]} is elsewhere; references are followed within the schema only"
+    elif told == "NoExtensionBias":
+        told = "it matches nothing"
+    elif "ff_tokens" in told:
+        told = "it has no end, or none within reach"
+    elif any(sign in told for sign in ("Too many items", "Current row has", "too many", "too large", "TooComplex")):
+        told = f"it is too complex: {told}"
+    return InvalidParams(f"{rule.kind}: {told}", field=rule.kind)
