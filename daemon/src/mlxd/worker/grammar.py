@@ -6,6 +6,7 @@ llguidance's, plus one on the size of the text. What was compiled is kept, and e
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import OrderedDict
@@ -13,10 +14,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import unquote
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.hf import from_tokenizer
 
 from mlxd_client.errors import InternalError, InvalidParams, RpcError, Unsupported
 
@@ -91,6 +92,8 @@ def read_rule(schema: Any, grammar: str | None) -> Rule | None:
     plain = {} if schema is True else {name: value for name, value in schema.items() if name != "x-guidance"}
     rule = _sized(Rule("schema", json.dumps(plain, ensure_ascii=False, separators=(",", ":"))))
     _check_properties(plain)
+    if _Ends(plain).endless(plain):
+        raise InvalidParams("schema: it has no end: every value that fits it holds another one", field="schema")
     return rule
 
 
@@ -116,16 +119,67 @@ def _check_properties(schema: Any) -> None:
             stack.extend(top)
 
 
+class _Ends:
+    """Looks for a schema whose every value would be endless, as an object that must hold one of its own kind."""
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._root = root
+        self._path: set[int] = set()  # a value that ends never needs the same schema twice on the way down
+        self._ending: set[int] = set()
+        self._left = 20_000
+
+    def endless(self, schema: Any) -> bool:
+        self._left -= 1
+        if not isinstance(schema, dict) or id(schema) in self._ending or self._left < 0:
+            return False
+        if id(schema) in self._path:
+            return True
+        self._path.add(id(schema))
+        found = self._has_endless_part(schema)
+        self._path.discard(id(schema))
+        if not found:
+            self._ending.add(id(schema))
+        return found
+
+    def _has_endless_part(self, schema: dict[str, Any]) -> bool:
+        reference = schema.get("$ref")
+        parts = [self._resolve(reference)] if isinstance(reference, str) else []
+        parts += _list(schema.get("allOf"))
+        if schema.get("type") == "object" and isinstance(properties := schema.get("properties"), dict):
+            parts += [properties.get(name) for name in _list(schema.get("required")) if isinstance(name, str)]
+        if schema.get("type") == "array" and isinstance(least := schema.get("minItems"), int) and least > 0:
+            parts += _list(schema.get("prefixItems"))[:least] or [schema.get("items")]
+        if any(self.endless(part) for part in parts):
+            return True
+        choices = [_list(schema[name]) for name in ("anyOf", "oneOf") if schema.get(name)]
+        return any(all(self.endless(choice) for choice in several) for several in choices)
+
+    def _resolve(self, reference: str) -> Any:
+        found: Any = self._root
+        for part in unquote(reference.removeprefix("#")).split("/")[1:] if reference.startswith("#") else ():
+            part = part.replace("~1", "/").replace("~0", "~")
+            found = found.get(part) if isinstance(found, dict) else None
+        return found if reference.startswith("#") else None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def can_constrain(tokenizer: Any) -> bool:
     """Whether llguidance can tell which bytes each token of mlx_lm's `tokenizer` stands for: byte-level tokenizers,
     and those that fall back to bytes, as sentencepiece's do."""
-    backend = getattr(getattr(tokenizer, "_tokenizer", tokenizer), "backend_tokenizer", None)
     try:
-        decoder = json.loads(backend.decoder.__getstate__())  # type: ignore[union-attr]
+        decoder = json.loads(_backend(tokenizer).decoder.__getstate__())
     except (AttributeError, TypeError, ValueError):
         return False
     parts = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else []
     return decoder.get("type") == "ByteLevel" or any(part.get("type") == "ByteFallback" for part in parts)
+
+
+def _backend(tokenizer: Any) -> Any:
+    """The tokenizer of the `tokenizers` library that mlx_lm's wraps; None where it wraps another kind."""
+    return getattr(getattr(tokenizer, "_tokenizer", tokenizer), "backend_tokenizer", None)
 
 
 class Compiler:
@@ -139,10 +193,11 @@ class Compiler:
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: set[int]) -> None:
         self._usable = can_constrain(tokenizer)
-        self._source = getattr(tokenizer, "_tokenizer", tokenizer)
+        self._source = _backend(tokenizer)
         self._vocabulary = vocabulary
         self._eos = sorted(eos)
         self._tokenizer: LLTokenizer | None = None
+        self._markers: list[str] = []  # what spells one special token where a text is tokenized as a whole
         self._kept: OrderedDict[Rule, Future[Compiled]] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
 
@@ -172,7 +227,8 @@ class Compiler:
         try:
             if self._tokenizer is None:
                 self._tokenizer = self._read_tokenizer(rule)
-            matcher = LLMatcher(self._tokenizer, _source(rule), log_level=0, limits=_LIMITS)
+            forcing = not any(marker in rule.text for marker in self._markers)
+            matcher = LLMatcher(self._tokenizer, _source(rule, forcing), log_level=0, limits=_LIMITS)
             self._probe(rule, matcher)
         except RpcError:
             raise
@@ -184,8 +240,14 @@ class Compiler:
 
     def _read_tokenizer(self, rule: Rule) -> LLTokenizer:
         try:
-            size = max(self._vocabulary, len(self._source))  # added tokens may lie beyond the model's
-            return from_tokenizer(self._source, n_vocab=size, eos_token=self._eos)
+            source = self._source
+            size = max(self._vocabulary, source.get_vocab_size())  # added tokens may lie beyond the model's
+            if source.padding is not None or source.truncation is not None:
+                source = copy.copy(source)
+                source.no_padding()
+                source.no_truncation()
+            self._markers = [token.content for token in source.get_added_tokens_decoder().values()]
+            return LLTokenizer(source.to_str(), n_vocab=size, eos_token=self._eos)
         except Exception as error:
             told = f"this model's tokenizer cannot be used to enforce {rule.kind}: {error}"
             raise Unsupported(told, option=rule.kind) from None
@@ -206,10 +268,13 @@ class Compiler:
             raise refusal(rule, trial.get_error())
 
 
-def _source(rule: Rule) -> str:
-    if rule.kind == "schema":
+def _source(rule: Rule, forcing: bool) -> str:
+    """The rule as llguidance takes it. With `forcing`, text without a choice gets the tokens that it would have in a
+    prompt, which is what models know best; but a marker in it would become the special token, which is no text."""
+    if rule.kind == "schema" and forcing:
         return LLMatcher.grammar_from_json_schema(rule.text, overrides=_JSON)
-    return LLMatcher.grammar_from_lark(_compact(rule.text))
+    lark = f"start: %json {rule.text}" if rule.kind == "schema" else rule.text
+    return LLMatcher.grammar_from_lark(_compact(lark) + ("" if forcing else '\n%llguidance {"no_forcing": true}'))
 
 
 def _compact(grammar: str) -> str:
