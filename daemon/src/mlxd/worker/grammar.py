@@ -241,13 +241,15 @@ class Compiler:
     def _read_tokenizer(self, rule: Rule) -> LLTokenizer:
         try:
             source = self._source
-            size = max(self._vocabulary, source.get_vocab_size())  # added tokens may lie beyond the model's
+            known = source.get_vocab_size()
+            size = max(self._vocabulary, known)  # added tokens may lie beyond the model's
+            eos = [token for token in self._eos if token < known]
             if source.padding is not None or source.truncation is not None:
                 source = copy.copy(source)
                 source.no_padding()
                 source.no_truncation()
             self._markers = [token.content for token in source.get_added_tokens_decoder().values()]
-            return LLTokenizer(source.to_str(), n_vocab=size, eos_token=self._eos)
+            return LLTokenizer(source.to_str(), n_vocab=size, eos_token=eos or None)
         except Exception as error:
             told = f"this model's tokenizer cannot be used to enforce {rule.kind}: {error}"
             raise Unsupported(told, option=rule.kind) from None
