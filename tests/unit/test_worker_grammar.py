@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlxd.worker import grammar
+from mlxd.worker import grammar, trial
 from mlxd.worker.grammar import Compiled, Compiler, Rule, can_constrain, read_rule
 from mlxd.worker.load import LoadedModel, load
 from mlxd_client.errors import InvalidParams, RpcError, Unsupported
@@ -214,6 +214,23 @@ def test_regular_expressions_that_explode_elsewhere(compiler: Compiler, pattern:
         if token is None or matcher.is_error() or not matcher.consume_token(token) or matcher.is_stopped():
             break
     assert time.monotonic() - began < 5.0
+
+
+@pytest.mark.parametrize(
+    ("schema", "lark"),
+    [
+        ({"allOf": [{"type": "string", "pattern": f"a{i}.*b{i}"} for i in range(100)]}, None),
+        ({"type": "object", "patternProperties": {f"^a{i}.*b{i}$": {} for i in range(3000)}}, None),
+        (None, "start: A\nA: " + " & ".join(f"/.*a{i}.*b{i}.*/" for i in range(300))),
+    ],
+)
+def test_regular_expressions_that_explode_together(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, schema: Any, lark: str | None
+) -> None:
+    monkeypatch.setattr(trial, "WALL_S", 1.0)
+    error = refused(compiler, schema, lark)
+    assert isinstance(error, InvalidParams)
+    assert "too complex" in error.message
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------------

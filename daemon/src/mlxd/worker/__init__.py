@@ -8,6 +8,7 @@
     engine     the requests in flight and how each ends
     batch      mlx_lm's BatchGenerator with sampling for all rows in one call
     grammar    schemas and grammars, compiled; or refused
+    trial      compiles in a process that may be lost
     constraint what one answer may go on with, as masks over a batch's logits
     sampling   penalties, filters and seeded draws, for a whole batch
     text       tokens become text: whole characters, stop strings, reasoning apart

@@ -1,7 +1,8 @@
 """What an answer must look like, compiled: a JSON Schema or a grammar becomes a matcher of llguidance's, or a refusal.
 
-Compiling runs on a thread of its own, without Python's lock, so that others decode meanwhile; its limits are
-llguidance's, plus one on the size of the text. What was compiled is kept, and each request gets a copy.
+Compiling runs on a thread of its own, without Python's lock, so that others decode meanwhile. Its limits are
+llguidance's, one on the size of the text, and a trial in a process of its own where those are not enough. What was
+compiled is kept, and each request gets a copy.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
 from mlxd_client.errors import InternalError, InvalidParams, RpcError, Unsupported
 
 from ..childwire import MAX_RULE_BYTES
+from .trial import LIMITS, ends
 
 # Compiling takes time in proportion to the square of an object's properties.
 MAX_PROPERTIES = 1_000
@@ -38,15 +40,8 @@ _JSON: Any = {
     "coerce_one_of": False,
     "lenient": False,
 }
-_LIMITS = LLParserLimits(
-    initial_lexer_fuel=1_000_000,
-    max_grammar_size=500_000,
-    max_items_in_row=2_000,
-    step_lexer_fuel=200_000,
-    step_max_items=50_000,
-    max_lexer_states=50_000,  # one or two KB each
-    verbose_errors=False,
-)
+# Where several regular expressions may have to match at once, compiling is tried elsewhere first.
+_RISKY = {"schema": re.compile(r'"pattern'), "grammar": re.compile(r'[&~]|"pattern')}
 # What llguidance says where JSON Schema has a way to say something and it has none to enforce it.
 _NOT_ENFORCED: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r'Unimplemented keys: \["([^"]+)"'), ""),
@@ -228,7 +223,11 @@ class Compiler:
             if self._tokenizer is None:
                 self._tokenizer = self._read_tokenizer(rule)
             forcing = not any(marker in rule.text for marker in self._markers)
-            matcher = LLMatcher(self._tokenizer, _source(rule, forcing), log_level=0, limits=_LIMITS)
+            source = _source(rule, forcing)
+            if _RISKY[rule.kind].search(rule.text) and not ends(source):
+                told = f"{rule.kind}: it is too complex: compiling it takes too long, or too much memory"
+                raise InvalidParams(told, field=rule.kind)
+            matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS)
             self._probe(rule, matcher)
         except RpcError:
             raise
