@@ -58,7 +58,7 @@ def test_a_model_from_load_to_unload(daemon: Daemon) -> None:
         (["run", "-m", "a/../b", "x"], exits.NO_MODEL, "model_not_found"),
         (["load", "/tmp"], exits.NO_MODEL, "model_invalid"),
         (["run", "--max-tokens", "0", "x"], exits.USAGE, "invalid_params"),
-        (["run", "--schema", '{"type": "object"}', "x"], exits.USAGE, "unsupported"),
+        (["run", "--schema", '{"type": "object"}', "--grammar", "start: /a/", "x"], exits.USAGE, "invalid_params"),
     ],
 )
 def test_failures(daemon: Daemon, arguments: list[str], code: int, kind: str) -> None:

@@ -205,9 +205,6 @@ def test_params_of_chat(client: Client, params: dict, field: str) -> None:
 @pytest.mark.parametrize(
     ("method", "params", "option"),
     [
-        ("process", {"prompt": "x", "schema": {"type": "object"}}, "schema"),
-        ("process", {"prompt": "x", "schema": True}, "schema"),
-        ("process", {"prompt": "x", "grammar": "root ::= 'a'"}, "grammar"),
         ("chat", ASK | {"tools": [{"name": "clock"}]}, "tools"),
         ("chat", ASK | {"tool_choice": "auto"}, "tool_choice"),
         ("chat", {"messages": [{"role": "tool", "content": "3 PM"}]}, "messages"),
@@ -219,6 +216,22 @@ def test_params_of_chat(client: Client, params: dict, field: str) -> None:
 def test_options_that_cannot_be_honoured(client: Client, method: str, params: dict, option: str) -> None:
     error = refused(client, method, params)
     assert (error.kind, error.details["option"]) == ("unsupported", option)
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        ({"schema": False}, "schema"),
+        ({"schema": {}, "grammar": "start: /a/"}, "grammar"),
+        ({"schema": {"description": "x" * 10_000_000}}, "schema"),
+        ({"grammar": "x" * 300_000}, "grammar"),
+        ({"schema": ["object"]}, "schema"),
+        ({"grammar": ""}, "grammar"),
+    ],
+)
+def test_rules_that_no_worker_is_asked_about(client: Client, params: dict, field: str) -> None:
+    error = refused(client, "process", {"prompt": "x"} | params)
+    assert (error.kind, error.details["field"]) == ("invalid_params", field)
 
 
 def test_methods_that_do_not_exist_and_params_of_no_shape(client: Client) -> None:

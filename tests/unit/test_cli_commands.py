@@ -213,8 +213,19 @@ def test_run_takes_standard_input(daemon: ScriptedDaemon, mlxd: Run, monkeypatch
     assert (status, err) == (exits.USAGE, "mlxd: the prompt is empty\n")
 
 
+def test_run_takes_rules_from_files(daemon: ScriptedDaemon, mlxd: Run, tmp_path: Path) -> None:
+    daemon.on("process", completion("x"))
+    file = tmp_path / "answer.lark"
+    file.write_text('start: "yes" | "no"\n')
+    for option, value in (("grammar", str(file)), ("grammar", file.read_text()), ("schema", "true")):
+        assert mlxd("run", f"--{option}", value, "hello")[0] == 0
+        sent = daemon.connections[-1].requests("process")[0]["params"][option]
+        assert sent == (True if option == "schema" else file.read_text())
+
+
 @pytest.mark.parametrize(
-    "bad", ["--logit-bias=x=1", "--schema={", "--schema=/nowhere", "--schema=[]", "--keep-alive=x"]
+    "bad",
+    ["--grammar=/nowhere", "--logit-bias=x=1", "--schema={", "--schema=/nowhere", "--schema=[]", "--keep-alive=x"],
 )
 def test_run_refuses_bad_options(mlxd: Run, bad: str) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -305,8 +305,9 @@ def test_a_cancelled_row_leaves_its_text(engine: Engine, loaded: LoadedModel) ->
 @pytest.mark.parametrize(
     ("options", "error", "name"),
     [
-        ({"schema": {"type": "object"}}, Unsupported, "schema"),
-        ({"grammar": "x"}, Unsupported, "grammar"),
+        ({"schema": False}, InvalidParams, "schema"),
+        ({"schema": {}, "grammar": "x"}, InvalidParams, "grammar"),
+        ({"schema": [1]}, InvalidParams, "schema"),
         ({"tools": []}, Unsupported, "tools"),
         ({"tool_choice": "auto"}, Unsupported, "tool_choice"),
         ({"adapter": "x"}, Unsupported, "adapter"),

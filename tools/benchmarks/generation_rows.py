@@ -1,4 +1,5 @@
-"""Streams of tokens: one against `stream_generate`, eight against `BatchGenerator` and against `mlx_lm.server`.
+"""Streams of tokens: one against `stream_generate`, eight against `BatchGenerator` and against `mlx_lm.server`; and
+answers that follow a schema against free ones.
 
 All sides get the same messages, decode greedily and make the same number of tokens. Neighbouring runs are of different
 sides, never at the same time, and every prompt of a run is new, so that no side profits from a prompt it has seen.
@@ -24,6 +25,21 @@ from .table import Row, paired
 Messages = list[dict[str, str]]
 # What a request says on our side, so that it decodes as mlx_lm does by default.
 GREEDY: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0}
+# No answer gets to the end of this one.
+RECORDS: dict[str, Any] = {
+    "type": "array",
+    "minItems": 1000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 16},
+            "count": {"type": "integer", "minimum": 0, "maximum": 999},
+            "kind": {"enum": ["word", "number", "sign"]},
+        },
+        "required": ["name", "count", "kind"],
+        "additionalProperties": False,
+    },
+}
 
 
 class Prompts:
@@ -64,11 +80,11 @@ def warm_up(rounds: int, *sides: Callable[[int], Any]) -> None:
 # --- one stream ---------------------------------------------------------------------------------------------------
 
 
-def stream_ours(client: Client, model: Path, messages: Messages, tokens: int) -> dict[str, Any]:
+def stream_ours(client: Client, model: Path, messages: Messages, tokens: int, **options: Any) -> dict[str, Any]:
     began = time.perf_counter()
     first: float | None = None
     text = []
-    stream = client.stream_chat(messages, model=str(model), max_tokens=tokens, **GREEDY)
+    stream = client.stream_chat(messages, model=str(model), max_tokens=tokens, **GREEDY, **options)
     for piece in stream:
         if first is None:
             first = time.perf_counter()
@@ -108,22 +124,22 @@ def check_same_text(client: Client, reference: Reference, model: Path, messages:
 # --- eight streams ------------------------------------------------------------------------------------------------
 
 
-async def batch_ours(socket: Path, model: Path, prompts: list[Messages], tokens: int) -> dict[str, Any]:
+async def batch_ours(socket: Path, model: Path, prompts: list[Messages], tokens: int, **options: Any) -> dict[str, Any]:
     """Eight clients, each with a connection of its own, which begin at once."""
     clients = [AsyncClient(socket, name=f"bench {number}") for number in range(len(prompts))]
     try:
         await asyncio.gather(*(client.ping() for client in clients))
         began = time.perf_counter()
         made = await asyncio.gather(
-            *(_consume(client, model, prompt, tokens) for client, prompt in zip(clients, prompts, strict=True))
+            *(_consume(client, model, prompt, tokens, options) for client, prompt in zip(clients, prompts, strict=True))
         )
         return {"total_s": time.perf_counter() - began, "tokens": sum(made)}
     finally:
         await asyncio.gather(*(client.close() for client in clients))
 
 
-async def _consume(client: AsyncClient, model: Path, messages: Messages, tokens: int) -> int:
-    async with client.stream_chat(messages, model=str(model), max_tokens=tokens, **GREEDY) as stream:
+async def _consume(client: AsyncClient, model: Path, messages: Messages, tokens: int, options: dict[str, Any]) -> int:
+    async with client.stream_chat(messages, model=str(model), max_tokens=tokens, **GREEDY, **options) as stream:
         async for _ in stream:
             pass
         return stream.result.usage.completion_tokens
@@ -142,6 +158,30 @@ def batch_rows(label: str, daemon: Daemon, reference: Reference, model: Path, sc
     pairs = alternate(scale.batch_rounds, ours, theirs)
     what = f"{label}: {STREAMS} streams; BatchGenerator"
     yield paired(f"batch/{model.name}", what, pairs, "tokens/s", (">=", 0.92))
+
+
+def schema_rows(label: str, daemon: Daemon, model: Path, scale: Scale) -> Iterator[Row]:
+    """Answers that follow a schema against free ones, both ours, at one stream and at eight."""
+    prompts, name = Prompts(model), f"schema/{model.name}"
+    with daemon.client() as client:
+
+        def one(tokens: int = scale.stream_tokens, **options: Any) -> float:
+            run = stream_ours(client, model, prompts.one(), tokens, **options)
+            return float((run["tokens"] - 1) / run["decode_s"])
+
+        one(schema=RECORDS)  # compiled from here on
+        pairs = alternate(scale.stream_rounds, lambda: one(schema=RECORDS), one)
+    yield paired(name, f"{label}: one stream, schema; free", pairs, "tokens/s", (">=", 0.93))
+
+    def eight(tokens: int = scale.batch_tokens, **options: Any) -> float:
+        return rate(asyncio.run(batch_ours(daemon.socket, model, prompts.several(), tokens, **options)), tokens)
+
+    def constrained(tokens: int = scale.batch_tokens) -> float:
+        return eight(tokens, schema=RECORDS)
+
+    warm_up(scale.batch_rounds, constrained, eight)
+    pairs = alternate(scale.batch_rounds, constrained, eight)
+    yield paired(name, f"{label}: {STREAMS} streams, schema; free", pairs, "tokens/s", (">=", 0.93))
 
 
 def http_rows(label: str, daemon: Daemon, temp: Path, model: Path, scale: Scale) -> Iterator[Row]:

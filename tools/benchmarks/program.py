@@ -20,7 +20,7 @@ NAMES = (
     "ping",
     "pipelined",
     "download",
-    *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "http", "prefix")),
+    *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "schema", "http", "prefix")),
 )
 
 
@@ -92,6 +92,8 @@ def generation(
                     yield from generation_rows.stream_rows(label, daemon, reference, path, scale)
                 if f"batch/{model}" in wanted:
                     yield from generation_rows.batch_rows(label, daemon, reference, path, scale)
+        if f"schema/{model}" in wanted:
+            yield from generation_rows.schema_rows(label, daemon, path, scale)
         if f"http/{model}" in wanted:
             yield from generation_rows.http_rows(label, daemon, temp, path, scale)
         if f"prefix/{model}" in wanted:

@@ -397,7 +397,11 @@ Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
 class GenerateParams(Params, kw_only=True):
-    """The options that `process` and `chat` share. Unset means: the model's own default, else the daemon's."""
+    """The options that `process` and `chat` share. Unset means: the model's own default, else the daemon's.
+
+    `schema` makes the answer JSON that fits a JSON Schema; true stands for any JSON. `grammar` makes it fit a grammar
+    in the dialect of Lark that llguidance reads. They are enforced token by token; at most one of them can be given.
+    """
 
     model: ModelRef | UnsetType = UNSET
     stream: bool = False
@@ -471,7 +475,9 @@ class TokenLogprob(Result, kw_only=True):
 
 class Completion(Result, kw_only=True):
     """`invented` names the words of the answer that its prompt does not account for; only models that promise to
-    rewrite faithfully (see `guard` in their mlxd.json) are checked. Whoever needs certainty keeps the prompt then."""
+    rewrite faithfully (see `guard` in their mlxd.json) are checked. Whoever needs certainty keeps the prompt then.
+    `structured` is the parsed answer where a `schema` was asked and the answer is whole; null, and what the wire cannot
+    carry, are in `text` only."""
 
     model: str
     text: str

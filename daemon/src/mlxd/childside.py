@@ -18,7 +18,7 @@ from typing import Any
 from mlxd_client.codec import Decoder, Encoding, Invalid, encode
 from mlxd_client.errors import ProtocolError, RpcError
 
-from .childwire import HEARTBEAT_S, MAX_FRAME_BYTES, Heartbeat
+from .childwire import HEARTBEAT_S, MAX_DEPTH, MAX_FRAME_BYTES, Heartbeat
 
 PR_SET_PDEATHSIG = 1
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
@@ -80,7 +80,7 @@ class Pipe:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._decoder = Decoder(Encoding.MSGPACK, max_bytes=MAX_FRAME_BYTES)
+        self._decoder = Decoder(Encoding.MSGPACK, max_bytes=MAX_FRAME_BYTES, max_depth=MAX_DEPTH)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._out = bytearray()

@@ -34,6 +34,9 @@ from mlxd_client import types
 HEARTBEAT_S = 1.0
 # A client's largest request has to fit, with what the daemon puts around it.
 MAX_FRAME_BYTES = types.MAX_FRAME_BYTES + 65_536
+MAX_DEPTH = types.MAX_DEPTH + 4
+# A schema, as JSON, or a grammar may be this long: compiling takes time and memory.
+MAX_RULE_BYTES = 256 * 1024
 
 
 class Ready(msgspec.Struct, omit_defaults=True):
@@ -110,6 +113,7 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     reasoning: str | None = None
     logprobs: list[dict[str, Any]] | None = None
     invented: list[str] | None = None
+    structured: Any = None
 
 
 class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):

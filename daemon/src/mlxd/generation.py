@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .server.runtime_api import Sink
 
 # Options of the wire that no worker honours yet: refused before anything is loaded for them.
-UNSUPPORTED = ("schema", "grammar", "tools", "tool_choice")
+UNSUPPORTED = ("tools", "tool_choice")
 # What goes to the worker as it stands on the wire; the rest of the params is the daemon's own business.
 _NOT_FOR_WORKERS = frozenset(
     {"model", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *UNSUPPORTED}
@@ -84,18 +84,36 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
     return types.Completion(
         model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
         usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented, logprobs=logprobs,
+        structured=made.structured,
     )  # fmt: skip
 
 
 def refuse_unsupported(params: types.GenerateParams) -> None:
-    """Raises Unsupported for what no worker honours, before a model is loaded for it."""
+    """Raises Unsupported, or InvalidParams, for what no worker honours, before a model is loaded for it."""
     for option in UNSUPPORTED:
         if getattr(params, option, UNSET) is not UNSET:
             raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
+    check_rule(params)
     for number, turn in enumerate(params.messages if isinstance(params, types.ChatParams) else ()):
         if turn.role == "tool" or turn.tool_calls is not UNSET or turn.tool_call_id is not UNSET:
             told = f"messages[{number}]"
             raise errors.Unsupported(f"{told}: tool turns are not supported yet", option="messages", field=told)
+
+
+def check_rule(params: types.GenerateParams) -> None:
+    """Raises InvalidParams for a schema or grammar that no worker would compile, as far as that shows from outside."""
+    schema, grammar = params.schema, params.grammar
+    if schema is not UNSET and grammar is not UNSET:
+        raise errors.InvalidParams("give either schema or grammar: an answer follows one of them", field="grammar")
+    if schema is False:
+        raise errors.InvalidParams("schema: no value fits the schema false", field="schema")
+    for name, size in (
+        ("schema", len(msgspec.json.encode(schema)) if isinstance(schema, dict) else 0),
+        ("grammar", len(grammar.encode()) if isinstance(grammar, str) else 0),
+    ):
+        if size > wire.MAX_RULE_BYTES:
+            told = f"{name}: {size} bytes are over the limit of {wire.MAX_RULE_BYTES}"
+            raise errors.InvalidParams(told, field=name, limit_bytes=wire.MAX_RULE_BYTES)
 
 
 def worker_params(kind: str, params: types.GenerateParams) -> wire.Generate:

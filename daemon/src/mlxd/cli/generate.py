@@ -59,7 +59,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--logit-bias", action="append", metavar="TOKEN=BIAS", type=_bias, help="add to a token's score")
     group.add_argument("--schema", type=_schema, metavar="JSON|FILE", help="the answer is JSON that fits this schema")
-    group.add_argument("--grammar", metavar="TEXT", help="the answer fits this grammar")
+    group.add_argument("--grammar", type=_grammar, metavar="TEXT|FILE", help="the answer fits this Lark grammar")
     group.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, default=None, help="let the model reason before it answers"
     )
@@ -95,15 +95,26 @@ def _schema(text: str) -> Any:
     import json
 
     try:
-        if not text.lstrip().startswith("{"):
+        if not text.lstrip().startswith("{") and text != "true":
             with open(text, encoding="utf-8") as file:
                 text = file.read()
         schema = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"no JSON schema: {error}") from None
-    if not isinstance(schema, dict):
-        raise argparse.ArgumentTypeError("a JSON schema is an object")
+    if not isinstance(schema, dict) and schema is not True:
+        raise argparse.ArgumentTypeError("a JSON schema is an object, or true for any JSON")
     return schema
+
+
+def _grammar(text: str) -> str:
+    """A grammar has a colon after its first rule's name; what has none names a file."""
+    if ":" in text:
+        return text
+    try:
+        with open(text, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"no grammar: {error}") from None
 
 
 def run(args: argparse.Namespace, output: Output) -> int:

@@ -10,6 +10,9 @@
     prefix      which prefixes of prompts are kept, and which go first
     kvcache     their arrays: out of a batch, and into another row
     waits       prompts that wait for one that begins alike
+    grammar    schemas and grammars, compiled; or refused
+    trial      compiles in a process that may be lost
+    constraint what one answer may go on with, as masks over a batch's logits
     sampling   penalties, filters and seeded draws, for a whole batch
     text       tokens become text: whole characters, stop strings, reasoning apart
 

@@ -17,6 +17,9 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch, greedy_sampler
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
+from mlxd_client.errors import InternalError
+
+from .constraint import allows_any, apply_masks
 from .kvcache import PromptCache, RowView, take
 from .sampling import Plan, Sampling
 from .waits import Reuse, Waits
@@ -82,11 +85,15 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
         self._next_logprobs = [None] * len(self.uids)
         if any(self.logits_processors):
             logits = self._run_processors(inputs, logits)
-        logits = plan.penalise(inputs, logits)
+        logits = free = plan.penalise(inputs, logits)
+        if plan.constrained:
+            logits = self._constrain(plan, inputs, logits)
         self._next_mass = mx.logsumexp(logits, axis=-1, keepdims=True)
         logprobs = logits - self._next_mass
         self._next_tokens = plan.sample(logprobs)
         pending: list[Any] = [self._next_tokens, self._next_mass]
+        if plan.reporting and logits is not free:  # what the model itself thinks is reported
+            logprobs = free - mx.logsumexp(free, axis=-1, keepdims=True)
         for index, report in plan.report(logprobs, self._next_tokens).items():
             if self._next_logprobs[index] is None:
                 self._next_logprobs[index] = report
@@ -122,6 +129,24 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
                     row = logits[index : index + 1]
             rows.append(row)
         return mx.concatenate(rows, axis=0)
+
+    def _constrain(self, plan: Plan, inputs: mx.array, logits: mx.array) -> mx.array:
+        """Rule out what constrained rows may not go on with. That takes their newest tokens' values; the forward pass
+        computes meanwhile. A constraint that raises costs its own row only."""
+        mx.async_eval(logits)  # type: ignore[no-untyped-call]
+        newest: Any = inputs.tolist()
+        masks = {}
+        for index, constraint in plan.constrained:
+            if self._next_logprobs[index] is not None:
+                continue
+            try:
+                masks[index] = constraint.follow(newest[index])
+                if not allows_any(masks[index], logits.shape[-1]):
+                    raise InternalError("the rule of this answer allows no token that the model has")
+            except Exception as error:
+                masks.pop(index, None)
+                self._next_logprobs[index] = RowFailure(error)
+        return apply_masks(logits, masks) if masks else logits
 
     def extend(self, batch: RowBatch) -> None:
         self._make_batched()

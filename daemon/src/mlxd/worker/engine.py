@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,8 @@ from mlxd_client.errors import InternalError, ModelInvalid, RpcError, Unsupporte
 
 from ..childwire import CountTokens, Generate, Generated, WorkerTimings
 from .batch import NOT_FINITE, RowFailure, RowGenerator
+from .constraint import Constraint
+from .grammar import Compiled, Compiler
 from .kvcache import PromptCache, RowView
 from .load import LoadedModel
 from .options import Choices, resolve
@@ -27,6 +30,8 @@ from .waits import LEAST, Reuse
 NAMESPACE = b""
 # After this many failed steps in a row, no further batch is tried.
 MAX_FAILED_STEPS = 2
+# How long a step waits where all there is to wait for is a rule that is being compiled.
+COMPILING_S = 0.01
 # A device that said this does not compute again in this process.
 _FATAL = ("[METAL]", "command buffer", "[CUDA]")
 
@@ -49,6 +54,7 @@ class Running:
     tokens: int = 0
     prompt_at: float = 0.0
     first_at: float = 0.0
+    constraint: Constraint | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -101,13 +107,15 @@ class Engine:
         self._running: dict[int, Running] = {}  # by the generator's uid
         self._uids: dict[int, int] = {}  # request id → uid
         self._failed_steps = 0
+        self._compiler = Compiler(tokenizer, loaded.vocabulary, self._eos)
+        self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
 
     # --- requests
 
     @property
     def busy(self) -> bool:
         """There is something left to do for `step`."""
-        return bool(self._running) or (self.cache is not None and self.cache.pending)
+        return bool(self._running or self._compiling) or (self.cache is not None and self.cache.pending)
 
     @property
     def active(self) -> int:
@@ -116,10 +124,10 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return self._generator.waiting
+        return self._generator.waiting + len(self._compiling)
 
     def submit(self, request_id: int, request: Generate) -> None:
-        """Take a request into the batch; it starts at the next step.
+        """Take a request into the batch; it starts at the next step, or once its rule is compiled.
 
         Raises:
             RpcError: it cannot be honoured. Nothing of it remains.
@@ -133,21 +141,46 @@ class Engine:
         prompt = self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut)
         if reuse is not None:
             reuse.cuts = prompt.cuts
-        machine = make_machine(choices.stop, self._think)
+        think = self._think
+        if choices.rule is not None:
+            if choices.thinking:
+                prompt = self._prompts.open_thought(prompt)
+            think = self._think if prompt.in_reasoning else None
+        machine = make_machine(choices.stop, think, once=choices.rule is not None)
         text = TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
+        running = Running(request_id, request, prompt, choices, text, received_at, reuse)
+        if choices.rule is None:
+            self._join(running)
+            return
+        compiled = self._compiler.compile(choices.rule)
+        if compiled.done():
+            self._join(running, compiled.result())
+        else:
+            self._compiling[request_id] = running, compiled
+
+    def _join(self, running: Running, compiled: Compiled | None = None) -> None:
+        choices, prompt = running.choices, running.prompt
+        sampling = choices.sampling
+        if compiled is not None:
+            thought = self._loaded.tokenizer.think_end if prompt.in_reasoning else None
+            running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
+            sampling = replace(sampling, constraint=running.constraint)
         room = self._loaded.context_length - len(prompt.tokens)
         processors = make_logits_processors(choices.logit_bias)
         uid = self._generator.add(
-            prompt.tokens, min(choices.max_tokens, room), choices.sampling, processors, self._stops, reuse
+            prompt.tokens, min(choices.max_tokens, room), sampling, processors, self._stops, running.reuse
         )
-        self._running[uid] = Running(request_id, request, prompt, choices, text, received_at, reuse)
-        self._uids[request_id] = uid
+        self._running[uid] = running
+        self._uids[running.id] = uid
 
     def cancel(self, request_id: int) -> Outcome:
         """End a request now, with the text it has. One that has ended already, or never was, changes nothing."""
         outcome = Outcome()
         uid = self._uids.get(request_id)
-        if uid is not None:
+        if request_id in self._compiling:
+            running, _ = self._compiling.pop(request_id)
+            outcome.ended.append((request_id, self._result(running, "cancelled")))
+        elif uid is not None:
             self._keep(self._running[uid], *self._generator.drop(uid))
             self._end(uid, "cancelled", outcome)
         return outcome
@@ -163,14 +196,16 @@ class Engine:
         Raises:
             EngineLost: no further step can work; every request in flight is lost with the process.
         """
+        outcome = Outcome()
+        if self._compiling and not self._join_compiled(outcome):
+            return outcome
         try:
             if self.cache is not None and self.cache.pending:
                 self.cache.settle(self._generator.live_bytes())
             prompts, responses = self._generator.next()
         except Exception as error:
-            return self._fail_all(error)
+            return self._fail_all(error, outcome)
         self._failed_steps = 0
-        outcome = Outcome()
         now = time.perf_counter()
         for progress in prompts:
             running = self._running.get(progress.uid)
@@ -187,6 +222,19 @@ class Engine:
             except Exception as error:
                 self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
         return outcome
+
+    def _join_compiled(self, outcome: Outcome) -> bool:
+        """Requests whose rule is compiled by now join the batch. Returns whether there is a batch."""
+        if not self._running:
+            wait([compiled for _, compiled in self._compiling.values()], COMPILING_S, "FIRST_COMPLETED")
+        for request_id, (running, compiled) in list(self._compiling.items()):
+            if compiled.done():
+                del self._compiling[request_id]
+                try:
+                    self._join(running, compiled.result())
+                except Exception as error:
+                    outcome.ended.append((request_id, _typed(error)))
+        return bool(self._running)
 
     def _advance(self, running: Running, response: Any, now: float, outcome: Outcome) -> None:
         token, note = response.token, response.logprobs
@@ -205,10 +253,11 @@ class Engine:
             text, reasoning = running.text.add(token)
             if (text or reasoning) and running.request.stream:
                 outcome.pieces.append((running.id, text, reasoning))
+        stopped = running.text.stopped or (running.constraint is not None and running.constraint.finished)
         if response.finish_reason is not None:
             self._keep(running, response.prompt_cache, response.all_tokens)
-            self._end(response.uid, "stop" if running.text.stopped else response.finish_reason, outcome)
-        elif running.text.stopped:
+            self._end(response.uid, "stop" if stopped else response.finish_reason, outcome)
+        elif stopped:
             self._keep(running, *self._generator.drop(response.uid))
             self._end(response.uid, "stop", outcome)
 
@@ -229,6 +278,9 @@ class Engine:
         invented = None
         if self._guard is not None and self._loaded.faithful and running.request.kind == "process":
             invented = list(self._guard(running.prompt.source, text)) or None
+        structured = None
+        if running.constraint is not None and reason == "stop" and not running.text.stopped:
+            structured = running.constraint.value(text)
         now = time.perf_counter()
         start, first = running.received_at, running.first_at
         return Generated(
@@ -245,6 +297,7 @@ class Engine:
             reasoning="".join(running.text.reasoning) or None,
             logprobs=running.logprobs if running.choices.sampling.logprobs >= 0 else None,
             invented=invented,
+            structured=structured,
         )
 
     def _report(self, count: int, token: int, note: tuple[mx.array, mx.array, mx.array]) -> dict[str, Any]:
@@ -292,13 +345,13 @@ class Engine:
             self._generator.drop(uid)
         outcome.ended.append((running.id, _typed(error)))
 
-    def _fail_all(self, error: Exception) -> Outcome:
+    def _fail_all(self, error: Exception, outcome: Outcome) -> Outcome:
         """The shared step raised: nobody's state can be trusted. End all, and start a clean batch."""
         message = str(error)
         self._failed_steps += 1
         if self._failed_steps > MAX_FAILED_STEPS or any(sign.lower() in message.lower() for sign in _FATAL):
             raise EngineLost(f"{type(error).__name__}: {message}") from error
-        outcome = Outcome(ended=[(running.id, _typed(error)) for running in self._running.values()])
+        outcome.ended += [(running.id, _typed(error)) for running in self._running.values()]
         self._running.clear()
         self._uids.clear()
         if self.cache is not None:

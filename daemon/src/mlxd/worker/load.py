@@ -25,6 +25,7 @@ from mlxd_client.errors import LoadFailed, ModelInvalid, RpcError
 from ..childside import PipeClosed
 from ..store.safetensors import SafetensorsError, check_safetensors
 from .early import start_early
+from .grammar import can_constrain
 from .options import check_defaults
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -78,6 +79,8 @@ class LoadedModel:
             found.append("thinking")
         if self.faithful:
             found.append("faithful")
+        if can_constrain(self.tokenizer):
+            found += ["structured", "grammar"]
         return found
 
 

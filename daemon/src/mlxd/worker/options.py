@@ -11,6 +11,7 @@ import msgspec
 from mlxd_client.errors import InvalidParams, ModelInvalid, Unsupported
 from mlxd_client.types import UNSET, GenerateParams
 
+from .grammar import Rule, read_rule
 from .sampling import Sampling, make_key
 
 # What a request gets that says nothing, on a model whose folder says nothing.
@@ -22,7 +23,7 @@ MODEL_DEFAULTS = frozenset(
     "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty stop".split()
 )
 # Wire options that exist, and that this engine cannot honour yet.
-NOT_YET = ("schema", "grammar", "tools", "tool_choice", "adapter", "draft_model")
+NOT_YET = ("tools", "tool_choice", "adapter", "draft_model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Choices:
     logit_bias: Mapping[int, float] | None = None
     thinking: bool = False
     cache_prompt: bool = True
+    rule: Rule | None = None
 
 
 def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], vocabulary: int) -> Choices:
@@ -48,7 +50,7 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
 
     Raises:
         Unsupported: an option that this engine cannot honour; details.option names it.
-        InvalidParams: an unknown option, or a value out of range.
+        InvalidParams: an unknown option, a value out of range, or a rule that nothing could follow.
     """
     if kind not in DEFAULT_MAX_TOKENS:
         raise InvalidParams(f"a request is of kind process or chat, not {kind!r}", field="kind")
@@ -75,6 +77,7 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
         logit_bias=_bias(_or(params.logit_bias, {}), vocabulary),
         thinking=_or(params.thinking, False),
         cache_prompt=_or(params.cache_prompt, True),
+        rule=read_rule(_or(params.schema, None), _or(params.grammar, None)),
     )
 
 

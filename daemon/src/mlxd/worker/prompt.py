@@ -93,6 +93,15 @@ class PromptBuilder:
                 found.add(_same(tokens, self._tokenizer.encode(same, add_special_tokens=False)))
         return tuple(sorted(cut for cut in found if 0 < cut < len(tokens)))
 
+    def open_thought(self, prompt: Prompt) -> Prompt:
+        """The prompt, with a thought begun where the template left that to the model. Raises ContextExceeded."""
+        if prompt.in_reasoning:
+            return prompt
+        tokens = [*prompt.tokens, *self._tokenizer.think_start_tokens]
+        if len(tokens) >= self._context_length:
+            raise self._too_long(len(tokens))
+        return Prompt(tokens, prompt.source, True)
+
     def count(self, *, text: str | None, messages: list[dict[str, Any]] | None) -> int:
         """How many tokens a plain text has, or the prompt that `chat` would make of messages, context or not.
 

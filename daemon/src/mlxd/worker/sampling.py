@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
+from .constraint import Constraint
+
 # How many of the latest tokens the penalties look at; mlx_lm's default.
 PENALTY_WINDOW = 20
 _COUNT = mx.array([0, 1], dtype=mx.uint32)
@@ -30,6 +32,7 @@ class Sampling:
         repetition, presence, frequency: penalties over the last PENALTY_WINDOW tokens; 1, 0 and 0 do nothing.
         logprobs: how many alternatives to report for each token; -1 reports nothing.
         key: two 32-bit words; equal keys draw equal noise.
+        constraint: what the answer has to follow; see RowBatch.
     """
 
     temperature: float = 0.0
@@ -41,6 +44,7 @@ class Sampling:
     frequency: float = 0.0
     logprobs: int = -1
     key: tuple[int, int] = (0, 0)
+    constraint: Constraint | None = None
 
     @property
     def penalised(self) -> bool:
@@ -82,6 +86,7 @@ class Plan:
             placed = [index for group in self._groups for index in group.indices]
             self._order = mx.array(sorted(range(len(placed)), key=placed.__getitem__))
         self.reporting = [index for index, row in enumerate(rows) if row.logprobs >= 0]
+        self.constrained = [(index, row.constraint) for index, row in enumerate(rows) if row.constraint is not None]
         self._alternatives = max((rows[index].logprobs for index in self.reporting), default=0)
 
     # --- penalties

@@ -11,16 +11,18 @@ ANSWER = "normal"
 REASONING = "reasoning"
 
 
-def make_machine(stop: Sequence[str], think: tuple[str, str] | None) -> TextStateMachine | None:
+def make_machine(stop: Sequence[str], think: tuple[str, str] | None, *, once: bool = False) -> TextStateMachine | None:
     """What finds stop strings and reasoning markers in text; None where there is nothing to find.
 
     Args:
         stop: texts that end the answer. They are looked for in the answer, not in the reasoning.
         think: the markers around reasoning, for models that have them.
+        once: the answer has none of its own; what looks like a marker there is text.
     """
     edges: dict[str, list[tuple[str, str | None]]] = {ANSWER: [(text, None) for text in stop]}
     if think is not None:
-        edges[ANSWER].append((think[0], REASONING))
+        if not once:
+            edges[ANSWER].append((think[0], REASONING))
         edges[REASONING] = [(think[1], ANSWER)]
     return TextStateMachine(edges) if any(edges.values()) else None
 
