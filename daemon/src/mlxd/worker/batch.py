@@ -241,6 +241,12 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                 self._prompt_cache.tree.fit(self.live_bytes())
         return made
 
+    def settle(self) -> None:
+        """Have the prompt cache copy what it is to keep, beside what the rows hold now."""
+        if self._prompt_cache is not None and self._prompt_cache.pending:
+            with mx.stream(self.stream):
+                self._prompt_cache.settle(self.live_bytes())
+
     def _left_to_read(self, uid: int) -> int | None:
         if uid in self._prompt_batch.uids:
             _, done, total = self._currently_processing[self._prompt_batch.uids.index(uid)]
@@ -305,7 +311,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     def view(self, uid: int) -> tuple[RowView | None, list[int]]:
         """What the caches hold for a row now, and the tokens that this is of."""
-        view, tokens = self.extract_cache([uid]).get(uid) or (None, [])
+        with mx.stream(self.stream):
+            view, tokens = self.extract_cache([uid]).get(uid) or (None, [])
         return (view, tokens) if isinstance(view, RowView) else (None, [])
 
     def drop(self, uid: int) -> tuple[RowView | None, list[int]]:

@@ -164,8 +164,7 @@ class Engine:
             EngineLost: no further step can work; every request in flight is lost with the process.
         """
         try:
-            if self.cache is not None and self.cache.pending:
-                self.cache.settle(self._generator.live_bytes())
+            self._generator.settle()
             prompts, responses = self._generator.next()
         except Exception as error:
             return self._fail_all(error)
