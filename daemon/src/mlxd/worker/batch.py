@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch, greedy_sampler
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
-from .kvcache import PromptCache, RowView, take
+from .kvcache import PromptCache, RowView, foreseen_bytes, take
 from .sampling import Plan, Sampling
 from .waits import Reuse, Waits
 
@@ -36,8 +36,6 @@ MOST_PREFILLS = 8
 FIRST_PREFILL = 64
 # How many steps the batch may grow before it is looked at again how much it holds.
 LOOK_STEPS = 16
-# By how many tokens mlx_lm's caches grow when they are full.
-GROWTH = KVCache.step
 
 
 class RowFailure:
@@ -237,7 +235,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                 for response in made[1]:
                     self._waits.begun(response.uid)
             self._steps += 1
-            if counters.prompt_tokens > tokens or self._steps % LOOK_STEPS == 0:
+            if made[0] or self._steps % LOOK_STEPS == 0:
                 self._prompt_cache.tree.fit(self.live_bytes())
         return made
 
@@ -275,14 +273,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     def live_bytes(self) -> int:
         """What the caches of all rows hold, and will hold before the next look at it."""
-        token_bytes = self._prompt_cache.token_bytes if self._prompt_cache is not None else 0
         ahead = {self._prompt_batch: self._most_prefill, self._generation_batch: LOOK_STEPS}
-        total = 0
-        for batch, tokens in ahead.items():
-            total += sum(cache.nbytes for cache in batch.prompt_cache)
-            if batch.prompt_cache and _free_tokens(batch.prompt_cache) < tokens:
-                total += len(batch) * token_bytes * max(tokens, GROWTH)
-        return total
+        return sum(foreseen_bytes(batch.prompt_cache, len(batch), tokens) for batch, tokens in ahead.items())
 
     def _read_prompts(self) -> int:
         """How many prompts are read but for their last token, with which their first decode step begins."""
@@ -331,11 +323,3 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
     @property
     def waiting(self) -> int:
         return len(self._unprocessed_sequences) + len(self._waits or ())
-
-
-def _free_tokens(caches: list[Any]) -> int:
-    """How many tokens fit into a batch's caches before they grow; 0 where they hold none that grow by token."""
-    for cache in caches:
-        if isinstance(cache, KVCache | BatchKVCache) and cache.keys is not None:
-            return int(cache.keys.shape[2] - cache.size())
-    return 0
