@@ -11,6 +11,7 @@ import pytest
 from mlxd.childwire import Generate, Generated
 from mlxd.worker.engine import Engine
 from mlxd.worker.load import LoadedModel, load
+from mlxd.worker.prompt import PromptBuilder
 from mlxd_client.errors import InternalError, Unsupported
 from support import tiny_model
 from support.families import FAMILIES
@@ -38,7 +39,7 @@ class Models(dict[str, LoadedModel]):
         self._folders = folders
 
     def __missing__(self, family: str) -> LoadedModel:
-        folder = tiny_model.build(self._folders.mktemp(family), family=family, context=2048)
+        folder = tiny_model.build(self._folders.mktemp(family), family=family, context=4096)
         self[family] = load(str(folder), lambda fraction: None)
         self[family].tokenizer.eos_token_ids = []  # answers have the length that is asked for
         return self[family]
@@ -161,6 +162,34 @@ def test_what_a_cancelled_answer_had_is_gone_on_with(models: dict[str, LoadedMod
     got = answer(engine, messages)
     assert got.cached_tokens > 40
     assert_same(got, answer(plain, messages))
+
+
+def test_prompts_are_cut_after_the_system_turn_and_after_the_last_one(models: dict[str, LoadedModel]) -> None:
+    tokenizer = models["qwen3"].tokenizer
+    builder = PromptBuilder(tokenizer, 4096, 400)
+
+    def texts(messages: Messages) -> list[str]:
+        prompt = builder.build("chat", messages, thinking=False, cut=True)
+        return [tokenizer.decode(prompt.tokens[:cut]) for cut in prompt.cuts]
+
+    system, asked = "<|im_start|>system\nbe brief<|im_end|>\n", "<|im_start|>user\nhello<|im_end|>\n"
+    assert texts(turns("hello", system="be brief")) == [system + "<|im_start|>user\n", system + asked]
+    answered = asked + "<|im_start|>assistant\nyes<|im_end|>\n" + asked
+    assert texts(turns("hello", "yes", "hello", system=None)) == [answered]
+    assert builder.build("chat", turns("hello"), thinking=False).cuts == ()
+
+
+def test_a_second_turn_comes_at_a_fraction(models: dict[str, LoadedModel]) -> None:
+    engine, plain = make(models["qwen3"], prefill_step=128), make(models["qwen3"], cache_bytes=0, prefill_step=128)
+    messages = turns("so i think we should meet on monday " * 130)
+    for each in (engine, plain):
+        each.warm_up()
+    first = answer(engine, messages)
+    assert first.prompt_tokens > 2_000
+    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "and then"}]
+    again, cold = answer(engine, messages), answer(plain, messages)
+    assert_same(again, cold)
+    assert again.timings.first_token_s <= 0.08 * cold.timings.first_token_s
 
 
 # --- prompts that wait for one that begins alike ----------------------------------------------------------------------

@@ -20,7 +20,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 from mlxd_client.errors import InternalError
 
 from .constraint import allows_any, apply_masks
-from .kvcache import PromptCache, RowView, take
+from .kvcache import PromptCache, RowView, foreseen_bytes, take
 from .sampling import Plan, Sampling
 from .waits import Reuse, Waits
 
@@ -39,8 +39,6 @@ MOST_PREFILLS = 8
 FIRST_PREFILL = 64
 # How many steps the batch may grow before it is looked at again how much it holds.
 LOOK_STEPS = 16
-# By how many tokens mlx_lm's caches grow when they are full.
-GROWTH = KVCache.step
 
 
 class RowFailure:
@@ -262,9 +260,15 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                 for response in made[1]:
                     self._waits.begun(response.uid)
             self._steps += 1
-            if counters.prompt_tokens > tokens or self._steps % LOOK_STEPS == 0:
+            if made[0] or self._steps % LOOK_STEPS == 0:
                 self._prompt_cache.tree.fit(self.live_bytes())
         return made
+
+    def settle(self) -> None:
+        """Have the prompt cache copy what it is to keep, beside what the rows hold now."""
+        if self._prompt_cache is not None and self._prompt_cache.pending:
+            with mx.stream(self.stream):
+                self._prompt_cache.settle(self.live_bytes())
 
     def _left_to_read(self, uid: int) -> int | None:
         if uid in self._prompt_batch.uids:
@@ -294,14 +298,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     def live_bytes(self) -> int:
         """What the caches of all rows hold, and will hold before the next look at it."""
-        token_bytes = self._prompt_cache.token_bytes if self._prompt_cache is not None else 0
         ahead = {self._prompt_batch: self._most_prefill, self._generation_batch: LOOK_STEPS}
-        total = 0
-        for batch, tokens in ahead.items():
-            total += sum(cache.nbytes for cache in batch.prompt_cache)
-            if batch.prompt_cache and _free_tokens(batch.prompt_cache) < tokens:
-                total += len(batch) * token_bytes * max(tokens, GROWTH)
-        return total
+        return sum(foreseen_bytes(batch.prompt_cache, len(batch), tokens) for batch, tokens in ahead.items())
 
     def _read_prompts(self) -> int:
         """How many prompts are read but for their last token, with which their first decode step begins."""
@@ -330,7 +328,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     def view(self, uid: int) -> tuple[RowView | None, list[int]]:
         """What the caches hold for a row now, and the tokens that this is of."""
-        view, tokens = self.extract_cache([uid]).get(uid) or (None, [])
+        with mx.stream(self.stream):
+            view, tokens = self.extract_cache([uid]).get(uid) or (None, [])
         return (view, tokens) if isinstance(view, RowView) else (None, [])
 
     def drop(self, uid: int) -> tuple[RowView | None, list[int]]:
@@ -349,11 +348,3 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
     @property
     def waiting(self) -> int:
         return len(self._unprocessed_sequences) + len(self._waits or ())
-
-
-def _free_tokens(caches: list[Any]) -> int:
-    """How many tokens fit into a batch's caches before they grow; 0 where they hold none that grow by token."""
-    for cache in caches:
-        if isinstance(cache, KVCache | BatchKVCache) and cache.keys is not None:
-            return int(cache.keys.shape[2] - cache.size())
-    return 0

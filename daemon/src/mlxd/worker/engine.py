@@ -200,8 +200,7 @@ class Engine:
         if self._compiling and not self._join_compiled(outcome):
             return outcome
         try:
-            if self.cache is not None and self.cache.pending:
-                self.cache.settle(self._generator.live_bytes())
+            self._generator.settle()
             prompts, responses = self._generator.next()
         except Exception as error:
             return self._fail_all(error, outcome)

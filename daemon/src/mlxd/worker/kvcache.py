@@ -29,7 +29,7 @@ from mlx_lm.models.cache import (
 from ..childwire import PromptCacheStats
 from .prefix import Found, PrefixTree
 
-__all__ = ["PromptCache", "RowView", "take"]
+__all__ = ["PromptCache", "RowView", "foreseen_bytes", "take"]
 
 Pair = tuple[mx.array, mx.array]
 
@@ -116,6 +116,24 @@ def take(caches: Iterable[Any], index: int, length: int) -> RowView | None:
     return view
 
 
+def foreseen_bytes(caches: Iterable[Any], rows: int, tokens: int) -> int:
+    """What a batch's caches hold, or will hold `tokens` later where they must grow for that."""
+    total = 0
+    for cache in _leaves(caches):
+        total += cache.nbytes
+        if isinstance(cache, ArraysCache) or cache.keys is None:
+            continue
+        length = cache.keys.shape[2]
+        # A row that comes to be alone moves to caches that are full.
+        if isinstance(cache, BatchRotatingKVCache):
+            grows = length < cache.max_size
+        else:
+            grows = rows == 1 or length - cache.size() < tokens
+        if grows:
+            total += cache.nbytes // max(length, 1) * max(tokens, KVCache.step)
+    return total
+
+
 class PromptCache:
     """The prefixes that are kept of one model's prompts and answers, within a budget.
 
@@ -136,7 +154,6 @@ class PromptCache:
         self.usable = kinds <= {KVCache, RotatingKVCache, ArraysCache} and bool(kinds)
         self.marked = kinds != {KVCache}
         self.tree = PrefixTree(budget_bytes, marked=self.marked)
-        self.token_bytes = 0  # of what grows with each token, once that is known
         self.hits = self.misses = self.saved_tokens = 0
         self._pending: list[tuple[bytes, array[int], RowView]] = []
 
@@ -174,7 +191,6 @@ class PromptCache:
         pending, self._pending = self._pending, []
         self.tree.fit(live_bytes)
         for namespace, tokens, row in pending:
-            self.token_bytes = self.token_bytes or row.token_bytes
             self.tree.add(namespace, tokens, row)
 
     def forget_pending(self) -> None:
