@@ -129,6 +129,23 @@ def test_recursion_that_can_end(compiler: Compiler, schema: Any) -> None:
     assert compiled(compiler, schema)
 
 
+def test_long_chains_of_references(compiler: Compiler) -> None:
+    for length in (150, 800):
+        chain = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}, {"minimum": i}]} for i in range(length)}
+        schema = {"$ref": "#/$defs/d0", "$defs": chain | {f"d{length}": {"type": "integer"}}}
+        assert follows(compiled(compiler, schema), str(length))
+        assert not follows(compiled(compiler, schema), str(length - 2))
+
+
+def test_chains_that_take_more_stack_than_there_is(compiler: Compiler) -> None:
+    schema = {f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(3500)}
+    lark = "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(15_000)) + '\nr15000: "a"'
+    for rule in ({"schema": {"$ref": "#/$defs/d0", "$defs": schema | {"d3500": {}}}}, {"lark": lark}):
+        error = refused(compiler, **rule)
+        assert isinstance(error, InvalidParams)
+        assert "too complex" in error.message
+
+
 # --- grammars -------------------------------------------------------------------------------------------------------
 
 

@@ -275,7 +275,8 @@ class Engine:
     def _result(self, running: Running, reason: str) -> Generated:
         text = "".join(running.text.text)
         invented = None
-        if self._guard is not None and self._loaded.faithful and running.request.kind == "process":
+        rewritten = running.request.kind == "process" and running.constraint is None  # a rule has words of its own
+        if self._guard is not None and self._loaded.faithful and rewritten:
             invented = list(self._guard(running.prompt.source, text)) or None
         structured = None
         if running.constraint is not None and reason == "stop" and not running.text.stopped:
@@ -340,6 +341,8 @@ class Engine:
         if running is None:
             return
         self._uids.pop(running.id, None)
+        if running.choices.rule is not None:
+            self._compiler.forget(running.choices.rule)
         if in_batch:
             self._generator.drop(uid)
         outcome.ended.append((running.id, _typed(error)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +29,7 @@ from .trial import LIMITS, ends
 # Compiling takes time in proportion to the square of an object's properties.
 MAX_PROPERTIES = 1_000
 # What is kept for later requests: this many, and this much text of theirs.
-KEPT, KEPT_BYTES = 64, 2 * 1024 * 1024
+KEPT, KEPT_BYTES = 32, 2 * 1024 * 1024
 # Compiled ones are tried on so many tokens: what ends nowhere shows there.
 PROBE_TOKENS = 3
 
@@ -40,7 +41,10 @@ _JSON: Any = {
     "coerce_one_of": False,
     "lenient": False,
 }
-# Where several regular expressions may have to match at once, compiling is tried elsewhere first.
+# Compiling is tried elsewhere first where several regular expressions may have to match at once, and where a text is
+# long enough for chains of references that take more stack than there is. The trial has less of it.
+SAFE_CHARACTERS = 8_192
+STACK_BYTES = 64 * 1024 * 1024
 _RISKY = {"schema": re.compile(r'"pattern'), "grammar": re.compile(r'[&~]|"pattern')}
 # What llguidance says where JSON Schema has a way to say something and it has none to enforce it.
 _NOT_ENFORCED: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -62,7 +66,8 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """`fresh` gives a matcher at the start of the answer; they share nothing."""
+    """`fresh` gives a matcher at the start of the answer. They share what their regular expressions have become so far,
+    and its limit, which is why a rule that failed is to be forgotten."""
 
     rule: Rule
     tokenizer: LLTokenizer
@@ -125,7 +130,9 @@ class _Ends:
 
     def endless(self, schema: Any) -> bool:
         self._left -= 1
-        if not isinstance(schema, dict) or id(schema) in self._ending or self._left < 0:
+        if not isinstance(schema, dict) or id(schema) in self._ending:
+            return False
+        if self._left < 0 or len(self._path) > 100:  # none that anyone wrote
             return False
         if id(schema) in self._path:
             return True
@@ -195,6 +202,9 @@ class Compiler:
         self._markers: list[str] = []  # what spells one special token where a text is tokenized as a whole
         self._kept: OrderedDict[Rule, Future[Compiled]] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        before = threading.stack_size(STACK_BYTES)
+        self._thread.submit(int)  # begins the thread
+        threading.stack_size(before)
 
     def compile(self, rule: Rule) -> Future[Compiled]:
         """A future of the compiled rule; done already where it was asked for before. It fails with an RpcError.
@@ -213,6 +223,10 @@ class Compiler:
             self._kept.popitem(last=False)
         return found
 
+    def forget(self, rule: Rule) -> None:
+        """Compile it anew for the next who asks."""
+        self._kept.pop(rule, None)
+
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -224,8 +238,10 @@ class Compiler:
                 self._tokenizer = self._read_tokenizer(rule)
             forcing = not any(marker in rule.text for marker in self._markers)
             source = _source(rule, forcing)
-            if _RISKY[rule.kind].search(rule.text) and not ends(source):
-                told = f"{rule.kind}: it is too complex: compiling it takes too long, or too much memory"
+            if (len(rule.text) > SAFE_CHARACTERS or _RISKY[rule.kind].search(rule.text)) and not ends(source):
+                told = (
+                    f"{rule.kind}: it is too complex: compiling it takes too long, too much memory, or too deep a stack"
+                )
                 raise InvalidParams(told, field=rule.kind)
             matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS)
             self._probe(rule, matcher)

@@ -1,7 +1,8 @@
 """`python -m mlxd.worker.trial`: compile the rule on standard input, in a process that may be lost; exit 0 if it ended.
 
 llguidance counts most of what compiling costs, but not how long it looks for a text that several regular expressions
-match at once, which may be for ever. A thread cannot be stopped; a process can.
+match at once, which may be for ever, nor how deep its stack gets. A thread cannot be stopped, or overflow alone; a
+process can.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LIMITS = LLParserLimits(
     max_items_in_row=2_000,
     step_lexer_fuel=200_000,
     step_max_items=50_000,
-    max_lexer_states=50_000,  # one or two KB each
+    max_lexer_states=20_000,  # one or two KB each
     verbose_errors=False,
 )
 
