@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import statistics
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -179,17 +181,22 @@ def test_prompts_are_cut_after_the_system_turn_and_after_the_last_one(models: di
     assert builder.build("chat", turns("hello"), thinking=False).cuts == ()
 
 
-def test_a_second_turn_comes_at_a_fraction(models: dict[str, LoadedModel]) -> None:
-    engine, plain = make(models["qwen3"], prefill_step=128), make(models["qwen3"], cache_bytes=0, prefill_step=128)
+def test_a_second_turn_comes_at_a_fraction(tmp_path: Path) -> None:
+    folder = tiny_model.build(tmp_path / "wider", hidden=192, layers=3, context=4096)
+    loaded = load(str(folder), lambda fraction: None)
+    engine, plain = make(loaded, prefill_step=128), make(loaded, cache_bytes=0, prefill_step=128)
     messages = turns("so i think we should meet on monday " * 130)
     for each in (engine, plain):
         each.warm_up()
     first = answer(engine, messages)
     assert first.prompt_tokens > 2_000
-    messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": "and then"}]
-    again, cold = answer(engine, messages), answer(plain, messages)
-    assert_same(again, cold)
-    assert again.timings.first_token_s <= 0.08 * cold.timings.first_token_s
+    messages = [*messages, {"role": "assistant", "content": first.text}]
+    seconds = [[*messages, {"role": "user", "content": f"{turn} and then"}] for turn in range(3)]
+    cold = answer(plain, seconds[0])
+    again = [answer(engine, second) for second in seconds]
+    assert_same(again[0], cold)
+    # A busy machine may well disturb one of them.
+    assert statistics.median(each.timings.first_token_s for each in again) <= 0.08 * cold.timings.first_token_s
 
 
 # --- prompts that wait for one that begins alike ----------------------------------------------------------------------
