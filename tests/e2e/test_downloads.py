@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -371,6 +372,30 @@ def test_by_default_a_request_is_told_what_the_download_would_take(hub: Hub) -> 
                 use(MODEL)
         with pytest.raises(errors.ModelNotFound):
             client.process("one two", model="org/nothing")
+
+
+def test_however_many_ask_few_processes_do() -> None:
+    """Each of these names would need a process of its own, which takes longer to start than forty clients to ask."""
+    with Hub() as hub, daemon_of(hub) as daemon:
+        clients = [daemon.client() for _ in range(40)]
+        most, refused = 0, []
+
+        def ask(number: int) -> None:
+            with clients[number] as client:
+                try:
+                    client.process("one two", model=f"org/nothing-{number}")
+                except errors.RpcError as error:
+                    refused.append(error.kind)
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(40)]
+        for thread in threads:
+            thread.start()
+        while len(refused) < 40:
+            most = max(most, len(daemon.children()))
+        for thread in threads:
+            thread.join()
+        assert set(refused) == {"model_not_found"}
+        assert most <= 4 + 4  # those that ask, and those that have asked and are on their way out
 
 
 def test_where_the_settings_allow_it_a_request_fetches_its_model_first(hub: Hub) -> None:

@@ -15,7 +15,7 @@ FETCHER_RSS, DAEMON_RSS = 120 * MB, 60 * MB
 # Ten a second and model, however quick it goes; the beginning and the end may fall into the same second.
 EVENTS_A_SECOND = 12
 # The promise is 5 ms. Here the hub, the fetcher, the pinging client and other tests share two cores with the daemon.
-PING_P99_S = 0.5
+PING_P99_S = 0.1
 
 
 def costs(files: Mapping[str, bytes | Sparse]) -> Figures:

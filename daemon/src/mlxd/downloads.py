@@ -35,9 +35,15 @@ T = TypeVar("T")
 
 # How long the hub may take to say what a model is; a person or a request waits.
 ASK_S = 30.0
-# For so long it is not asked the same again.
+# For so long it is not asked the same again, where it answered, and where it refused or could not be reached.
 ASKED_S = 60.0
+REFUSED_S = 5.0
 _ASKED_KEPT = 256
+# How many fetchers ask at a time, and how many models may wait for that: each caller could otherwise start a process.
+_ASKERS = 4
+_ASKING = 64
+# How many models are hashed at a time.
+_VERIFIERS = 2
 
 
 class OpenJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,6 +138,8 @@ class Downloads:
         self.records = Records(Path(settings.home) / "downloads.json", log)
         self._links: dict[int, FetcherLink[wire.Fetched]] = {}
         self._asked: dict[tuple[str, int | None], tuple[float, wire.FetchPlan | errors.RpcError]] = {}
+        self._asking: dict[tuple[str, int | None], asyncio.Task[wire.FetchPlan | errors.RpcError]] = {}
+        self._askers, self._verifiers = asyncio.Semaphore(_ASKERS), asyncio.Semaphore(_VERIFIERS)
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- names ----------------------------------------------------------------------------------------------------
@@ -259,6 +267,7 @@ class Downloads:
 
     def _exited(self, fetcher: int, model: str, death: Death) -> None:
         self._links.pop(fetcher, None)
+        self.forget_plans(model)  # a part of it may be here by now
         if not death.expected:
             self._log.error("fetcher ended", model=model, cause=death.cause, told=death.describe())
         self._tell(ev.FetcherExited(fetcher, None if death.expected else death.to_error()))
@@ -288,25 +297,39 @@ class Downloads:
     # --- asking ---------------------------------------------------------------------------------------------------
 
     async def plan(self, model: str, context_length: int | None = None) -> wire.FetchPlan:
-        """What the hub says of a model; the same answer for a minute, so that no caller can make it ask all the time.
+        """What the hub says of a model; the same answer for a while, so that no caller can make it ask all the time.
 
         Raises:
-            RpcError: the hub's refusal, or DownloadFailed where it does not answer.
+            RpcError: the hub's refusal, DownloadFailed where it does not answer, QueueFull where too many ask.
         """
-        key, now = (model, context_length), self._loop.time()
+        key = (model, context_length)
         at, known = self._asked.get(key, (0.0, None))
-        if known is None or now - at > ASKED_S:
-            ask = wire.PlanFetch(where=self._where(model), context_length=context_length)
-            try:
-                known = await self.fetchers.ask(model, "plan", ask, wire.FetchPlan, timeout_s=ASK_S)
-            except errors.RpcError as error:
-                known = error
-            if len(self._asked) >= _ASKED_KEPT:
-                self._asked.clear()
-            self._asked[key] = (self._loop.time(), known)
+        lasts_s = REFUSED_S if isinstance(known, errors.RpcError) else ASKED_S
+        if known is None or self._loop.time() - at > lasts_s:
+            if key not in self._asking:
+                if len(self._asking) >= _ASKING:
+                    raise errors.QueueFull("too many ask the hub already", retry_after_s=1.0)
+                self._asking[key] = self._loop.create_task(self._ask_plan(key))
+            known = await asyncio.shield(self._asking[key])  # others may wait for it, too
         if isinstance(known, errors.RpcError):
-            raise known
+            raise type(known)(known.message, **known.details)
         return known
+
+    async def _ask_plan(self, key: tuple[str, int | None]) -> wire.FetchPlan | errors.RpcError:
+        model, context_length = key
+        ask = wire.PlanFetch(where=self._where(model), context_length=context_length)
+        answer: wire.FetchPlan | errors.RpcError
+        try:
+            async with self._askers:
+                answer = await self.fetchers.ask(model, "plan", ask, wire.FetchPlan, timeout_s=ASK_S)
+        except errors.RpcError as error:
+            answer = error
+        finally:
+            del self._asking[key]
+        if len(self._asked) >= _ASKED_KEPT:
+            self._asked.clear()
+        self._asked[key] = (self._loop.time(), answer)
+        return answer
 
     def forget_plans(self, model: str) -> None:
         """What is on disk of it has changed."""
@@ -319,7 +342,8 @@ class Downloads:
         if not params["repos"] or self.fetchers.offline:
             return {}
         try:
-            answer = await self.fetchers.ask("the hub", "latest", params, dict[str, Any], timeout_s=ASK_S)
+            async with self._askers:
+                answer = await self.fetchers.ask("the hub", "latest", params, dict[str, Any], timeout_s=ASK_S)
         except errors.RpcError as error:
             self._log.warning("the hub could not be asked for revisions", reason=error.message)
             return {}
@@ -327,7 +351,8 @@ class Downloads:
 
     async def verify(self, snapshot: str) -> list[types.BadFile]:
         """Hash what lies there; takes as long as reading it."""
-        answer = await self.fetchers.ask(snapshot, "verify", wire.Verify(snapshot=snapshot), wire.Verified)
+        async with self._verifiers:
+            answer = await self.fetchers.ask(snapshot, "verify", wire.Verify(snapshot=snapshot), wire.Verified)
         return answer.bad_files
 
     def close(self) -> None:

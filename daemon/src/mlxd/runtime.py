@@ -414,6 +414,8 @@ class Runtime:
             plan = await self._library.plan_download(model)
         except errors.ModelNotFound:
             return otherwise
+        except errors.QueueFull as error:
+            return error
         except errors.RpcError as error:
             return errors.ModelNotFound(f"{otherwise.message}, and the hub was no help: {error.message}", model=model)
         told = f"{model} is not on this machine, but the hub has it"
@@ -489,16 +491,19 @@ class Runtime:
         return request
 
     async def _resolve_and_submit(self, request: Generation, ref: str) -> None:
+        limit_s = None if request.params.timeout_s is UNSET else request.params.timeout_s
+        patience = asyncio.timeout(limit_s)
         try:
-            limit = None if request.params.timeout_s is UNSET else request.params.timeout_s
-            async with asyncio.timeout(limit):
+            async with patience:
                 model = await self._have(ref, lambda progress: request.sink.phase("downloading", progress))
-        except TimeoutError:
-            told = f"not done within {limit:g} s (still downloading)"
-            self._turn_away(request, errors.DeadlineExceeded(told, phase="downloading", timeout_s=limit))
         except errors.RpcError as error:
             self._turn_away(request, error)
-        except Exception as error:  # a bug, or a disk that fails in a new way: the caller must hear of it all the same
+        except Exception as error:
+            if patience.expired():  # a disk may raise TimeoutError, too
+                told = f"not done within {limit_s:g} s (still downloading)"
+                self._turn_away(request, errors.DeadlineExceeded(told, phase="downloading", timeout_s=limit_s))
+                return
+            # a bug, or a disk that fails in a new way: the caller must hear of it all the same
             self._log.error("resolving a model failed", request=request.sink.request_name, exc_info=error)
             self._turn_away(request, errors.InternalError(f"the model could not be looked up: {type(error).__name__}"))
         else:

@@ -106,6 +106,7 @@ _LOADING = (
 
 _HUB = (
     errors.ModelNotFound,
+    errors.QueueFull,
     errors.ModelInvalid,
     errors.DownloadFailed,
     errors.PermissionDenied,
