@@ -179,6 +179,15 @@ class GenerateOptions(TypedDict, total=False):
     timeout_s: float | None
     priority: Literal["interactive", "batch"] | None
     cache_prompt: bool | None
+    xtc_probability: float | None
+    xtc_threshold: float | None
+    thinking_budget: int | None
+    n: int | None
+    adapter: str | None
+    speculation: Literal["auto", "off", "lookup", "draft"] | None
+    context_policy: Literal["refuse", "drop_oldest", "rotate"] | None
+    kv_bits: Literal[4, 8] | None
+    deterministic: bool | None
 
 
 class ProcessOptions(GenerateOptions, total=False):

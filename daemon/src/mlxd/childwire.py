@@ -37,6 +37,21 @@ MAX_FRAME_BYTES = types.MAX_FRAME_BYTES + 65_536
 MAX_DEPTH = types.MAX_DEPTH + 4
 # A schema, as JSON, or a grammar may be this long: compiling takes time and memory.
 MAX_RULE_BYTES = 256 * 1024
+# Options of the wire that no worker honours yet: refused before anything is loaded for them.
+NOT_YET = (
+    "tools",
+    "tool_choice",
+    "thinking_budget",
+    "n",
+    "adapter",
+    "draft_model",
+    "speculation",
+    "context_policy",
+    "kv_bits",
+    "deterministic",
+    "xtc_probability",
+    "xtc_threshold",
+)
 
 
 class Ready(msgspec.Struct, omit_defaults=True):

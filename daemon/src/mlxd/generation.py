@@ -18,11 +18,9 @@ from .core import events as ev
 if TYPE_CHECKING:
     from .server.runtime_api import Sink
 
-# Options of the wire that no worker honours yet: refused before anything is loaded for them.
-UNSUPPORTED = ("tools", "tool_choice")
 # What goes to the worker as it stands on the wire; the rest of the params is the daemon's own business.
 _NOT_FOR_WORKERS = frozenset(
-    {"model", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *UNSUPPORTED}
+    {"model", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *wire.NOT_YET}
 )
 _SAMPLING = tuple(f for f in types.GenerateParams.__struct_fields__ if f not in _NOT_FOR_WORKERS)
 
@@ -90,7 +88,7 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
 
 def refuse_unsupported(params: types.GenerateParams) -> None:
     """Raises Unsupported, or InvalidParams, for what no worker honours, before a model is loaded for it."""
-    for option in UNSUPPORTED:
+    for option in wire.NOT_YET:
         if getattr(params, option, UNSET) is not UNSET:
             raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
     check_rule(params)

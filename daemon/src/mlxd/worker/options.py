@@ -11,6 +11,7 @@ import msgspec
 from mlxd_client.errors import InvalidParams, ModelInvalid, Unsupported
 from mlxd_client.types import UNSET, GenerateParams
 
+from ..childwire import NOT_YET
 from .grammar import Rule, read_rule
 from .sampling import Sampling, make_key
 
@@ -22,8 +23,6 @@ DEFAULT_MAX_TOKENS = {"process": 150, "chat": 2048}
 MODEL_DEFAULTS = frozenset(
     "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty stop".split()
 )
-# Wire options that exist, and that this engine cannot honour yet.
-NOT_YET = ("tools", "tool_choice", "adapter", "draft_model")
 
 
 @dataclass(frozen=True, slots=True)

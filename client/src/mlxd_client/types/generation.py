@@ -1,0 +1,171 @@
+"""`process` and `chat`, their options and answers; tokens; cancelling."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, UnsetType
+
+from .base import MAX_INTEGER, FinishReason, KeepAlive, ModelRef, Name, Params, Result
+
+Role = Literal["system", "user", "assistant", "tool"]
+Text = str
+
+
+class Message(Params, kw_only=True):
+    """One turn. `content` is text; tool fields belong to assistant and tool turns."""
+
+    role: Role
+    content: Text = ""
+    name: Name | UnsetType = UNSET
+    tool_calls: list[dict[str, Any]] | UnsetType = UNSET
+    tool_call_id: Name | UnsetType = UNSET
+
+
+Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
+
+
+class GenerateParams(Params, kw_only=True):
+    """The options that `process` and `chat` share. Unset means: the model's own default, else the daemon's.
+
+    `schema` makes the answer JSON that fits a JSON Schema; true stands for any JSON. `grammar` makes it fit a grammar
+    in the dialect of Lark that llguidance reads. They are enforced token by token; at most one of them can be given.
+
+    `thinking_budget` bounds the thought, in tokens, and turns thinking on. `n` answers are made from one prompt.
+    `adapter` is a LoRA or DoRA folder, absolute, or the id of one from the hub. `speculation`: `auto` guesses ahead
+    where that pays, by the model's draft model if it has one, else by looking up what the prompt says; neither changes
+    the answer. `context_policy` says what becomes of a prompt that is too long: `refuse` (the default), `drop_oldest`
+    (whole turns go, but the system's and the last ones), `rotate` (the answer may go on for ever; the oldest tokens
+    fall out of sight). `kv_bits` keeps the KV cache in so many bits. `deterministic` makes the answer depend on nothing
+    else that runs, at the price of running by itself.
+    """
+
+    model: ModelRef | UnsetType = UNSET
+    stream: bool = False
+    max_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] | UnsetType = UNSET
+    temperature: Annotated[float, Meta(ge=0, le=5)] | UnsetType = UNSET
+    top_p: Annotated[float, Meta(gt=0, le=1)] | UnsetType = UNSET
+    top_k: Annotated[int, Meta(ge=0, le=1_000_000)] | UnsetType = UNSET
+    min_p: Annotated[float, Meta(ge=0, le=1)] | UnsetType = UNSET
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | UnsetType = UNSET
+    presence_penalty: Annotated[float, Meta(ge=-10, le=10)] | UnsetType = UNSET
+    frequency_penalty: Annotated[float, Meta(ge=-10, le=10)] | UnsetType = UNSET
+    logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-1000, le=1000)]], Meta(max_length=1024)] | UnsetType = (
+        UNSET
+    )
+    seed: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | UnsetType = UNSET
+    stop: Annotated[list[Stop], Meta(max_length=16)] | UnsetType = UNSET
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | UnsetType = UNSET
+    schema: dict[str, Any] | bool | UnsetType = UNSET
+    grammar: Annotated[str, Meta(min_length=1)] | UnsetType = UNSET
+    thinking: bool | UnsetType = UNSET
+    keep_alive: KeepAlive | UnsetType = UNSET
+    timeout_s: Annotated[float, Meta(gt=0, le=86_400)] | UnsetType = UNSET
+    priority: Literal["interactive", "batch"] = "interactive"
+    cache_prompt: bool | UnsetType = UNSET
+    xtc_probability: Annotated[float, Meta(ge=0, le=1)] | UnsetType = UNSET
+    xtc_threshold: Annotated[float, Meta(ge=0, le=0.5)] | UnsetType = UNSET
+    thinking_budget: Annotated[int, Meta(ge=0, le=1_000_000)] | UnsetType = UNSET
+    n: Annotated[int, Meta(ge=1, le=16)] | UnsetType = UNSET
+    adapter: ModelRef | UnsetType = UNSET
+    speculation: Literal["auto", "off", "lookup", "draft"] | UnsetType = UNSET
+    context_policy: Literal["refuse", "drop_oldest", "rotate"] | UnsetType = UNSET
+    kv_bits: Literal[4, 8] | UnsetType = UNSET
+    deterministic: bool | UnsetType = UNSET
+
+
+class ProcessParams(GenerateParams, kw_only=True):
+    """One prompt in, one text out."""
+
+    prompt: Annotated[str, Meta(min_length=1)]
+    system: str | UnsetType = UNSET
+
+
+class ChatParams(GenerateParams, kw_only=True):
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=10_000)]
+    tools: list[dict[str, Any]] | UnsetType = UNSET
+    tool_choice: str | dict[str, Any] | UnsetType = UNSET
+
+
+class Usage(Result, kw_only=True):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+class Timings(Result, kw_only=True):
+    """Where the time of one request went, in seconds since it was accepted or, for parts, their own length."""
+
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    prompt_s: float = 0.0
+    first_token_s: float = 0.0
+    decode_s: float = 0.0
+    total_s: float = 0.0
+
+
+class ToolCall(Result, kw_only=True):
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+class TokenLogprob(Result, kw_only=True):
+    """One generated token's natural-log probability, and the most likely alternatives, best first."""
+
+    token: str
+    token_id: int
+    logprob: float
+    top: list[tuple[str, float]] = []
+
+
+class Completion(Result, kw_only=True):
+    """`invented` names the words of the answer that its prompt does not account for; only models that promise to
+    rewrite faithfully (see `guard` in their mlxd.json) are checked. Whoever needs certainty keeps the prompt then.
+    `structured` is the parsed answer where a `schema` was asked and the answer is whole; null, and what the wire cannot
+    carry, are in `text` only."""
+
+    model: str
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    reasoning: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    structured: Any = None
+    logprobs: list[TokenLogprob] | None = None
+    invented: list[str] | None = None
+
+
+class Stream(Result, kw_only=True):
+    """A `stream` notification: the next piece of the answer to request `id`. `seq` counts from 0 without gaps."""
+
+    id: int | str
+    seq: int
+    text: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    phase: Literal["queued", "downloading", "loading", "prompt"] | None = None
+    progress: float | None = None
+
+
+class TokensParams(Params, kw_only=True):
+    model: ModelRef | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=10_000)] | UnsetType = UNSET
+
+
+class TokensResult(Result, kw_only=True):
+    tokens: int
+
+
+class CancelParams(Params, kw_only=True):
+    """`id` of a request on the same connection."""
+
+    id: int | str
+
+
+class CancelResult(Result, kw_only=True):
+    """Whether there was such a request to cancel; its own response says how it ended."""
+
+    cancelled: bool
