@@ -5,6 +5,7 @@ socketpair whose child end is file descriptor number `--fd`. The daemon asks, th
 
 Daemon → worker, requests (id, method, params), each answered once by a result or an error:
     load      LoadModel      → Loaded
+    attach    Attach         → Attached         a draft model for the loaded one, in place of the one it has
     generate  Generate       → Generated        with `step` notifications on the way
     count     CountTokens    → {tokens}
 Daemon → fetcher, requests; each answered once by a result or an error; one fetcher gets one of them:
@@ -45,7 +46,6 @@ NOT_YET = (
     "n",
     "adapter",
     "draft_model",
-    "speculation",
     "context_policy",
     "kv_bits",
     "deterministic",
@@ -100,6 +100,19 @@ class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
     capabilities: list[str] = []
 
 
+class Attach(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`draft` is a model, `path` its verified local folder."""
+
+    draft: str
+    path: str
+
+
+class Attached(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`memory_bytes` is what the worker holds now, as MLX counts it."""
+
+    memory_bytes: int
+
+
 class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
     """One request. `messages` are chat turns as on the public wire; `options` the sampling options that were set,
     under the public wire's names; what is not set falls to the model's defaults, then the worker's."""
@@ -119,6 +132,8 @@ class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`speculation` is missing where nothing was guessed."""
+
     text: str
     finish_reason: str  # stop | length | cancelled
     prompt_tokens: int
@@ -129,6 +144,7 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     logprobs: list[dict[str, Any]] | None = None
     invented: list[str] | None = None
     structured: Any = None
+    speculation: types.Speculation | None = None
 
 
 class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -17,12 +17,14 @@ from mlxd_client.errors import InternalError, ModelInvalid, RpcError, Unsupporte
 from ..childwire import CountTokens, Generate, Generated, WorkerTimings
 from .batch import NOT_FINITE, RowFailure, RowGenerator
 from .constraint import Constraint
+from .draft import Draft, check_pair
 from .grammar import Compiled, Compiler
 from .kvcache import PromptCache, RowView
 from .load import LoadedModel
 from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
 from .sampling import Sampling
+from .speculation import Guess, Guesses
 from .text import TextStream, make_machine
 from .waits import LEAST, Reuse
 
@@ -55,6 +57,7 @@ class Running:
     prompt_at: float = 0.0
     first_at: float = 0.0
     constraint: Constraint | None = None
+    guess: Guess | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -104,6 +107,7 @@ class Engine:
         self._stops = StopSequences([(token,) for token in self._eos])
         tokenizer = loaded.tokenizer
         self._think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
+        self.guesses = Guesses(loaded.model)
         self._running: dict[int, Running] = {}  # by the generator's uid
         self._uids: dict[int, int] = {}  # request id → uid
         self._failed_steps = 0
@@ -134,6 +138,7 @@ class Engine:
         """
         received_at = time.perf_counter()
         choices = resolve(request.kind, request.options, self._loaded.defaults, self._loaded.vocabulary)
+        guess = self.guesses.guess(choices.speculation, constrained=choices.rule is not None)
         if self.cache is None and request.options.get("cache_prompt") is True:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
         reuse = Reuse(NAMESPACE) if self.cache is not None and choices.cache_prompt else None
@@ -148,7 +153,7 @@ class Engine:
             think = self._think if prompt.in_reasoning else None
         machine = make_machine(choices.stop, think, once=choices.rule is not None)
         text = TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
-        running = Running(request_id, request, prompt, choices, text, received_at, reuse)
+        running = Running(request_id, request, prompt, choices, text, received_at, reuse, guess=guess)
         if choices.rule is None:
             self._join(running)
             return
@@ -160,7 +165,7 @@ class Engine:
 
     def _join(self, running: Running, compiled: Compiled | None = None) -> None:
         choices, prompt = running.choices, running.prompt
-        sampling = choices.sampling
+        sampling = replace(choices.sampling, guess=running.guess)
         if compiled is not None:
             thought = self._loaded.tokenizer.think_end if prompt.in_reasoning else None
             running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
@@ -188,6 +193,21 @@ class Engine:
     def count(self, request: CountTokens) -> int:
         return self._prompts.count(text=request.text, messages=request.messages)
 
+    def attach(self, name: str, draft: LoadedModel) -> None:
+        """Have a draft model guess from now on, in place of the one before. What is running goes on without any.
+
+        Raises:
+            InvalidParams, Unsupported: it cannot guess for this model. The one before stays.
+        """
+        if not self.guesses.usable:
+            raise Unsupported("nothing can be guessed for this model: it takes no draft model", option="draft_model")
+        check_pair(self._loaded, draft)
+        if self.guesses.draft is not None:
+            self.guesses.draft.closed = True
+        self.guesses.draft = Draft(
+            name, draft, vocabulary=self._loaded.vocabulary, pace=self.guesses.pace, step=self._limits["prefill_step"]
+        )
+
     # --- steps
 
     def step(self) -> Outcome:
@@ -212,14 +232,19 @@ class Engine:
                 running.prompt_at = now
             elif running is not None and progress.end_of_segment:
                 self._keep_cut(progress.uid, running)
-        for response in responses:
-            running = self._running.get(response.uid)
-            if running is None:
-                continue
+        while responses:
+            for response in responses:
+                running = self._running.get(response.uid)
+                if running is None:
+                    continue
+                try:
+                    self._advance(running, response, now, outcome)
+                except Exception as error:
+                    self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
             try:
-                self._advance(running, response, now, outcome)
+                responses = self._generator.rest()
             except Exception as error:
-                self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
+                return self._fail_all(error, outcome)
         return outcome
 
     def _join_compiled(self, outcome: Outcome) -> bool:
@@ -298,6 +323,7 @@ class Engine:
             logprobs=running.logprobs if running.choices.sampling.logprobs >= 0 else None,
             invented=invented,
             structured=structured,
+            speculation=running.guess.report() if running.guess is not None else None,
         )
 
     def _report(self, count: int, token: int, note: tuple[mx.array, mx.array, mx.array]) -> dict[str, Any]:
@@ -358,6 +384,7 @@ class Engine:
         self._uids.clear()
         if self.cache is not None:
             self.cache.forget_pending()
+        self.guesses.forget()
         self._generator.close()
         self._generator = RowGenerator(self._loaded.model, **self._limits)
         mx.clear_cache()

@@ -36,6 +36,7 @@ class Choices:
     thinking: bool = False
     cache_prompt: bool = True
     rule: Rule | None = None
+    speculation: str = "auto"
 
 
 def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], vocabulary: int) -> Choices:
@@ -77,6 +78,7 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
         thinking=_or(params.thinking, False),
         cache_prompt=_or(params.cache_prompt, True),
         rule=read_rule(_or(params.schema, None), _or(params.grammar, None)),
+        speculation=_or(params.speculation, "auto"),
     )
 
 
