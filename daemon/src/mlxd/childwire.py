@@ -82,29 +82,34 @@ class Heartbeat(msgspec.Struct, omit_defaults=True):
     prompt_cache: PromptCacheStats | None = None
 
 
+class Attach(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`draft` is a model, `path` its verified local folder."""
+
+    draft: str
+    path: str
+
+
 class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     """`path` is a verified local folder. `max_batch` bounds how many requests decode together; `cache_bytes` what
-    their KV caches and the prefixes that are kept hold together, where 0 keeps none."""
+    their KV caches and the prefixes that are kept hold together, where 0 keeps none. The model is loaded also where
+    `draft` cannot be its draft model."""
 
     model: str
     path: str
     max_batch: int = 32
     prefill_step: int = 512
     cache_bytes: int = 0
+    draft: Attach | None = None
 
 
 class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`no_draft` says why the model has no draft model, where one was wished."""
+
     context_length: int
     memory_bytes: int
     load_s: float
     capabilities: list[str] = []
-
-
-class Attach(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """`draft` is a model, `path` its verified local folder."""
-
-    draft: str
-    path: str
+    no_draft: str | None = None
 
 
 class Attached(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -33,7 +33,18 @@ _NUMBERS: tuple[tuple[str, type, str], ...] = (
     ("seed", int, "the same seed, prompt and options give the same answer"),
     ("logprobs", int, "with --json: each token's log probability, and of so many alternatives"),
 )
-_OTHERS = ("model", "stop", "logit_bias", "schema", "grammar", "thinking", "keep_alive", "timeout_s", "priority")
+_OTHERS = (
+    "model",
+    "stop",
+    "logit_bias",
+    "schema",
+    "grammar",
+    "thinking",
+    "keep_alive",
+    "timeout_s",
+    "priority",
+    "speculation",
+)
 
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -70,6 +81,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="then unload the model when unused for so long: 90, 5m, forever",
     )
     group.add_argument("--timeout", dest="timeout_s", type=float, metavar="SECONDS", help="fail if it takes longer")
+    group.add_argument(
+        "--speculation", choices=("auto", "off", "lookup", "draft"), help="who guesses ahead; the answer stays the same"
+    )
     group.add_argument("--priority", choices=("interactive", "batch"), help="batch work makes way for the interactive")
 
 
@@ -213,10 +227,11 @@ def show_reasoning(text: str, output: Output) -> None:
 
 
 def show_stats(completion: Completion, output: Output) -> None:
-    usage, timings = completion.usage, completion.timings
+    usage, timings, ahead = completion.usage, completion.timings, completion.speculation
     rate = usage.completion_tokens / timings.decode_s if timings.decode_s > 0 else 0.0
     output.note(
         f"{completion.model}: {usage.completion_tokens} tokens, {rate:.0f} tokens/s, "
         f"first after {timings.first_token_s * 1000:.0f} ms, {timings.total_s:.2f} s in all, "
         f"prompt {usage.prompt_tokens} tokens ({usage.cached_tokens} cached), ended by {completion.finish_reason}"
+        + (f", {ahead.kind} guessed {ahead.accepted_tokens} of {ahead.drafted_tokens} right" if ahead else "")
     )

@@ -121,6 +121,7 @@ class Worker:
             cache_bytes=request.cache_bytes,
             guard=find_guard() if loaded.faithful else None,
         )
+        no_draft = self._begin_with(engine, request.draft) if request.draft is not None else None
         try:
             engine.warm_up()
         except Exception as error:
@@ -132,8 +133,17 @@ class Worker:
             memory_bytes=mx.get_active_memory(),
             load_s=time.perf_counter() - started,
             capabilities=loaded.capabilities,
+            no_draft=no_draft,
         )
         self._pipe.reply(request_id, result)
+
+    def _begin_with(self, engine: Engine, wished: Attach) -> str | None:
+        """Load a draft model with its model. Returns why it is not, where it is not: the model goes without."""
+        try:
+            engine.attach(wished.draft, load(wished.path, self._progress))
+        except RpcError as error:
+            return error.message
+        return None
 
     def _attach(self, request_id: int, params: Any) -> None:
         self._attaches.append((request_id, _convert(params, Attach), self._loaded()))
