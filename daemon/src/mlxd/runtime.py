@@ -527,15 +527,12 @@ class Runtime:
             return
         params = request.params
         request.model = model
-        left = None if params.timeout_s is UNSET else params.timeout_s
-        waited = time.monotonic() - request.accepted_at
-        if left is not None and waited > 1.0:  # for a download
-            left = max(0.001, left - waited)
         loading = self.core.models[model].lifecycle.state != "Ready"
         self.tell(
             ev.Submit(
                 request.rid, request.client, model, params.priority,
-                timeout_s=left,
+                timeout_s=None if params.timeout_s is UNSET else params.timeout_s,
+                waited_s=time.monotonic() - request.accepted_at,
                 keep_alive_s=None if params.keep_alive is UNSET else params.keep_alive,
             )
         )  # fmt: skip
