@@ -64,6 +64,7 @@ class Runtime:
         self.loop = loop
         self.epoch = secrets.token_hex(8)
         self.on_shutdown: Callable[[], None] = lambda: None
+        self.on_settled: Callable[[], None] = lambda: None  # all that followed from an event is done
         self._settings = settings
         self._supervisor = supervisor
         self._log = log
@@ -120,6 +121,7 @@ class Runtime:
         self._set_timer()
         if self.core.draining and self.core.quiet:
             self._quiet.set()
+        self.on_settled()
 
     def _do(self, action: do.Action) -> None:
         try:
@@ -590,6 +592,13 @@ class Runtime:
             breaker=core.breakers.state(model, now).value,
             retry_at=None if retry_at is None else retry_at + core.wall,
         )  # fmt: skip
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is loaded, under way or waited for."""
+        if self._open or self._goals or self._resolving or self._links:
+            return False
+        return all(job.ended_at is not None for job in self.core.jobs.values())
 
     def request_shutdown(self) -> None:
         self.on_shutdown()

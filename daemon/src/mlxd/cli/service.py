@@ -23,6 +23,10 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--log-prompts", action="store_true", default=None, help="log prompts and answers too")
     parser.add_argument(
+        "--managed", action="store_true",
+        help="started by launchd or systemd: exit with 0 where starting again would not help",
+    )  # fmt: skip
+    parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
         help="any setting of config.toml, e.g. --set keep_alive_s=60; may be repeated",
     )  # fmt: skip
@@ -35,25 +39,31 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def serve(args: argparse.Namespace, output: Output) -> int:
     from mlxd import settings
+    from mlxd_client.errors import MlxdError
 
     flags: dict[str, Any] = {
         "home": args.home, "socket": args.socket, "log_level": args.log_level, "log_prompts": args.log_prompts,
     }  # fmt: skip
-    for text in args.settings:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise settings.SettingsError(f"--set {text} has no value: write --set {name}=VALUE")
-        flags[name.strip().replace("-", "_")] = value
-    loaded = settings.load(flags=flags)
-    for warning in loaded.warnings:
-        output.note(warning)
-    if loaded.settings.catalog:
-        from mlxd import catalog
-
-        catalog.load(loaded.settings.catalog)  # better now than when the first app asks for it
     from mlxd import app
 
-    return app.serve(loaded.settings)
+    try:
+        for text in args.settings:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise settings.SettingsError(f"--set {text} has no value: write --set {name}=VALUE")
+            flags[name.strip().replace("-", "_")] = value
+        loaded = settings.load(flags=flags)
+        if loaded.settings.catalog:
+            from mlxd import catalog
+
+            catalog.load(loaded.settings.catalog)  # better now than when the first app asks for it
+    except MlxdError as error:
+        if args.managed:
+            return app.give_up(str(error))
+        raise
+    for warning in loaded.warnings:
+        output.note(warning)
+    return app.serve(loaded.settings, managed=args.managed)
 
 
 def status(args: argparse.Namespace, output: Output) -> int:
@@ -104,7 +114,7 @@ def stop(args: argparse.Namespace, output: Output) -> int:
         else:
             output.line("mlxd is not running")
         return OK
-    if not _gone(path, pid, args.timeout):
+    if not gone(path, pid, args.timeout):
         output.note(f"mlxd (process {pid}) agreed to stop, but still runs after {args.timeout:g} s")
         return FAILED
     if output.json:
@@ -114,7 +124,7 @@ def stop(args: argparse.Namespace, output: Output) -> int:
     return OK
 
 
-def _gone(path: str, pid: int, timeout_s: float) -> bool:
+def gone(path: str, pid: int, timeout_s: float) -> bool:
     """Wait for the end of a process that is no child of ours, which only asking again and again can tell."""
     deadline = time.monotonic() + timeout_s
     while os.path.exists(path) or _runs(pid):
