@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mlxd_client import Client
+from support.daemon import kernels
 
 PATIENCE_S = 60.0
 # Takes over the descriptors that are named, from number 3 on, and becomes the daemon.
@@ -55,6 +56,8 @@ class Activator:
         self.env |= {"MLXD_HOME": str(self.home), "HF_HUB_CACHE": str(self.home / "hub"), "HF_HUB_OFFLINE": "1"}
         self.env |= {f"MLXD_{name.upper()}": str(value) for name, value in settings.items()}
         self.env["NOTIFY_SOCKET"] = str(self.home / "notify")
+        (self.home / "run").mkdir(mode=0o700)
+        (self.home / "run" / "tmp").symlink_to(kernels())
         self.process: subprocess.Popen[str] | None = None
         self.starts = 0
         self.ended: list[int] = []

@@ -91,7 +91,8 @@ class Runtime:
         self._links: dict[int, WorkerLink] = {}
         self._memory: dict[int, int] = {}  # by worker, as last told to the core
         self._resolving: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._due: float | None = None
         self._quiet: asyncio.Event = asyncio.Event()
         self._inbox: list[ev.Event] = []
         self._performing = False
@@ -131,11 +132,12 @@ class Runtime:
 
     def _set_timer(self) -> None:
         due = self.core.next_deadline()
-        timer = self._timer
-        if timer is not None:
-            if due is not None and timer.when() == due:
+        if self._timer is not None:
+            if due == self._due:
                 return
-            timer.cancel()
+            self._timer.cancel()
+        # What is due at once is no timer to uvloop, and could not be asked when it is due.
+        self._due = due
         self._timer = None if due is None else self.loop.call_at(due, self._on_timer)
 
     def _on_timer(self) -> None:
