@@ -10,11 +10,13 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
 
 from . import logs
+from .children.exitwatch import ExitWatch
 from .children.interface import ChildSettings
 from .children.supervisor import Supervisor
 from .notify import Notifier
@@ -24,12 +26,15 @@ from .server.limits import ServerLimits
 from .server.listen import AlreadyRunning, Listener, ListenError, adopt, listen
 from .server.server import Server
 from .settings import Settings
+from .sidecar import Bridge
 from .store import Store
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_ALREADY_RUNNING = 8
 
+# How long the last answers may take to reach standard output.
+_LAST_WORDS_S = 1.0
 # How long children get to go by themselves once the daemon has to end; then SIGTERM, then SIGKILL.
 _LAST_GRACE_S = 0.5
 _TERM_GRACE_S = 1.0
@@ -39,14 +44,27 @@ _OPEN_FILES = 10_240
 _OWN_FILES = 96
 
 
-def serve(settings: Settings, *, managed: bool = False) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """Who started the daemon, and what that means for its end.
+
+    Attributes:
+        managed: a service manager, which would start it again after a failure.
+        stdio: an app, which speaks on standard input and output as on a connection; the daemon ends with it.
+        parent_pid: a process, with which the daemon ends.
+    """
+
+    managed: bool = False
+    stdio: bool = False
+    parent_pid: int | None = None
+
+
+def serve(settings: Settings, launch: Launch | None = None) -> int:
     """Run a daemon until it is told to stop. Returns the process's exit status.
 
     The socket is there as soon as requests are answered; whoever starts a daemon may wait for it.
-
-    Args:
-        managed: a service manager started it, and would start it again after a failure.
     """
+    launch = launch or Launch()
     notifier = Notifier()
     sock = None
     try:
@@ -54,7 +72,7 @@ def serve(settings: Settings, *, managed: bool = False) -> int:
         home = Path(settings.home)
         listener = listen(home, Path(settings.socket)) if sock is None else adopt(sock, home)
     except ListenError as error:
-        if managed:
+        if launch.managed:
             return give_up(str(error), notifier, sock)
         print(f"mlxd: {error}", file=sys.stderr)
         return EXIT_ALREADY_RUNNING if isinstance(error, AlreadyRunning) else EXIT_FAILED
@@ -63,7 +81,7 @@ def serve(settings: Settings, *, managed: bool = False) -> int:
     installed = logs.configure(settings.log_file, level=settings.log_level, prompts=settings.log_prompts)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Daemon(settings, limits, listener, notifier).run())
+            runner.run(_Daemon(settings, limits, listener, notifier, launch).run())
     finally:
         listener.close()
         installed.close()
@@ -116,8 +134,11 @@ def _return_large_blocks() -> None:
 class _Daemon:
     """The parts of one running daemon."""
 
-    def __init__(self, settings: Settings, limits: ServerLimits, listener: Listener, notifier: Notifier) -> None:
+    def __init__(
+        self, settings: Settings, limits: ServerLimits, listener: Listener, notifier: Notifier, launch: Launch
+    ) -> None:
         self._settings = settings
+        self._launch = launch
         self._limits = limits
         self._listener = listener
         self._notifier = notifier
@@ -150,12 +171,41 @@ class _Daemon:
             _IdleExit(server, runtime, settings.idle_exit_s, self._stop.set)
         self._log.info("daemon started", version=runtime.version, epoch=runtime.epoch, socket=settings.socket)
         self._notifier.ready()
+        bridge = await self._open_stdio(server) if self._launch.stdio else None
+        watch = self._watch_parent(self._launch.parent_pid) if self._launch.parent_pid is not None else None
         signs = loop.create_task(self._give_signs(runtime)) if self._notifier.watchdog_s else None
         await self._stop.wait()
         self._notifier.stopping()
         await self._end(server, runtime)
         if signs is not None:
             signs.cancel()
+        if watch is not None:
+            loop.remove_reader(watch.fileno)
+            watch.close()
+        if bridge is not None:
+            bridge.finish(_LAST_WORDS_S)
+
+    async def _open_stdio(self, server: Server) -> Bridge:
+        """Serve whoever started this process on its standard input and output."""
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        await server.take(ours)
+        return Bridge(theirs, lambda: loop.call_soon_threadsafe(self._stop.set))
+
+    def _watch_parent(self, pid: int) -> ExitWatch | None:
+        """Stop when a process ends that is not ours to wait for."""
+        try:
+            watch = ExitWatch(pid)
+        except OSError as error:  # it is gone already
+            self._log.warning("the parent cannot be watched", pid=pid, reason=str(error))
+            self._stop.set()
+            return None
+        asyncio.get_running_loop().add_reader(watch.fileno, self._parent_gone, pid)
+        return watch
+
+    def _parent_gone(self, pid: int) -> None:
+        self._log.info("the parent has ended", pid=pid)
+        self._stop.set()
 
     async def _give_signs(self, runtime: Runtime) -> None:
         """Signs of life for the service manager, from the loop that does the work."""

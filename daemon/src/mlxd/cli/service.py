@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .common import Commands, add_command, connect
-from .exits import FAILED, OK
+from .exits import FAILED, OK, USAGE
 
 if TYPE_CHECKING:
     from mlxd_client.types import Status
@@ -22,6 +22,17 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--socket", metavar="PATH", help="where to listen (default: mlxd.sock in the home folder)")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--log-prompts", action="store_true", default=None, help="log prompts and answers too")
+    parser.add_argument(
+        "--stdio",
+        action="store_true",
+        help="also serve whoever started this, on standard input and output, and end with it",
+    )
+    parser.add_argument(
+        "--join",
+        action="store_true",
+        help="with --stdio: run no daemon, lead to the one of the user, which is started if need be",
+    )
+    parser.add_argument("--parent-pid", type=int, metavar="PID", help="end when this process does")
     parser.add_argument(
         "--managed", action="store_true",
         help="started by launchd or systemd: exit with 0 where starting again would not help",
@@ -38,6 +49,8 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def serve(args: argparse.Namespace, output: Output) -> int:
+    if args.join:
+        return _join(args, output)
     from mlxd import settings
     from mlxd_client.errors import MlxdError
 
@@ -63,7 +76,19 @@ def serve(args: argparse.Namespace, output: Output) -> int:
         raise
     for warning in loaded.warnings:
         output.note(warning)
-    return app.serve(loaded.settings, managed=args.managed)
+    return app.serve(loaded.settings, app.Launch(managed=args.managed, stdio=args.stdio, parent_pid=args.parent_pid))
+
+
+def _join(args: argparse.Namespace, output: Output) -> int:
+    """Lead standard input and output to the user's daemon."""
+    from mlxd import sidecar
+    from mlxd_client.connect import reach
+
+    if not args.stdio:
+        output.note("--join goes with --stdio")
+        return USAGE
+    sidecar.join(reach(args.socket))
+    return OK
 
 
 def status(args: argparse.Namespace, output: Output) -> int:

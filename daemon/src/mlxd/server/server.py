@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Callable
 
 from mlxd_client.errors import ShuttingDown
@@ -81,6 +82,11 @@ class Server:
         self._listener = await loop.create_unix_server(
             self._make_session, sock=listener.sock, backlog=self.limits.backlog
         )
+
+    async def take(self, sock: socket.socket) -> None:
+        """Serve a connection that did not come through the listener."""
+        loop = asyncio.get_running_loop()
+        await loop.connect_accepted_socket(self._make_session, sock)
 
     def stop_accepting(self) -> None:
         """Leave connections that are not accepted yet to whoever else holds the socket."""
