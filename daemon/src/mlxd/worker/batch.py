@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -213,7 +214,13 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         prefill_joins: how many prompts begin to be read in one step at most. One that takes several steps is read
             together with those that begin after it.
         prompt_cache: where prompts find what was computed before; None computes everything.
+        beside: what caches hold that are none of these rows', as far as the prompt cache has to mind them.
+
+    Attributes:
+        may_read: whether the next step goes on reading prompts; else it decodes only.
     """
+
+    completion_batch_size: int
 
     def __init__(
         self,
@@ -223,6 +230,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         prefill_step: int,
         prefill_joins: int = MOST_PREFILLS,
         prompt_cache: PromptCache | None = None,
+        beside: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__(
             model,
@@ -239,7 +247,13 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self._prompt_cache = prompt_cache
         self._reuses: dict[int, Reuse] = {}  # by uid, of prompts whose reading has not begun
         self._waits = Waits(prompt_cache.tree) if prompt_cache is not None else None
+        self._beside = beside
+        self.may_read = True
         self._steps = 0
+
+    def pace_like(self, other: RowGenerator) -> None:
+        """Begin with what another one learned of how fast the device reads."""
+        self._prefill_rate = other._prefill_rate
 
     def _next(self) -> Any:
         reading = len(self._prompt_batch)
@@ -252,7 +266,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
             self._waits.sort(self._unprocessed_sequences, joins, self._reuses, self._left_to_read)
         counters = self._counters
         tokens, seconds = counters.prompt_tokens, counters.prompt_time
-        made = super()._next()
+        made = super()._next() if self.may_read else self._decode()
         if counters.prompt_tokens > tokens:
             self._prefill_rate = (counters.prompt_tokens - tokens) / (counters.prompt_time - seconds)
         if self._prompt_cache is not None and self._waits is not None:
@@ -263,6 +277,14 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
             if made[0] or self._steps % LOOK_STEPS == 0:
                 self._prompt_cache.tree.fit(self.live_bytes())
         return made
+
+    def _decode(self) -> Any:
+        """A step as if there were no place for another row."""
+        places, self.completion_batch_size = self.completion_batch_size, 0
+        try:
+            return super()._next()
+        finally:
+            self.completion_batch_size = places
 
     def settle(self) -> None:
         """Have the prompt cache copy what it is to keep, beside what the rows hold now."""
@@ -297,7 +319,10 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self._unprocessed_sequences[index] = (uid, segments, most, caches, tokens[: reuse.cached], *rest)
 
     def live_bytes(self) -> int:
-        """What the caches of all rows hold, and will hold before the next look at it."""
+        """What the caches of all rows hold, those beside these included, and will hold before the next look at it."""
+        return self.own_bytes() + self._beside()
+
+    def own_bytes(self) -> int:
         ahead = {self._prompt_batch: self._most_prefill, self._generation_batch: LOOK_STEPS}
         return sum(foreseen_bytes(batch.prompt_cache, len(batch), tokens) for batch, tokens in ahead.items())
 
@@ -313,8 +338,12 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         processors: list[Any],
         stops: Any,
         reuse: Reuse | None = None,
+        *,
+        uid: int | None = None,
     ) -> int:
-        """Queue one prompt. Returns the number that its responses carry as `uid`."""
+        """Queue one prompt. Returns the number that its responses carry as `uid`; the given one, if any."""
+        if uid is not None:
+            self._uid_count = uid
         uids: list[int] = self.insert(
             [tokens],
             max_tokens=[max_tokens],
@@ -344,6 +373,16 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
     @property
     def active(self) -> int:
         return len(self._generation_batch) + len(self._prompt_batch)
+
+    @property
+    def decoding(self) -> bool:
+        return len(self._generation_batch) > 0
+
+    @property
+    def can_read(self) -> bool:
+        """There are prompts to be read, and places for them."""
+        unread = len(self._prompt_batch) or self._unprocessed_sequences or self._waits
+        return bool(unread) and len(self._generation_batch) < self.completion_batch_size
 
     @property
     def waiting(self) -> int:

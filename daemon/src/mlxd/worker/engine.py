@@ -15,10 +15,11 @@ from mlx_lm.sample_utils import make_logits_processors
 from mlxd_client.errors import InternalError, ModelInvalid, RpcError, Unsupported
 
 from ..childwire import CountTokens, Generate, Generated, WorkerTimings
-from .batch import NOT_FINITE, RowFailure, RowGenerator
+from .batch import NOT_FINITE, RowFailure
 from .constraint import Constraint
 from .grammar import Compiled, Compiler
 from .kvcache import PromptCache, RowView
+from .lanes import Lanes
 from .load import LoadedModel
 from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
@@ -99,7 +100,7 @@ class Engine:
         }
         self._guard = guard
         self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary)
-        self._generator = RowGenerator(loaded.model, **self._limits)
+        self._generator = Lanes(loaded.model, **self._limits)
         self._eos: set[int] = set(loaded.tokenizer.eos_token_ids)
         self._stops = StopSequences([(token,) for token in self._eos])
         tokenizer = loaded.tokenizer
@@ -348,18 +349,18 @@ class Engine:
         outcome.ended.append((running.id, _typed(error)))
 
     def _fail_all(self, error: Exception, outcome: Outcome) -> Outcome:
-        """The shared step raised: nobody's state can be trusted. End all, and start a clean batch."""
+        """The shared step raised: nobody's state in that lane can be trusted. End them all, and start a clean batch."""
         message = str(error)
         self._failed_steps += 1
         if self._failed_steps > MAX_FAILED_STEPS or any(sign.lower() in message.lower() for sign in _FATAL):
             raise EngineLost(f"{type(error).__name__}: {message}") from error
-        outcome.ended += [(running.id, _typed(error)) for running in self._running.values()]
-        self._running.clear()
-        self._uids.clear()
+        for uid in self._generator.fail():
+            running = self._running.pop(uid, None)
+            if running is not None:
+                self._uids.pop(running.id, None)
+                outcome.ended.append((running.id, _typed(error)))
         if self.cache is not None:
             self.cache.forget_pending()
-        self._generator.close()
-        self._generator = RowGenerator(self._loaded.model, **self._limits)
         mx.clear_cache()
         return outcome
 
