@@ -76,6 +76,8 @@ class Engine:
         prefill_step: how many tokens of a prompt are read between two decode steps.
         prefill_joins: how many prompts begin to be read in one step.
         cache_bytes: bounds the prefixes that are kept and what the batch holds, together; 0 keeps nothing.
+        kv_bytes: what the KV caches of all requests may hold; 0 is no bound. See `allow`.
+        kv_bits: what requests have that say nothing; 0 leaves their KV caches as they are.
         guard: (source, answer) → words the answer invents; used for models that promise to rewrite faithfully.
     """
 
@@ -87,6 +89,8 @@ class Engine:
         prefill_step: int,
         prefill_joins: int = 8,
         cache_bytes: int = 0,
+        kv_bytes: int = 0,
+        kv_bits: int = 0,
         guard: Callable[[str, str], tuple[str, ...]] | None = None,
     ) -> None:
         self._loaded = loaded
@@ -97,10 +101,15 @@ class Engine:
             "prefill_step": prefill_step,
             "prefill_joins": prefill_joins,
             "prompt_cache": self.cache,
+            "window": loaded.context_length,
+            "kv_bytes": kv_bytes,
         }
+        self._cache_bytes = cache_bytes
+        self._defaults = loaded.defaults | ({"kv_bits": kv_bits} if kv_bits else {})
         self._guard = guard
         self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary)
         self._generator = Lanes(loaded.model, **self._limits)
+        self.allow(kv_bytes)
         self._eos: set[int] = set(loaded.tokenizer.eos_token_ids)
         self._stops = StopSequences([(token,) for token in self._eos])
         tokenizer = loaded.tokenizer
@@ -134,10 +143,12 @@ class Engine:
             RpcError: it cannot be honoured. Nothing of it remains.
         """
         received_at = time.perf_counter()
-        choices = resolve(request.kind, request.options, self._loaded.defaults, self._loaded.vocabulary)
+        choices = resolve(request.kind, request.options, self._defaults, self._loaded.vocabulary)
+        self._generator.check(choices.lane)
         if self.cache is None and request.options.get("cache_prompt") is True:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
-        reuse = Reuse(NAMESPACE) if self.cache is not None and choices.cache_prompt else None
+        urgent = request.priority != "batch"
+        reuse = Reuse(NAMESPACE, urgent=urgent) if self.cache is not None and choices.cache_prompt else None
         cut = reuse is not None and self.cache is not None and self.cache.marked
         prompt = self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut)
         if reuse is not None:
@@ -166,10 +177,14 @@ class Engine:
             thought = self._loaded.tokenizer.think_end if prompt.in_reasoning else None
             running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
             sampling = replace(sampling, constraint=running.constraint)
-        room = self._loaded.context_length - len(prompt.tokens)
+        lane, most = choices.lane, choices.max_tokens
+        if not lane.rotate:
+            most = min(most, self._loaded.context_length - len(prompt.tokens))
+        most = self._generator.fit(lane, len(prompt.tokens), most, asked=choices.asked_tokens)
         processors = make_logits_processors(choices.logit_bias)
+        urgent = running.request.priority != "batch"
         uid = self._generator.add(
-            prompt.tokens, min(choices.max_tokens, room), sampling, processors, self._stops, running.reuse
+            prompt.tokens, most, sampling, processors, self._stops, running.reuse, key=lane, urgent=urgent
         )
         self._running[uid] = running
         self._uids[running.id] = uid
@@ -186,6 +201,13 @@ class Engine:
             self._end(uid, "cancelled", outcome)
         return outcome
 
+    def allow(self, kv_bytes: int) -> None:
+        """Have the KV caches of all requests, and the prefixes that are kept, hold no more than this; 0 is no bound.
+        What is running goes on."""
+        self._generator.allow(kv_bytes)
+        if self.cache is not None:
+            self.cache.tree.budget_bytes = min(self._cache_bytes, kv_bytes) if kv_bytes else self._cache_bytes
+
     def count(self, request: CountTokens) -> int:
         return self._prompts.count(text=request.text, messages=request.messages)
 
@@ -200,6 +222,8 @@ class Engine:
         outcome = Outcome()
         if self._compiling and not self._join_compiled(outcome):
             return outcome
+        for uid, error in self._generator.refuse():
+            self._fail(uid, error, outcome, in_batch=False)
         try:
             self._generator.settle()
             prompts, responses = self._generator.next()
@@ -299,6 +323,7 @@ class Engine:
             logprobs=running.logprobs if running.choices.sampling.logprobs >= 0 else None,
             invented=invented,
             structured=structured,
+            alone=running.choices.lane.alone,
         )
 
     def _report(self, count: int, token: int, note: tuple[mx.array, mx.array, mx.array]) -> dict[str, Any]:

@@ -8,38 +8,52 @@ the plain kind there is one lane, and nothing of this is done.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
+from mlxd_client.errors import RpcError
+
+from .admission import Admission, Waiting, refusal
 from .batch import RowGenerator
 from .kvcache import PromptCache, RowView
+from .lanecaches import PLAIN, Footprint, Kinds, LaneKey
 from .sampling import Sampling
 from .waits import Reuse
 
 __all__ = ["PLAIN", "LaneKey", "Lanes"]
 
-
-@dataclass(frozen=True, slots=True)
-class LaneKey:
-    """What rows must have in common to decode together."""
-
-
-PLAIN = LaneKey()
+# How many tokens of a prompt are read at a time where the answer must not depend on how fast that went.
+FIXED_PREFILL = 64
 
 
 class Lane:
-    """One batch, and when it last read prompts, in turns."""
+    """One batch.
 
-    __slots__ = ("key", "read_at", "rows")
+    Attributes:
+        width: how many of its rows hold caches at a time.
+        read_at: when it last read prompts, in turns.
+        lengths: how many tokens each row may come to, by uid.
+    """
 
-    def __init__(self, key: LaneKey, rows: RowGenerator) -> None:
+    __slots__ = ("footprint", "key", "lengths", "read_at", "rows", "width")
+
+    def __init__(self, key: LaneKey, rows: RowGenerator, width: int) -> None:
         self.key = key
         self.rows = rows
+        self.width = width
         self.read_at = 0
+        self.lengths: dict[int, int] = {}
+        self.footprint: Footprint | None = None
 
     @property
     def busy(self) -> bool:
-        return bool(self.rows.active or self.rows.waiting)
+        return bool(self.lengths)
+
+    def foreseen(self, more: int = 0) -> int:
+        """See admission.Holder."""
+        rows = len(self.lengths) + (more > 0)
+        if self.footprint is None or rows == 0:
+            return 0
+        return self.footprint.bytes(min(rows, self.width), max([more, *self.lengths.values()]))
 
 
 class Lanes:
@@ -47,16 +61,22 @@ class Lanes:
 
     Args:
         model: the loaded model.
+        window: how many tokens rows see that go on beyond the context.
         max_batch, prefill_step, prefill_joins: as RowGenerator has them, for each lane.
         prompt_cache: serves the plain lane; in the others the same tokens come to other numbers.
+        kv_bytes: what the caches of all rows may hold together; 0 is no limit.
     """
 
-    def __init__(self, model: Any, *, prompt_cache: PromptCache | None = None, **limits: int) -> None:
+    def __init__(
+        self, model: Any, *, window: int, prompt_cache: PromptCache | None = None, kv_bytes: int = 0, **limits: int
+    ) -> None:
         self._model = model
         self._limits = limits
         self._prompt_cache = prompt_cache
-        self._plain = Lane(PLAIN, self._make(PLAIN))
-        self._lanes = deque([self._plain])  # whose turn is next comes first
+        self._kinds = Kinds(model, window)
+        self._admission = Admission(kv_bytes)
+        self._lanes: deque[Lane] = deque()  # whose turn is next comes first
+        self._plain = self._open(PLAIN)
         self._homes: dict[int, Lane] = {}  # by uid
         self._uids = 0
         self._turns = 0
@@ -64,10 +84,26 @@ class Lanes:
         self._stepping = self._plain
 
     def _make(self, key: LaneKey) -> RowGenerator:
+        limits = dict(self._limits)
+        if key.alone:
+            limits |= {"max_batch": 1}
+        if key.deterministic:
+            limits |= {"fixed_prefill": FIXED_PREFILL}
         cache = self._prompt_cache if key == PLAIN else None
-        return RowGenerator(self._model, **self._limits, prompt_cache=cache, beside=self._beside_plain)
+        return RowGenerator(self._model, **limits, prompt_cache=cache, beside=self._beside_plain)
+
+    def check(self, key: LaneKey) -> None:
+        """Raises Unsupported where this model cannot have such rows."""
+        if key != PLAIN:
+            self._kinds.footprint(key)
 
     # --- rows
+
+    def fit(self, key: LaneKey, prompt: int, wished: int, *, asked: bool) -> int:
+        """See Admission."""
+        if not self._admission.limit_bytes:
+            return wished
+        return self._admission.fit(self._kinds.footprint(key), prompt, wished, asked=asked)
 
     def add(
         self,
@@ -79,12 +115,29 @@ class Lanes:
         reuse: Reuse | None = None,
         *,
         key: LaneKey = PLAIN,
+        urgent: bool = True,
     ) -> int:
-        """Queue one prompt. Returns the number that its responses carry as `uid`."""
+        """Queue one prompt, behind those that wait for memory. Returns the number that its responses carry as `uid`.
+
+        Args:
+            urgent: it goes before those that are not.
+        """
         self._uids += 1
-        lane = self._lane(key)
-        uid = lane.rows.add(tokens, max_tokens, sampling, processors, stops, reuse, uid=self._uids)
-        self._homes[uid] = lane
+        uid, length = self._uids, len(tokens) + max_tokens
+
+        def enter() -> None:
+            lane = self._lane(key)
+            caches = None if key.kv_bits == 0 and not key.rotate else self._kinds.caches(key)
+            lane.rows.add(tokens, max_tokens, sampling, processors, stops, reuse, uid=uid, caches=caches, urgent=urgent)
+            lane.lengths[uid] = length
+            self._homes[uid] = lane
+
+        if not self._admission.limit_bytes:
+            enter()
+            return uid
+        row = Waiting(uid, key, self._kinds.footprint(key), length, len(tokens), urgent, enter)
+        self._admission.add(row)
+        self._admission.admit(self._foreseen)
         return uid
 
     def view(self, uid: int) -> tuple[RowView | None, list[int]]:
@@ -95,7 +148,9 @@ class Lanes:
         """See RowGenerator."""
         lane = self._homes.pop(uid, None)
         if lane is None:
+            self._admission.remove(uid)
             return None, []
+        del lane.lengths[uid]
         view = lane.rows.drop(uid)
         self._leave(lane)
         return view
@@ -110,11 +165,36 @@ class Lanes:
 
     @property
     def waiting(self) -> int:
-        return sum(lane.rows.waiting for lane in self._lanes)
+        return sum(lane.rows.waiting for lane in self._lanes) + len(self._admission.line)
 
     def live_bytes(self) -> int:
         """See RowGenerator; of all lanes."""
         return self._plain.rows.live_bytes()
+
+    # --- memory
+
+    def allow(self, kv_bytes: int) -> None:
+        """From now on rows begin only where the caches of all stay within so many bytes; 0 is no limit."""
+        self._admission.limit_bytes = kv_bytes
+
+    def refuse(self) -> list[tuple[int, RpcError]]:
+        """Rows that wait and can never begin, since less is allowed than when they came. They are gone."""
+        refused: list[tuple[int, RpcError]] = []
+        while (row := self._admission.hopeless(self._foreseen)) is not None:
+            left = refusal(row.footprint, row.prompt, row.length - row.prompt, self._admission.limit_bytes)
+            refused.append((row.uid, left))
+        return refused
+
+    def _foreseen(self, key: LaneKey | None = None, more: int = 0) -> int:
+        """See admission.Foreseen."""
+        total = 0
+        for lane in self._lanes:
+            if lane.footprint is None and lane.lengths:
+                lane.footprint = self._kinds.footprint(lane.key)
+            mine = lane.key == key
+            total += lane.foreseen(more if mine else 0)
+            key = None if mine else key
+        return total if key is None else total + self._kinds.footprint(key).bytes(1, more)
 
     def _beside_plain(self) -> int:
         return sum(lane.rows.own_bytes() for lane in self._lanes if lane is not self._plain)
@@ -126,8 +206,12 @@ class Lanes:
         for lane in self._lanes:
             if lane.key == key:
                 return lane
-        lane = Lane(key, self._make(key))
+        lane = self._open(key)
         lane.rows.pace_like(self._plain.rows)
+        return lane
+
+    def _open(self, key: LaneKey) -> Lane:
+        lane = Lane(key, self._make(key), 1 if key.alone else self._limits["max_batch"])
         self._lanes.append(lane)
         return lane
 
@@ -154,12 +238,15 @@ class Lanes:
 
     def next(self) -> tuple[list[Any], list[Any]]:
         """One step of the lane whose turn it is: what became of prompts, and the rows' new tokens."""
+        if self._admission.line:
+            self._admission.admit(self._foreseen)
         lane = self._plain if len(self._lanes) == 1 else self._turn()
         self._stepping = lane
         made: tuple[list[Any], list[Any]] = lane.rows.next()
         for response in made[1]:
             if response.finish_reason is not None:
                 self._homes.pop(response.uid, None)
+                lane.lengths.pop(response.uid, None)
         if len(self._lanes) > 1:
             self._stepped(lane, bool(made[0]))
         return made
@@ -168,8 +255,8 @@ class Lanes:
         """The next lane that has something to do.
 
         1. The lanes go round.
-        2. One of them may read prompts: of those that have any, the one that has not read for longest; and not before
-           all others that decode have had a step since prompts were last read.
+        2. One of them may read prompts: of those that have any, urgent ones first, the one that has not read for
+           longest; and not before all others that decode have had a step since prompts were last read.
         3. A lane that neither decodes nor may read is passed over.
         """
         lane = self._plain
@@ -182,8 +269,10 @@ class Lanes:
         return lane
 
     def _may_read(self, lane: Lane) -> bool:
-        readers = [other for other in self._lanes if other.rows.can_read]
-        if not readers or lane is not min(readers, key=lambda other: other.read_at):
+        if not lane.rows.can_read:
+            return False
+        rank = not lane.rows.urgent, lane.read_at
+        if any((not other.rows.urgent, other.read_at) < rank for other in self._lanes if other.rows.can_read):
             return False
         return not any(other is not lane and other.rows.decoding for other in self._owed)
 
@@ -208,6 +297,7 @@ class Lanes:
         lost = [uid for uid, home in self._homes.items() if home is lane]
         for uid in lost:
             del self._homes[uid]
+        lane.lengths.clear()
         self._owed.discard(lane)
         if lane is self._plain:
             lane.rows.close()
