@@ -141,7 +141,17 @@ class Engine:
 
         Raises:
             RpcError: it cannot be honoured. Nothing of it remains.
+            EngineLost: see `step`.
         """
+        try:
+            self._submit(request_id, request)
+        except RpcError:
+            raise
+        except Exception as error:  # a tokenizer's or a template's own; it is this request's alone
+            _check_alive(error)
+            raise _typed(error) from error
+
+    def _submit(self, request_id: int, request: Generate) -> None:
         received_at = time.perf_counter()
         choices = resolve(request.kind, request.options, self._defaults, self._loaded.vocabulary)
         self._generator.check(choices.lane)
@@ -197,7 +207,10 @@ class Engine:
             running, _ = self._compiling.pop(request_id)
             outcome.ended.append((request_id, self._result(running, "cancelled")))
         elif uid is not None:
-            self._keep(self._running[uid], *self._generator.drop(uid))
+            try:
+                self._keep(self._running[uid], *self._generator.drop(uid))
+            except Exception as error:
+                return self._fail_all(error, outcome)
             self._end(uid, "cancelled", outcome)
         return outcome
 
@@ -209,7 +222,11 @@ class Engine:
             self.cache.tree.budget_bytes = min(self._cache_bytes, kv_bytes) if kv_bytes else self._cache_bytes
 
     def count(self, request: CountTokens) -> int:
-        return self._prompts.count(text=request.text, messages=request.messages)
+        """Raises RpcError."""
+        try:
+            return self._prompts.count(text=request.text, messages=request.messages)
+        except Exception as error:
+            raise _typed(error) from error
 
     # --- steps
 
@@ -230,6 +247,14 @@ class Engine:
         except Exception as error:
             return self._fail_all(error, outcome)
         self._failed_steps = 0
+        try:
+            self._take(prompts, responses, outcome)
+        except Exception as error:  # a row could not be looked at, or taken out
+            return self._fail_all(error, outcome)
+        return outcome
+
+    def _take(self, prompts: list[Any], responses: list[Any], outcome: Outcome) -> None:
+        """What a step made goes to its requests. Whatever a request brought that raises costs that request only."""
         now = time.perf_counter()
         for progress in prompts:
             running = self._running.get(progress.uid)
@@ -245,7 +270,6 @@ class Engine:
                 self._advance(running, response, now, outcome)
             except Exception as error:
                 self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
-        return outcome
 
     def _join_compiled(self, outcome: Outcome) -> bool:
         """Requests whose rule is compiled by now join the batch. Returns whether there is a batch."""
@@ -369,16 +393,16 @@ class Engine:
         self._uids.pop(running.id, None)
         if running.choices.rule is not None:
             self._compiler.forget(running.choices.rule)
+        outcome.ended.append((running.id, _typed(error)))
         if in_batch:
             self._generator.drop(uid)
-        outcome.ended.append((running.id, _typed(error)))
 
     def _fail_all(self, error: Exception, outcome: Outcome) -> Outcome:
         """The shared step raised: nobody's state in that lane can be trusted. End them all, and start a clean batch."""
-        message = str(error)
         self._failed_steps += 1
-        if self._failed_steps > MAX_FAILED_STEPS or any(sign.lower() in message.lower() for sign in _FATAL):
-            raise EngineLost(f"{type(error).__name__}: {message}") from error
+        _check_alive(error)
+        if self._failed_steps > MAX_FAILED_STEPS:
+            raise EngineLost(f"{type(error).__name__}: {error}") from error
         for uid in self._generator.fail():
             running = self._running.pop(uid, None)
             if running is not None:
@@ -401,6 +425,13 @@ class Engine:
                 self._generator.next()
             if time.perf_counter() - started > 1.0:  # a large model on a slow device: the rest can wait
                 return
+
+
+def _check_alive(error: Exception) -> None:
+    """Raises EngineLost where an error says that the device is gone."""
+    message = str(error)
+    if any(sign.lower() in message.lower() for sign in _FATAL):
+        raise EngineLost(f"{type(error).__name__}: {message}") from error
 
 
 def _typed(error: Exception) -> RpcError:

@@ -36,6 +36,8 @@ STEP: int = KVCache.step
 KEPT_TOKENS = 4
 # What MLX quantises together; the larger one that fits the heads is taken.
 GROUP_SIZES = (64, 32)
+# What a model's code raises that was not made for such a cache.
+_REFUSALS = (TypeError, ValueError, AttributeError, LookupError, NotImplementedError)
 # Modules that look positions up in a table: beyond its end there is nothing.
 _TABLES = frozenset({"wpe", "embed_positions", "position_embedding", "position_embeddings"})
 
@@ -136,8 +138,8 @@ class Kinds:
             with mx.stream(generation_stream):
                 return weigh(self._model, self.caches(key))
         except Exception as error:
-            if plain:
-                raise
+            if plain or not isinstance(error, _REFUSALS):
+                raise  # not the model's code: the device's, or ours
             option = "kv_bits" if key.kv_bits else "context_policy"
             told = f"{option}: this model does not run on such a cache: {type(error).__name__}: {error}"
             raise Unsupported(told, option=option) from None

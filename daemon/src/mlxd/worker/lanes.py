@@ -146,12 +146,13 @@ class Lanes:
 
     def drop(self, uid: int) -> tuple[RowView | None, list[int]]:
         """See RowGenerator."""
-        lane = self._homes.pop(uid, None)
+        lane = self._homes.get(uid)
         if lane is None:
             self._admission.remove(uid)
             return None, []
-        del lane.lengths[uid]
+        self._stepping = lane
         view = lane.rows.drop(uid)
+        del self._homes[uid], lane.lengths[uid]
         self._leave(lane)
         return view
 
@@ -288,7 +289,7 @@ class Lanes:
             self._owed.clear()
 
     def fail(self) -> list[int]:
-        """The last step raised: put a clean batch in the place of the lane that took it.
+        """The last step or `drop` raised: put a clean batch in the place of the lane that it was of.
 
         Returns:
             The rows that were lost with it.
