@@ -89,6 +89,7 @@ export interface Completion {
   logprobs?: TokenLogprob[];
   invented?: string[];
   speculation?: Speculation;
+  alone?: boolean;
 }
 
 export interface DeleteResult {

@@ -36,6 +36,7 @@ class Library:
         downloads: what moves models from the hub to the disk, and removes them.
         paths: where each known model lies, by id.
         drafts: the draft models that the settings give to models, by the model's id, as far as they are here.
+        kv_bytes: the part of its need that is for KV caches; 0 where its folder does not say what those take.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Library:
     ) -> None:  # fmt: skip
         self.paths: dict[str, str] = {}
         self.drafts: dict[str, Found] = {}
+        self.kv_bytes: dict[str, int] = {}
         self._settings = settings
         self._store = store
         self._core = core
@@ -90,6 +92,7 @@ class Library:
     def _facts(self, found: Found) -> ev.Found:
         """What the core has to know of a model that was found on disk; where it lies is remembered here."""
         self.paths[found.model] = found.path
+        self.kv_bytes[found.model] = found.kv_token_bytes * min(found.context_length, RESERVED_TOKENS)
         self.downloads.forget_plans(found.model)
         draft = self.drafts.get(found.model)
         need_bytes = found.memory_bytes + (0 if draft is None else draft_bytes(draft))

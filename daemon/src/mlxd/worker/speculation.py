@@ -48,12 +48,13 @@ class Guesses:
         self.odds = Odds()
         self.draft: Draft | None = None
 
-    def guess(self, wished: str, *, constrained: bool) -> Guess | None:
+    def guess(self, wished: str, *, apart: bool) -> Guess | None:
         """The guesses of a request; None where it goes without.
 
         Args:
             wished: as on the wire: auto, off, lookup, draft.
-            constrained: the answer follows a rule: then each token is chosen with that in view, one after the other.
+            apart: the answer follows a rule, and each token is chosen with that in view, one after the other; or its
+                caches or its arithmetic are of a kind of their own.
 
         Raises:
             Unsupported: a kind was asked for that cannot be.
@@ -63,12 +64,14 @@ class Guesses:
                 raise _refused(
                     "what this model computes cannot be taken back token by token, so that nothing is guessed"
                 )
-            if constrained:
-                raise _refused("answers that follow a schema or a grammar are not guessed")
+            if apart:
+                raise _refused(
+                    "nothing is guessed with a schema, a grammar, kv_bits, context_policy rotate or deterministic"
+                )
             if wished == "draft" and (self.draft is None or self.draft.closed):
                 raise _refused("this model has no draft model; models.load attaches one")
             return Guess(self, drafting=wished == "draft", always=True)
-        if wished == "off" or not self.usable or constrained:
+        if wished == "off" or not self.usable or apart:
             return None
         return Guess(self, drafting=self.draft is not None and not self.draft.closed, always=False)
 
