@@ -242,11 +242,13 @@ class Engine:
         if not self.guesses.usable:
             raise Unsupported("nothing can be guessed for this model: it takes no draft model", option="draft_model")
         check_pair(self._loaded, draft)
-        if self.guesses.draft is not None:
-            self.guesses.draft.closed = True
-        self.guesses.draft = Draft(
+        made = Draft(
             name, draft, vocabulary=self._loaded.vocabulary, pace=self.guesses.pace, step=self._limits["prefill_step"]
         )
+        made.warm_up()
+        if self.guesses.draft is not None:
+            self.guesses.draft.closed = True
+        self.guesses.draft = made
 
     # --- steps
 
