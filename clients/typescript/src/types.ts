@@ -88,6 +88,8 @@ export interface Completion {
   structured?: unknown;
   logprobs?: TokenLogprob[];
   invented?: string[];
+  alone?: boolean;
+  speculation?: Speculation;
 }
 
 export interface DeleteResult {
@@ -224,6 +226,7 @@ export interface Model {
   waiting?: number;
   leases?: number;
   idle_unload_at?: number;
+  draft_model?: string;
 }
 
 export interface ModelParams {
@@ -304,6 +307,12 @@ export interface Snapshot {
   models?: Model[];
   jobs?: Job[];
   stopping?: boolean;
+}
+
+export interface Speculation {
+  kind: "draft" | "lookup";
+  drafted_tokens: number;
+  accepted_tokens: number;
 }
 
 export interface Status {
