@@ -91,8 +91,7 @@ class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     """`path` is a verified local folder. `max_batch` bounds how many requests decode together; `cache_bytes` what
     their KV caches and the prefixes that are kept hold together, where 0 keeps none. `kv_bytes` is what they may hold
     at all: requests wait, or are refused, so that it is enough; 0 is no bound. `kv_bits` is for requests that say
-    nothing; 0 leaves their KV caches as they are. The model is loaded also
-    where `draft` cannot be its draft model."""
+    nothing; 0 leaves their KV caches as they are. The model is loaded also where `draft` cannot be its draft model."""
 
     model: str
     path: str

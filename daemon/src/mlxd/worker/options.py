@@ -95,6 +95,10 @@ def _lane(params: GenerateParams) -> LaneKey:
     if policy == "drop_oldest":
         raise Unsupported("this engine cannot honour context_policy drop_oldest yet", option="context_policy")
     lane = LaneKey(_or(params.kv_bits, 0), policy == "rotate", _or(params.deterministic, False))
+    if lane != PLAIN and _or(params.speculation, "auto") in ("lookup", "draft"):
+        raise Unsupported(
+            "nothing is guessed ahead with kv_bits, context_policy rotate or deterministic", option="speculation"
+        )
     if lane != PLAIN and _or(params.cache_prompt, None) is True:
         raise Unsupported(
             "prefixes are kept of plain requests only: not with kv_bits, context_policy rotate or deterministic",
