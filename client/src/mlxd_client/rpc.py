@@ -83,7 +83,7 @@ class Call(Generic[T]):
         self.next_seq += 1
         if len(self.pieces) >= _MOST_PIECES and _only_text(piece) and _only_text(self.pieces[-1]):
             last = self.pieces[-1]
-            if len(last.text or "") < _MOST_JOINED:
+            if last.index == piece.index and len(last.text or "") < _MOST_JOINED:
                 last.text = (last.text or "") + (piece.text or "")
                 return
         self.pieces.append(piece)

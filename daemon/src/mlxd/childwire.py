@@ -42,16 +42,14 @@ NOT_YET = (
     "tools",
     "tool_choice",
     "thinking_budget",
-    "n",
     "adapter",
     "draft_model",
     "speculation",
-    "context_policy",
     "kv_bits",
     "deterministic",
-    "xtc_probability",
-    "xtc_threshold",
 )
+# Values of other options that no worker honours yet.
+NOT_YET_VALUES = {"context_policy": "rotate"}
 
 
 class Ready(msgspec.Struct, omit_defaults=True):
@@ -118,7 +116,22 @@ class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
     decode_s: float = 0.0
 
 
+class Answer(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """A further answer to the same prompt; see Generated."""
+
+    text: str
+    finish_reason: str
+    completion_tokens: int
+    reasoning: str | None = None
+    logprobs: list[dict[str, Any]] | None = None
+    invented: list[str] | None = None
+    structured: Any = None
+
+
 class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`alternatives` are the second and further answers where several were asked; `completion_tokens` is of all of
+    them. `dropped_messages` did not fit into the context."""
+
     text: str
     finish_reason: str  # stop | length | cancelled
     prompt_tokens: int
@@ -129,6 +142,8 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     logprobs: list[dict[str, Any]] | None = None
     invented: list[str] | None = None
     structured: Any = None
+    alternatives: list[Answer] | None = None
+    dropped_messages: int = 0
 
 
 class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -139,9 +154,11 @@ class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Step(msgspec.Struct, omit_defaults=True):
-    """`pieces` holds (request id, text, reasoning) for each streaming request that got new text."""
+    """`pieces` holds (request id, text, reasoning) for each streaming request that got new text. `others` holds
+    (request id, number, text, reasoning) of the second and further answers to requests that asked for several."""
 
     pieces: list[tuple[int, str, str]] = []
+    others: list[tuple[int, int, str, str]] = []
 
 
 # --- fetchers -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -78,12 +78,24 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
     usage = types.Usage(
         prompt_tokens=made.prompt_tokens, completion_tokens=made.completion_tokens, cached_tokens=made.cached_tokens
     )
-    logprobs = None if made.logprobs is None else msgspec.convert(made.logprobs, list[types.TokenLogprob])
     return types.Completion(
         model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
-        usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented, logprobs=logprobs,
-        structured=made.structured,
+        usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented,
+        logprobs=_logprobs(made.logprobs), structured=made.structured, dropped_messages=made.dropped_messages,
+        alternatives=None if made.alternatives is None else [_alternative(answer) for answer in made.alternatives],
     )  # fmt: skip
+
+
+def _alternative(answer: wire.Answer) -> types.Alternative:
+    return types.Alternative(
+        text=answer.text, finish_reason=cast("types.FinishReason", answer.finish_reason),
+        completion_tokens=answer.completion_tokens, reasoning=answer.reasoning, structured=answer.structured,
+        logprobs=_logprobs(answer.logprobs), invented=answer.invented,
+    )  # fmt: skip
+
+
+def _logprobs(entries: list[dict[str, Any]] | None) -> list[types.TokenLogprob] | None:
+    return None if entries is None else msgspec.convert(entries, list[types.TokenLogprob])
 
 
 def refuse_unsupported(params: types.GenerateParams) -> None:
@@ -91,6 +103,9 @@ def refuse_unsupported(params: types.GenerateParams) -> None:
     for option in wire.NOT_YET:
         if getattr(params, option, UNSET) is not UNSET:
             raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
+    for option, value in wire.NOT_YET_VALUES.items():
+        if getattr(params, option) == value:
+            raise errors.Unsupported(f"{option} {value} is not supported by the models' backend", option=option)
     check_rule(params)
     for number, turn in enumerate(params.messages if isinstance(params, types.ChatParams) else ()):
         if turn.role == "tool" or turn.tool_calls is not UNSET or turn.tool_call_id is not UNSET:

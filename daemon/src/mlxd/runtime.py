@@ -242,10 +242,10 @@ class Runtime:
         self._log.warning("load failed", worker=worker, kind=error.kind, reason=error.message)
         self.tell(ev.LoadFailed(worker, error))
 
-    def worker_piece(self, rid: int, text: str, reasoning: str) -> None:
+    def worker_piece(self, rid: int, text: str, reasoning: str, index: int = 0) -> None:
         request = self._open.get(rid)
         if request is not None:
-            request.sink.piece(text, reasoning)
+            request.sink.piece(text, reasoning, index)
 
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None:
         request = self._open.get(rid)

@@ -38,6 +38,7 @@ from .events import (
     SubscriptionParams,
 )
 from .generation import (
+    Alternative,
     CancelParams,
     CancelResult,
     ChatParams,
@@ -97,6 +98,7 @@ __all__ = [
     "PROTOCOL",
     "TOPICS",
     "UNSET",
+    "Alternative",
     "BadFile",
     "CancelJobParams",
     "CancelParams",

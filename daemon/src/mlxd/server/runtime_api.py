@@ -29,8 +29,8 @@ class Sink(Protocol):
     def request_name(self) -> str:
         """Connection and request, e.g. `c12:7`; for logs and events."""
 
-    def piece(self, text: str, reasoning: str = "") -> None:
-        """The next text of the answer. Does nothing unless the request streams."""
+    def piece(self, text: str, reasoning: str = "", index: int = 0) -> None:
+        """The next text of the answer of this index. Does nothing unless the request streams."""
 
     def phase(
         self, phase: Literal["queued", "downloading", "loading", "prompt"], progress: float | None = None

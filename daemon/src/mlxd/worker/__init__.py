@@ -5,7 +5,9 @@
     load       a folder becomes a LoadedModel, or a typed error
     options    what a request asks for, what the model defaults to, what is refused
     prompt     messages become tokens, through the model's chat template
+    shorten    which messages of a conversation go where it is too long
     engine     the requests in flight and how each ends
+    answers    several answers to one prompt, as one result
     batch      mlx_lm's BatchGenerator with sampling for all rows in one call
     prefix      which prefixes of prompts are kept, and which go first
     kvcache     their arrays: out of a batch, and into another row

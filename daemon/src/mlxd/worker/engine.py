@@ -12,9 +12,10 @@ import mlx.core as mx
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import make_logits_processors
 
-from mlxd_client.errors import InternalError, ModelInvalid, RpcError, Unsupported
+from mlxd_client.errors import InternalError, InvalidParams, ModelInvalid, RpcError, Unsupported
 
 from ..childwire import CountTokens, Generate, Generated, WorkerTimings
+from .answers import Answers, reportable
 from .batch import NOT_FINITE, RowFailure, RowGenerator
 from .constraint import Constraint
 from .grammar import Compiled, Compiler
@@ -22,7 +23,8 @@ from .kvcache import PromptCache, RowView
 from .load import LoadedModel
 from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
-from .sampling import Sampling
+from .sampling import Sampling, other_key
+from .shorten import shortened
 from .text import TextStream, make_machine
 from .waits import LEAST, Reuse
 
@@ -56,14 +58,23 @@ class Running:
     first_at: float = 0.0
     constraint: Constraint | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    number: int = 0  # among the answers to its request
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What one step brought: `pieces` as in childwire.Step, and the requests that ended."""
+    """What one step brought: `pieces` and `others` as in childwire.Step, and the requests that ended."""
 
     pieces: list[tuple[int, str, str]] = field(default_factory=list)
+    others: list[tuple[int, int, str, str]] = field(default_factory=list)
     ended: list[tuple[int, Generated | RpcError]] = field(default_factory=list)
+
+    def add(self, running: Running, text: str, reasoning: str) -> None:
+        """New text of a request that streams."""
+        if running.number:
+            self.others.append((running.id, running.number, text, reasoning))
+        else:
+            self.pieces.append((running.id, text, reasoning))
 
 
 class Engine:
@@ -103,9 +114,13 @@ class Engine:
         self._eos: set[int] = set(loaded.tokenizer.eos_token_ids)
         self._stops = StopSequences([(token,) for token in self._eos])
         tokenizer = loaded.tokenizer
+        # As mlx_lm's command line has it: what ends lines and texts is never left out.
+        spared = {*tokenizer.encode("\n", add_special_tokens=False), *self._eos}
+        self._spared = tuple(sorted(token for token in spared if token < loaded.vocabulary))
         self._think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
         self._running: dict[int, Running] = {}  # by the generator's uid
         self._uids: dict[int, int] = {}  # request id → uid
+        self._several: dict[int, Answers] = {}  # by request id, of those that asked for several answers
         self._failed_steps = 0
         self._compiler = Compiler(tokenizer, loaded.vocabulary, self._eos)
         self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
@@ -138,17 +153,13 @@ class Engine:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
         reuse = Reuse(NAMESPACE) if self.cache is not None and choices.cache_prompt else None
         cut = reuse is not None and self.cache is not None and self.cache.marked
-        prompt = self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut)
+        prompt = self._build(request, choices, cut)
         if reuse is not None:
             reuse.cuts = prompt.cuts
-        think = self._think
-        if choices.rule is not None:
-            if choices.thinking:
-                prompt = self._prompts.open_thought(prompt)
-            think = self._think if prompt.in_reasoning else None
-        machine = make_machine(choices.stop, think, once=choices.rule is not None)
-        text = TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
-        running = Running(request_id, request, prompt, choices, text, received_at, reuse)
+        if choices.rule is not None and choices.thinking:
+            prompt = self._prompts.open_thought(prompt)
+        choices = self._fit(choices, prompt, asked="max_tokens" in request.options)
+        running = Running(request_id, request, prompt, choices, self._text(choices, prompt), received_at, reuse)
         if choices.rule is None:
             self._join(running)
             return
@@ -158,20 +169,68 @@ class Engine:
         else:
             self._compiling[request_id] = running, compiled
 
+    def _build(self, request: Generate, choices: Choices, cut: bool) -> Prompt:
+        if choices.context_policy == "refuse":
+            return self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut)
+        context = self._loaded.context_length
+        wished = choices.max_tokens if "max_tokens" in request.options else min(choices.max_tokens, context // 4)
+        return shortened(
+            self._prompts, request.kind, request.messages,
+            thinking=choices.thinking, cut=cut, room=min(wished, context // 2),
+        )  # fmt: skip
+
+    def _text(self, choices: Choices, prompt: Prompt) -> TextStream:
+        think = self._think if choices.rule is None or prompt.in_reasoning else None
+        machine = make_machine(choices.stop, think, once=choices.rule is not None)
+        return TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
+
+    def _fit(self, choices: Choices, prompt: Prompt, *, asked: bool) -> Choices:
+        """With `max_tokens` fitted to the context, and to what one result can report. Raises InvalidParams where more
+        than that was asked for."""
+        most = min(choices.max_tokens, self._loaded.context_length - len(prompt.tokens))
+        logprobs = choices.sampling.logprobs
+        if logprobs >= 0 and most > (fitting := reportable(choices.answers, logprobs)):
+            if asked:
+                told = f"logprobs {logprobs} of {choices.answers} x {most} tokens are too many for one result"
+                raise InvalidParams(f"{told}: set max_tokens to {fitting} at most", field="logprobs", limit=fitting)
+            most = fitting
+        return replace(choices, max_tokens=most)
+
     def _join(self, running: Running, compiled: Compiled | None = None) -> None:
         choices, prompt = running.choices, running.prompt
-        sampling = choices.sampling
-        if compiled is not None:
-            thought = self._loaded.tokenizer.think_end if prompt.in_reasoning else None
-            running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
-            sampling = replace(sampling, constraint=running.constraint)
-        room = self._loaded.context_length - len(prompt.tokens)
+        rows = [running]
+        if choices.answers > 1:
+            rows += [self._another(running, number) for number in range(1, choices.answers)]
+        samplings = [self._sampling(row, compiled) for row in rows]
         processors = make_logits_processors(choices.logit_bias)
         uid = self._generator.add(
-            prompt.tokens, min(choices.max_tokens, room), sampling, processors, self._stops, running.reuse
+            prompt.tokens, choices.max_tokens, samplings[0], processors, self._stops, running.reuse
         )
         self._running[uid] = running
         self._uids[running.id] = uid
+        if len(rows) > 1:
+            others = self._generator.copy(uid, samplings[1:], choices.max_tokens, processors, self._stops)
+            self._running.update(zip(others, rows[1:], strict=True))
+            self._several[running.id] = Answers(dict(enumerate([uid, *others])))
+
+    def _another(self, first: Running, number: int) -> Running:
+        """A further answer to a request. It takes up nothing by itself: it shares the first one's prefill."""
+        prompt, reuse = first.prompt, first.reuse
+        kept = None if reuse is None else Reuse(reuse.namespace, cached=len(prompt.tokens))
+        return replace(first, text=self._text(first.choices, prompt), reuse=kept, logprobs=[], number=number)
+
+    def _sampling(self, running: Running, compiled: Compiled | None) -> Sampling:
+        """How the tokens of one answer are chosen: by the request's choices, a key and a constraint of its own."""
+        sampling = running.choices.sampling
+        if running.number:
+            sampling = replace(sampling, key=other_key(sampling.key, running.number))
+        if sampling.xtc_probability > 0:
+            sampling = replace(sampling, spared=self._spared)
+        if compiled is not None:
+            thought = self._loaded.tokenizer.think_end if running.prompt.in_reasoning else None
+            running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
+            sampling = replace(sampling, constraint=running.constraint)
+        return sampling
 
     def cancel(self, request_id: int) -> Outcome:
         """End a request now, with the text it has. One that has ended already, or never was, changes nothing."""
@@ -180,10 +239,17 @@ class Engine:
         if request_id in self._compiling:
             running, _ = self._compiling.pop(request_id)
             outcome.ended.append((request_id, self._result(running, "cancelled")))
+        elif request_id in self._several:
+            for each in list(self._several[request_id].uids.values()):
+                self._drop(each, "cancelled", outcome)
         elif uid is not None:
-            self._keep(self._running[uid], *self._generator.drop(uid))
-            self._end(uid, "cancelled", outcome)
+            self._drop(uid, "cancelled", outcome)
         return outcome
+
+    def _drop(self, uid: int, reason: str, outcome: Outcome) -> None:
+        """End a row that is in the batch, or on its way there."""
+        self._keep(self._running[uid], *self._generator.drop(uid))
+        self._end(uid, reason, outcome)
 
     def count(self, request: CountTokens) -> int:
         return self._prompts.count(text=request.text, messages=request.messages)
@@ -251,26 +317,43 @@ class Engine:
                 running.logprobs.append(self._report(running.choices.sampling.logprobs, token, note))
             text, reasoning = running.text.add(token)
             if (text or reasoning) and running.request.stream:
-                outcome.pieces.append((running.id, text, reasoning))
+                outcome.add(running, text, reasoning)
         stopped = running.text.stopped or (running.constraint is not None and running.constraint.finished)
         if response.finish_reason is not None:
             self._keep(running, response.prompt_cache, response.all_tokens)
             self._end(response.uid, "stop" if stopped else response.finish_reason, outcome)
         elif stopped:
-            self._keep(running, *self._generator.drop(response.uid))
-            self._end(response.uid, "stop", outcome)
+            self._drop(response.uid, "stop", outcome)
 
     def _end(self, uid: int, reason: str, outcome: Outcome) -> None:
-        """Say how a request ended. It has left the batch already."""
+        """Say how an answer ended. It has left the batch already."""
         running = self._running.pop(uid)
-        self._uids.pop(running.id, None)
+        several = self._several.get(running.id)
+        if several is None:
+            self._uids.pop(running.id, None)
         try:
             text, reasoning = running.text.finish()
             if (text or reasoning) and running.request.stream:
-                outcome.pieces.append((running.id, text, reasoning))
-            outcome.ended.append((running.id, self._result(running, reason)))
+                outcome.add(running, text, reasoning)
+            result = self._result(running, reason)
+            if several is not None:
+                joined = several.end(running.number, result)
+                if joined is None:
+                    return
+                self._forget(running.id)
+                result = joined
+            outcome.ended.append((running.id, result))
         except Exception as error:
             outcome.ended.append((running.id, _typed(error)))
+            self._forget(running.id)
+
+    def _forget(self, request_id: int) -> None:
+        """A request has its last word: what is left of its answers goes."""
+        self._uids.pop(request_id, None)
+        several = self._several.pop(request_id, None)
+        for uid in several.uids.values() if several is not None else ():
+            if self._running.pop(uid, None) is not None:
+                self._generator.drop(uid)
 
     def _result(self, running: Running, reason: str) -> Generated:
         text = "".join(running.text.text)
@@ -298,6 +381,7 @@ class Engine:
             logprobs=running.logprobs if running.choices.sampling.logprobs >= 0 else None,
             invented=invented,
             structured=structured,
+            dropped_messages=running.prompt.dropped,
         )
 
     def _report(self, count: int, token: int, note: tuple[mx.array, mx.array, mx.array]) -> dict[str, Any]:
@@ -340,11 +424,11 @@ class Engine:
         running = self._running.pop(uid, None)
         if running is None:
             return
-        self._uids.pop(running.id, None)
         if running.choices.rule is not None:
             self._compiler.forget(running.choices.rule)
         if in_batch:
             self._generator.drop(uid)
+        self._forget(running.id)
         outcome.ended.append((running.id, _typed(error)))
 
     def _fail_all(self, error: Exception, outcome: Outcome) -> Outcome:
@@ -353,9 +437,10 @@ class Engine:
         self._failed_steps += 1
         if self._failed_steps > MAX_FAILED_STEPS or any(sign.lower() in message.lower() for sign in _FATAL):
             raise EngineLost(f"{type(error).__name__}: {message}") from error
-        outcome.ended += [(running.id, _typed(error)) for running in self._running.values()]
+        outcome.ended += [(request_id, _typed(error)) for request_id in self._uids]
         self._running.clear()
         self._uids.clear()
+        self._several.clear()
         if self.cache is not None:
             self.cache.forget_pending()
         self._generator.close()

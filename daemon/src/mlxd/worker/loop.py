@@ -144,7 +144,9 @@ class Worker:
         return self._engine
 
     def _send(self, outcome: Outcome) -> None:
-        if outcome.pieces:
+        if outcome.others:
+            self._pipe.notify("step", {"pieces": outcome.pieces, "others": outcome.others})
+        elif outcome.pieces:
             self._pipe.notify("step", {"pieces": outcome.pieces})
         for request_id, end in outcome.ended:
             if isinstance(end, Generated):

@@ -11,13 +11,14 @@ import msgspec
 from mlxd_client.errors import InvalidParams, ModelInvalid, Unsupported
 from mlxd_client.types import UNSET, GenerateParams
 
-from ..childwire import NOT_YET
+from ..childwire import NOT_YET, NOT_YET_VALUES
 from .grammar import Rule, read_rule
 from .sampling import Sampling, make_key
 
 # What a request gets that says nothing, on a model whose folder says nothing.
 DEFAULTS: dict[str, Any] = {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.15}
 DEFAULT_MAX_TOKENS = {"process": 150, "chat": 2048}
+DEFAULT_XTC_THRESHOLD = 0.1  # mlx_lm's
 
 # What a model's folder may set. The rest is the daemon's business or each request's own.
 MODEL_DEFAULTS = frozenset(
@@ -36,6 +37,8 @@ class Choices:
     thinking: bool = False
     cache_prompt: bool = True
     rule: Rule | None = None
+    answers: int = 1
+    context_policy: str = "refuse"
 
 
 def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], vocabulary: int) -> Choices:
@@ -59,12 +62,16 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
         params = msgspec.convert(given, GenerateParams)
     except msgspec.ValidationError as error:
         raise InvalidParams(str(error), **_field(error)) from None
+    if options.get("xtc_threshold") is not None and "xtc_probability" not in options:
+        raise InvalidParams("xtc_threshold does nothing without xtc_probability", field="xtc_threshold")
     return Choices(
         sampling=Sampling(
             temperature=_or(params.temperature, 0.0),
             top_p=_or(params.top_p, 1.0),
             top_k=_or(params.top_k, 0),
             min_p=_or(params.min_p, 0.0),
+            xtc_probability=_or(params.xtc_probability, 0.0),
+            xtc_threshold=_or(params.xtc_threshold, DEFAULT_XTC_THRESHOLD),
             repetition=_or(params.repetition_penalty, 1.0),
             presence=_or(params.presence_penalty, 0.0),
             frequency=_or(params.frequency_penalty, 0.0),
@@ -77,6 +84,8 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
         thinking=_or(params.thinking, False),
         cache_prompt=_or(params.cache_prompt, True),
         rule=read_rule(_or(params.schema, None), _or(params.grammar, None)),
+        answers=_or(params.n, 1),
+        context_policy=_or(params.context_policy, "refuse"),
     )
 
 
@@ -85,6 +94,9 @@ def refuse_unsupported(options: Mapping[str, Any]) -> None:
     for name in NOT_YET:
         if name in options:
             raise Unsupported(f"this engine cannot honour {name} yet", option=name)
+    for name, value in NOT_YET_VALUES.items():
+        if options.get(name) == value:
+            raise Unsupported(f"this engine cannot honour {name} {value} yet", option=name)
 
 
 def check_defaults(raw: Any) -> dict[str, Any]:
