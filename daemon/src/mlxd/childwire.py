@@ -7,6 +7,9 @@ Daemon → worker, requests (id, method, params), each answered once by a result
     load      LoadModel      → Loaded
     generate  Generate       → Generated        with `step` notifications on the way
     count     CountTokens    → {tokens}
+    encode    EncodeText     → Packed, of types.EncodeResult
+    decode    DecodeTokens   → {text}
+    embed     EmbedTexts     → Embedded
 Daemon → fetcher, requests; each answered once by a result or an error; one fetcher gets one of them:
     plan      PlanFetch      → FetchPlan
     fetch     Fetch          → Fetched          with `fetching` notifications on the way
@@ -82,13 +85,15 @@ class Heartbeat(msgspec.Struct, omit_defaults=True):
 
 class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     """`path` is a verified local folder. `max_batch` bounds how many requests decode together; `cache_bytes` what
-    their KV caches and the prefixes that are kept hold together, where 0 keeps none."""
+    their KV caches and the prefixes that are kept hold together, where 0 keeps none; `context_length` how many tokens
+    prompt and answer may have, where it is not 0."""
 
     model: str
     path: str
     max_batch: int = 32
     prefill_step: int = 512
     cache_bytes: int = 0
+    context_length: int = 0
 
 
 class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -151,6 +156,42 @@ class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):
 
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
+
+
+class EncodeText(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """See types.EncodeParams."""
+
+    text: str
+    special: bool = False
+    pieces: bool = False
+
+
+class DecodeTokens(msgspec.Struct, omit_defaults=True, kw_only=True):
+    tokens: list[int]
+
+
+class Packed(msgspec.Struct, kw_only=True):
+    """A result of many values, as msgpack of its own: the walk that frames are checked by does not enter it."""
+
+    packed: bytes
+
+
+class EmbedTexts(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """See types.EmbedParams. `most_values` is how many numbers may come back in all."""
+
+    input: list[str]
+    most_values: int
+    dimensions: int | None = None
+    normalize: bool | None = None
+    truncate: bool = False
+
+
+class Embedded(msgspec.Struct, kw_only=True):
+    """`vectors` are little-endian 32-bit floats, `dimensions` for each text, one text after the other."""
+
+    vectors: bytes
+    dimensions: int
+    prompt_tokens: int
 
 
 class Step(msgspec.Struct, omit_defaults=True):

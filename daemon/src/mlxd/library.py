@@ -74,8 +74,9 @@ class Library:
         """What the core has to know of a model that was found on disk; where it lies is remembered here."""
         self.paths[found.model] = found.path
         self.downloads.forget_plans(found.model)
+        context = min(found.context_length, self._settings.context_length.get(found.model, found.context_length))
         return ev.Found(
-            found.model, found.source, found.memory_bytes, found.revision, found.size_bytes, found.context_length,
+            found.model, found.source, found.memory_bytes, found.revision, found.size_bytes, context,
             self._settings.keep_alive.get(found.model),
         )  # fmt: skip
 

@@ -34,7 +34,7 @@ class WorkerEvents(Protocol):
     def worker_exited(self, worker: int, death: Death) -> None: ...
 
 
-Counted = Callable[[int | errors.RpcError], None]
+Answered = Callable[[Any], None]  # with the plain result, or an RpcError
 
 
 class WorkerLink:
@@ -59,7 +59,7 @@ class WorkerLink:
         self._load_timer: asyncio.TimerHandle | None = None
         self._rids: dict[int, int] = {}  # the child's request id → rid
         self._ids: dict[int, int] = {}  # and back
-        self._counts: dict[int, Counted] = {}
+        self._asked: dict[int, Answered] = {}  # what is no generation
         self._reading: dict[int, float] = {}  # requests with long texts, and the seconds that reading each may take
 
     # --- what the runtime does ------------------------------------------------------------------------------------
@@ -75,13 +75,24 @@ class WorkerLink:
         if self.child is not None and rid in self._ids:
             self.child.notify("cancel", {"id": self._ids[rid]})
 
-    def count(self, params: wire.CountTokens, answer: Counted) -> None:
-        """Count tokens; `answer` is called once, with the number or an error."""
+    def ask(self, method: str, params: Any, answer: Answered, *, characters: int) -> int:
+        """Ask for what is no generation; `answer` is called once, with the result or an error.
+
+        Args:
+            characters: how much text is read without a sign of life.
+
+        Returns: what `give_up` takes.
+        """
         assert self.child is not None
-        request_id = self.child.request("count", params)
-        self._counts[request_id] = answer
-        turns = params.messages or ()
-        self._expect_reading(request_id, len(params.text or "") + sum(len(turn.get("content", "")) for turn in turns))
+        request_id = self.child.request(method, params)
+        self._asked[request_id] = answer
+        self._expect_reading(request_id, characters)
+        return request_id
+
+    def give_up(self, request_id: int) -> None:
+        """Nobody waits for the answer any more; it still comes."""
+        if self.child is not None and request_id in self._asked:
+            self.child.notify("cancel", {"id": request_id})
 
     def _expect_reading(self, request_id: int, characters: int) -> None:
         """A tokenizer gives no sign of life before it has read its whole text: bear with it in proportion."""
@@ -122,8 +133,8 @@ class WorkerLink:
 
     def on_exit(self, child: Child, death: Death, /) -> None:
         self._load_ended()
-        counts, self._counts = self._counts, {}
-        for answer in counts.values():
+        asked, self._asked = self._asked, {}
+        for answer in asked.values():
             answer(death.to_error())
         self._events.worker_exited(self.worker, death)
 
@@ -150,8 +161,8 @@ class WorkerLink:
             else:
                 self.loaded = msgspec.convert(message["result"], wire.Loaded)
                 self._events.worker_loaded(self.worker, self.loaded)
-        elif (answer := self._counts.pop(request_id, None)) is not None:
-            answer(failed if failed is not None else int(message["result"]["tokens"]))
+        elif (answer := self._asked.pop(request_id, None)) is not None:
+            answer(failed if failed is not None else message["result"])
         elif (rid := self._rids.pop(request_id, None)) is not None:
             del self._ids[rid]
             outcome = failed if failed is not None else msgspec.convert(message["result"], wire.Generated)

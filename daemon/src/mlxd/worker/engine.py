@@ -12,12 +12,23 @@ import mlx.core as mx
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import make_logits_processors
 
-from mlxd_client.errors import InternalError, InvalidParams, ModelInvalid, RpcError, Unsupported
+from mlxd_client.errors import Cancelled, InternalError, InvalidParams, ModelInvalid, RpcError, Unsupported
 
-from ..childwire import CountTokens, Generate, Generated, WorkerTimings
+from ..childwire import (
+    CountTokens,
+    DecodeTokens,
+    Embedded,
+    EmbedTexts,
+    EncodeText,
+    Generate,
+    Generated,
+    Packed,
+    WorkerTimings,
+)
 from .answers import Answers, reportable
-from .batch import NOT_FINITE, RowFailure, RowGenerator
+from .batch import MOST_PREFILLS, NOT_FINITE, RowFailure, RowGenerator
 from .constraint import Constraint
+from .embed import ALONE_S, BESIDE_S, Embedder
 from .grammar import Compiled, Compiler
 from .kvcache import PromptCache, RowView
 from .load import LoadedModel
@@ -26,6 +37,7 @@ from .prompt import Prompt, PromptBuilder
 from .sampling import Sampling, other_key
 from .shorten import shortened
 from .text import TextStream, make_machine
+from .tokens import decode, encode
 from .waits import LEAST, Reuse
 
 # What shares prefixes: all that the base model computes.
@@ -67,7 +79,7 @@ class Outcome:
 
     pieces: list[tuple[int, str, str]] = field(default_factory=list)
     others: list[tuple[int, int, str, str]] = field(default_factory=list)
-    ended: list[tuple[int, Generated | RpcError]] = field(default_factory=list)
+    ended: list[tuple[int, Generated | Embedded | RpcError]] = field(default_factory=list)
 
     def add(self, running: Running, text: str, reasoning: str) -> None:
         """New text of a request that streams."""
@@ -124,12 +136,17 @@ class Engine:
         self._failed_steps = 0
         self._compiler = Compiler(tokenizer, loaded.vocabulary, self._eos)
         self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
+        self._embedder = Embedder(loaded, most_tokens=MOST_PREFILLS * prefill_step)
 
     # --- requests
 
     @property
     def busy(self) -> bool:
         """There is something left to do for `step`."""
+        return self._generating or self._embedder.busy
+
+    @property
+    def _generating(self) -> bool:
         return bool(self._running or self._compiling) or (self.cache is not None and self.cache.pending)
 
     @property
@@ -244,6 +261,8 @@ class Engine:
                 self._drop(each, "cancelled", outcome)
         elif uid is not None:
             self._drop(uid, "cancelled", outcome)
+        elif self._embedder.cancel(request_id):
+            outcome.ended.append((request_id, Cancelled("the request was cancelled")))
         return outcome
 
     def _drop(self, uid: int, reason: str, outcome: Outcome) -> None:
@@ -254,15 +273,30 @@ class Engine:
     def count(self, request: CountTokens) -> int:
         return self._prompts.count(text=request.text, messages=request.messages)
 
+    def encode(self, request: EncodeText) -> Packed:
+        return encode(self._loaded.tokenizer, request)
+
+    def decode(self, request: DecodeTokens) -> str:
+        return decode(self._loaded.tokenizer, self._loaded.vocabulary, request)
+
+    def embed(self, request_id: int, request: EmbedTexts) -> None:
+        """Take texts to make vectors of; the steps that follow do, a part at a time. Raises what cannot be honoured."""
+        self._embedder.submit(request_id, request)
+
     # --- steps
 
     def step(self) -> Outcome:
-        """One decode step for all, and one prefill step for those whose prompts are still being read.
+        """One decode step for all, one prefill step for those whose prompts are still being read, and a part of the
+        vectors that are asked for.
 
         Raises:
             EngineLost: no further step can work; every request in flight is lost with the process.
         """
         outcome = Outcome()
+        if self._embedder.busy:
+            self._embed(outcome)
+            if not self._generating:
+                return outcome
         if self._compiling and not self._join_compiled(outcome):
             return outcome
         try:
@@ -287,6 +321,15 @@ class Engine:
             except Exception as error:
                 self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
         return outcome
+
+    def _embed(self, outcome: Outcome) -> None:
+        try:
+            with mx.stream(self._generator.stream):
+                outcome.ended += self._embedder.step(BESIDE_S if self._running else ALONE_S)
+        except Exception as error:
+            if _is_fatal(error):
+                raise EngineLost(f"{type(error).__name__}: {error}") from error
+            outcome.ended += self._embedder.fail(_typed(error))
 
     def _join_compiled(self, outcome: Outcome) -> bool:
         """Requests whose rule is compiled by now join the batch. Returns whether there is a batch."""
@@ -433,10 +476,9 @@ class Engine:
 
     def _fail_all(self, error: Exception, outcome: Outcome) -> Outcome:
         """The shared step raised: nobody's state can be trusted. End all, and start a clean batch."""
-        message = str(error)
         self._failed_steps += 1
-        if self._failed_steps > MAX_FAILED_STEPS or any(sign.lower() in message.lower() for sign in _FATAL):
-            raise EngineLost(f"{type(error).__name__}: {message}") from error
+        if self._failed_steps > MAX_FAILED_STEPS or _is_fatal(error):
+            raise EngineLost(f"{type(error).__name__}: {error}") from error
         outcome.ended += [(request_id, _typed(error)) for request_id in self._uids]
         self._running.clear()
         self._uids.clear()
@@ -460,6 +502,10 @@ class Engine:
                 self._generator.next()
             if time.perf_counter() - started > 1.0:  # a large model on a slow device: the rest can wait
                 return
+
+
+def _is_fatal(error: Exception) -> bool:
+    return any(sign.lower() in str(error).lower() for sign in _FATAL)
 
 
 def _typed(error: Exception) -> RpcError:

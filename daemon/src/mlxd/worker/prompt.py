@@ -16,13 +16,14 @@ from typing import Any
 import jinja2
 
 from mlxd_client.errors import ContextExceeded, InvalidParams, ModelInvalid, RpcError, Unsupported
+from mlxd_client.types import MAX_TEXT_CHARACTERS
 
 # A template is a program from the model's folder: it gets this long.
 TEMPLATE_LIMIT_S = 5.0
 # Tokenizing takes seconds for each million characters, and nobody else is served meanwhile: a text longer than the
 # probe is first judged by its start, and nothing longer than the limit is counted.
 PROBE_CHARACTERS = 200_000
-MAX_COUNT_CHARACTERS = 2_000_000
+MAX_COUNT_CHARACTERS = MAX_TEXT_CHARACTERS
 # How many tokens a cut through a text may add at its end.
 _CUT_TOKENS = 8
 ROLES = ("system", "user", "assistant")
