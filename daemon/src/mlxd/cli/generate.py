@@ -27,13 +27,18 @@ _NUMBERS: tuple[tuple[str, type, str], ...] = (
     ("top_p", float, "choose among the likeliest tokens that together have this probability"),
     ("top_k", int, "choose among so many of the likeliest tokens"),
     ("min_p", float, "choose among tokens at least so likely, relative to the likeliest"),
+    ("xtc_probability", float, "how often all but the least likely of the likely tokens are left out"),
+    ("xtc_threshold", float, "how likely tokens must be for that"),
     ("repetition_penalty", float, "above 1, make tokens that occurred less likely"),
     ("presence_penalty", float, "lower the score of tokens that occurred"),
     ("frequency_penalty", float, "lower the score of tokens by how often they occurred"),
     ("seed", int, "the same seed, prompt and options give the same answer"),
     ("logprobs", int, "with --json: each token's log probability, and of so many alternatives"),
 )
-_OTHERS = ("model", "stop", "logit_bias", "schema", "grammar", "thinking", "keep_alive", "timeout_s", "priority")
+_OTHERS = (
+    "model", "stop", "logit_bias", "schema", "grammar", "thinking", "context_policy", "keep_alive", "timeout_s",
+    "priority",
+)  # fmt: skip
 
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -45,6 +50,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--stream", action="store_true", help="stream to a pipe too; with --json, one line per piece")
     parser.add_argument("-v", "--verbose", action="store_true", help="show speed and token counts on stderr")
     parser.add_argument("--system", metavar="TEXT", help="instructions that precede the prompt")
+    parser.add_argument("--n", type=int, metavar="N", help="make so many answers, with an empty line between them")
     add_sampling(parser)
 
 
@@ -60,6 +66,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--logit-bias", action="append", metavar="TOKEN=BIAS", type=_bias, help="add to a token's score")
     group.add_argument("--schema", type=_schema, metavar="JSON|FILE", help="the answer is JSON that fits this schema")
     group.add_argument("--grammar", type=_grammar, metavar="TEXT|FILE", help="the answer fits this Lark grammar")
+    group.add_argument(
+        "--context-policy",
+        choices=("refuse", "drop_oldest"),
+        help="what becomes of a conversation that is too long (default: refuse)",
+    )
     group.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, default=None, help="let the model reason before it answers"
     )
@@ -124,21 +135,34 @@ def run(args: argparse.Namespace, output: Output) -> int:
     options = sampling(args)
     if args.system is not None:
         options["system"] = args.system
+    if args.n is not None:
+        options["n"] = args.n
+    several = args.n is not None and args.n > 1
+    if several and args.stream and not output.json:
+        output.note("several answers stream side by side: only with --json")
+        return USAGE
     with connect(args) as client:
-        if args.stream or output.terminal:
+        if args.stream or (output.terminal and not several):
             completion = _streamed(client.stream_process(prompt, **options), output)
         else:
             completion = client.process(prompt, **options)
-            if output.json:
-                output.document(completion)
-            else:
-                output.line(completion.text)
+            _show(completion, output)
     if completion.invented:
         words = ", ".join(dict.fromkeys(completion.invented))
         output.note(f"the answer has words that the prompt does not account for: {words}")
     if args.verbose:
         show_stats(completion, output)
     return OK
+
+
+def _show(completion: Completion, output: Output) -> None:
+    if output.json:
+        output.document(completion)
+        return
+    output.line(completion.text)
+    for other in completion.alternatives or ():
+        output.line()
+        output.line(other.text)
 
 
 def _prompt(words: list[str], output: Output) -> str | None:
