@@ -451,7 +451,7 @@ def test_several_answers_are_shown_one_after_the_other(daemon: ScriptedDaemon, m
     made.alternatives = [types.Alternative(text=text, finish_reason="stop", completion_tokens=1) for text in "ab"]
     daemon.on("process", made)
     assert mlxd("run", "--n", "3", "x") == (0, "one\n\na\n\nb\n", "")
-    assert daemon.requests("process")[-1]["params"]["n"] == 3
+    assert daemon.connection().requests("process")[-1]["params"]["n"] == 3
     status, out, _ = mlxd("run", "--json", "--n", "3", "x")
     assert [each["text"] for each in json.loads(out)["alternatives"]] == ["a", "b"]
     status, out, err = mlxd("run", "--stream", "--n", "3", "x")

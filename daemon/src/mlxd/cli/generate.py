@@ -27,17 +27,19 @@ _NUMBERS: tuple[tuple[str, type, str], ...] = (
     ("top_p", float, "choose among the likeliest tokens that together have this probability"),
     ("top_k", int, "choose among so many of the likeliest tokens"),
     ("min_p", float, "choose among tokens at least so likely, relative to the likeliest"),
-    ("xtc_probability", float, "how often all but the least likely of the likely tokens are left out"),
-    ("xtc_threshold", float, "how likely tokens must be for that"),
     ("repetition_penalty", float, "above 1, make tokens that occurred less likely"),
     ("presence_penalty", float, "lower the score of tokens that occurred"),
     ("frequency_penalty", float, "lower the score of tokens by how often they occurred"),
     ("seed", int, "the same seed, prompt and options give the same answer"),
+    ("xtc_probability", float, "how often to leave out the likeliest tokens, for variety"),
+    ("xtc_threshold", float, "but only tokens at least so likely"),
+    ("thinking_budget", int, "think in so many tokens at most"),
+    ("n", int, "make so many answers, with an empty line between them"),
     ("logprobs", int, "with --json: each token's log probability, and of so many alternatives"),
 )
 _OTHERS = (
-    "model", "stop", "logit_bias", "schema", "grammar", "thinking", "context_policy", "keep_alive", "timeout_s",
-    "priority",
+    "model", "stop", "logit_bias", "schema", "grammar", "thinking", "keep_alive", "timeout_s", "priority", "adapter",
+    "speculation", "context_policy", "kv_bits", "deterministic",
 )  # fmt: skip
 
 
@@ -50,7 +52,6 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--stream", action="store_true", help="stream to a pipe too; with --json, one line per piece")
     parser.add_argument("-v", "--verbose", action="store_true", help="show speed and token counts on stderr")
     parser.add_argument("--system", metavar="TEXT", help="instructions that precede the prompt")
-    parser.add_argument("--n", type=int, metavar="N", help="make so many answers, with an empty line between them")
     add_sampling(parser)
 
 
@@ -67,11 +68,6 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--schema", type=_schema, metavar="JSON|FILE", help="the answer is JSON that fits this schema")
     group.add_argument("--grammar", type=_grammar, metavar="TEXT|FILE", help="the answer fits this Lark grammar")
     group.add_argument(
-        "--context-policy",
-        choices=("refuse", "drop_oldest"),
-        help="what becomes of a conversation that is too long (default: refuse)",
-    )
-    group.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, default=None, help="let the model reason before it answers"
     )
     group.add_argument(
@@ -82,6 +78,15 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--timeout", dest="timeout_s", type=float, metavar="SECONDS", help="fail if it takes longer")
     group.add_argument("--priority", choices=("interactive", "batch"), help="batch work makes way for the interactive")
+    group.add_argument("--adapter", type=model_ref, metavar="MODEL", help="a LoRA or DoRA folder, or one of the hub")
+    group.add_argument("--speculation", choices=("auto", "off", "lookup", "draft"), help="guess ahead, to be faster")
+    group.add_argument(
+        "--context-policy", choices=("refuse", "drop_oldest", "rotate"), help="what becomes of too long a prompt"
+    )
+    group.add_argument("--kv-bits", type=int, choices=(4, 8), help="keep the KV cache in so many bits")
+    group.add_argument(
+        "--deterministic", action="store_true", default=None, help="let nothing else that runs change the answer"
+    )
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -135,8 +140,6 @@ def run(args: argparse.Namespace, output: Output) -> int:
     options = sampling(args)
     if args.system is not None:
         options["system"] = args.system
-    if args.n is not None:
-        options["n"] = args.n
     several = args.n is not None and args.n > 1
     if several and args.stream and not output.json:
         output.note("several answers stream side by side: only with --json")
