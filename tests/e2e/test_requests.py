@@ -249,7 +249,24 @@ def test_an_answer_streams_while_vectors_are_made_and_giving_up_ends_them(daemon
             assert close((await one.embed("hello")).vectors[0], client.embed("hello").vectors[0])
 
     asyncio.run(main())
-    assert client.status().workers == [], "a worker died"
+
+
+def test_a_worker_that_dies_ends_a_wish_for_vectors_and_the_next_has_another(daemon: Daemon, client: Client) -> None:
+    async def main() -> None:
+        async with AsyncClient(daemon.socket) as one:
+            made = asyncio.create_task(one.embed([f"word {number} " * 60 for number in range(600)]))
+            async with one.stream_chat("hello", max_tokens=400) as stream:
+                async for piece in stream.pieces():
+                    if piece.text is None:
+                        continue
+                    for worker in daemon.children():
+                        worker.kill()  # they have taken both
+                    break
+                with pytest.raises(errors.WorkerDied):
+                    await made
+
+    asyncio.run(main())
+    assert len(client.embed("hello").vectors) == 1
 
 
 def test_a_model_is_unloaded_as_asked_once_its_vectors_are_made(daemon: Daemon, client: Client) -> None:

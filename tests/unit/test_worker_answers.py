@@ -112,6 +112,39 @@ def test_cached_tokens_are_those_of_the_prompt(loaded: LoadedModel) -> None:
     assert texts(second) == texts(first)
 
 
+def test_requests_that_begin_alike_wait_for_one_prefill_and_answer_apart(loaded: LoadedModel) -> None:
+    """Also where the one that waits is given up, which takes all of its answers along."""
+    engine = Engine(loaded, max_batch=16, prefill_step=16, cache_bytes=1 << 28)
+    counting = count_reads(engine)
+    for number in range(3):
+        engine.submit(number, ask(LONG, n=3, **DRAWN))
+    collected = Collected()
+    collected.take(engine.step())
+    collected.take(engine.cancel(1))
+    drain(engine, collected)
+    assert collected.ends[1].finish_reason == "cancelled"
+    assert texts(collected.ends[0]) == texts(collected.ends[2])
+    assert collected.ends[2].cached_tokens > 64
+    assert sum(counting.read) < collected.ends[0].prompt_tokens + 32
+    assert (engine.active, engine.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("budget", [4096, 1 << 20])
+def test_what_is_kept_stays_within_its_bytes_while_answers_wait(loaded: LoadedModel, budget: int) -> None:
+    engine = Engine(loaded, max_batch=2, prefill_step=16, cache_bytes=budget)
+    assert engine.cache is not None
+    for number in range(3):
+        engine.submit(number, ask(LONG + str(number), n=5, **DRAWN))
+    collected = Collected()
+    while engine.busy:
+        collected.take(engine.step())
+        assert engine.cache.nbytes == 0 or engine.cache.nbytes + engine.cache.tree.live_bytes <= budget
+    wide = Engine(loaded, max_batch=16, prefill_step=16)
+    assert [texts(collected.ends[number]) for number in range(3)] == [
+        texts(alone(wide, ask(LONG + str(number), n=5, **DRAWN))) for number in range(3)
+    ]
+
+
 def test_prompts_of_one_token_are_answered_several_times(loaded: LoadedModel) -> None:
     bare = LoadedModel(loaded.model, loaded.tokenizer, loaded.context_length, loaded.vocabulary)
     engine = Engine(bare, max_batch=8, prefill_step=16)

@@ -17,6 +17,9 @@
     constraint what one answer may go on with, as masks over a batch's logits
     sampling   penalties, filters and seeded draws, for a whole batch
     text       tokens become text: whole characters, stop strings, reasoning apart
+    tokens     texts as tokens, and back
+    embed      vectors for texts, a part at a time
+    pooling    how a folder says that a vector is made
 
 Only this package imports mlx, and only inside a worker.
 """
