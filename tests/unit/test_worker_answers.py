@@ -282,6 +282,12 @@ def test_reports_that_no_frame_could_hold_are_refused_or_fitted(models: Models) 
     engine.submit(1, ask("hello", logprobs=20))
     assert engine._running[1].choices.max_tokens == limit
     assert limit * (9 + 3 * 20) < MAX_ELEMENTS
+    with pytest.raises(InvalidParams) as caught:
+        engine.submit(2, ask("hello", logprobs=20, max_tokens=limit, schema=True))
+    assert caught.value.details["limit"] * (9 + 3 * 20) + MAX_VALUES < MAX_ELEMENTS
+    with pytest.raises(InvalidParams) as caught:
+        engine.submit(3, ask("hello", logprobs=0, max_tokens=10_000, n=4))
+    assert caught.value.details["limit"] * 4 * 9 < MAX_ELEMENTS
 
 
 def test_parsed_values_fit_into_one_result_together() -> None:

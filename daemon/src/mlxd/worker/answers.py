@@ -59,10 +59,12 @@ def join(made: list[Generated]) -> Generated:
     )
 
 
-def reportable(answers: int, logprobs: int) -> int:
+def reportable(answers: int, logprobs: int, *, parsed: bool) -> int:
     """How many tokens each of so many answers may have, so that their reports fit into one result.
 
     Args:
         logprobs: how many alternatives are reported for each token.
+        parsed: the answers follow a rule, so that there is `structured` beside the reports.
     """
-    return MAX_RESULT_VALUES // (answers * (_ENTRY_VALUES + _TOP_VALUES * logprobs))
+    room = MAX_RESULT_VALUES - (MAX_VALUES if parsed else 0)
+    return room // (answers * (_ENTRY_VALUES + _TOP_VALUES * logprobs))

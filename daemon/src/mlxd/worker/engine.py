@@ -191,10 +191,10 @@ class Engine:
             return self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut)
         context = self._loaded.context_length
         wished = choices.max_tokens if "max_tokens" in request.options else min(choices.max_tokens, context // 4)
-        return shortened(
-            self._prompts, request.kind, request.messages,
-            thinking=choices.thinking, cut=cut, room=min(wished, context // 2),
-        )  # fmt: skip
+        room = min(wished, context // 2)
+        if choices.rule is not None and choices.thinking:  # see open_thought
+            room += len(self._loaded.tokenizer.think_start_tokens or ())
+        return shortened(self._prompts, request.kind, request.messages, thinking=choices.thinking, cut=cut, room=room)
 
     def _text(self, choices: Choices, prompt: Prompt) -> TextStream:
         think = self._think if choices.rule is None or prompt.in_reasoning else None
@@ -206,7 +206,10 @@ class Engine:
         than that was asked for."""
         most = min(choices.max_tokens, self._loaded.context_length - len(prompt.tokens))
         logprobs = choices.sampling.logprobs
-        if logprobs >= 0 and most > (fitting := reportable(choices.answers, logprobs)):
+        if logprobs < 0:
+            return replace(choices, max_tokens=most)
+        fitting = reportable(choices.answers, logprobs, parsed=choices.rule is not None)
+        if most > fitting:
             if asked:
                 told = f"logprobs {logprobs} of {choices.answers} x {most} tokens are too many for one result"
                 raise InvalidParams(f"{told}: set max_tokens to {fitting} at most", field="logprobs", limit=fitting)
