@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxd.childwire import Generate
@@ -136,13 +136,13 @@ turn_lists = st.lists(
         st.just({"role": "tool", "content": "r"}),
         st.just({"role": "system", "content": "s"}),
     ),
-    min_size=1,
+    min_size=4,
     max_size=24,
 )
 
 
 @settings(max_examples=100, deadline=None)
-@given(messages=turn_lists, context=st.integers(8, 80), room=st.integers(0, 40))
+@given(messages=turn_lists, context=st.integers(8, 60), room=st.integers(0, 40))
 def test_whatever_the_turns_results_keep_their_calls_and_what_is_left_fits(
     messages: Messages, context: int, room: int
 ) -> None:
@@ -156,7 +156,8 @@ def test_whatever_the_turns_results_keep_their_calls_and_what_is_left_fits(
     head = next((at for at, turn in enumerate(messages) if turn["role"] != "system"), len(messages))
     assert kept[:head] == messages[:head]
     assert kept[-1] is messages[-1]
-    assume(prompt.dropped)
+    if not prompt.dropped:
+        return
     assert kept[head]["role"] == "user"
     users = [turn for turn in messages if turn["role"] == "user"]
     assert any(turn is users[-1] for turn in kept)
