@@ -100,9 +100,6 @@ def test_old_messages_are_dropped_and_said_to_be(client: Client) -> None:
     made = client.chat(turns, context_policy="drop_oldest", max_tokens=5)
     assert 0 < made.dropped_messages < 120
     assert made.usage.prompt_tokens <= 507
-    with pytest.raises(errors.Unsupported) as refused:
-        client.chat(turns, context_policy="rotate")
-    assert refused.value.details["option"] == "context_policy"
 
 
 def test_a_setting_shortens_a_models_context(client: Client) -> None:

@@ -12,9 +12,10 @@ from mlxd.childwire import Generate, Generated
 from mlxd.worker.answers import join
 from mlxd.worker.constraint import MAX_VALUES
 from mlxd.worker.engine import Engine
+from mlxd.worker.lanes import PLAIN
 from mlxd.worker.load import LoadedModel, load
 from mlxd_client.codec import MAX_ELEMENTS
-from mlxd_client.errors import InternalError, InvalidParams
+from mlxd_client.errors import InsufficientMemory, InternalError, InvalidParams
 from support import tiny_model
 from support.asking import GREEDY, Collected, alone, ask, drain, texts
 
@@ -70,7 +71,7 @@ class Counting:
 
 
 def count_reads(engine: Engine) -> Counting:
-    generator = engine._generator
+    generator: Any = engine._generator.plain
     counting = Counting(generator.model)
     generator.model = generator._prompt_batch.model = generator._generation_batch.model = counting
     return counting
@@ -143,6 +144,48 @@ def test_what_is_kept_stays_within_its_bytes_while_answers_wait(loaded: LoadedMo
     assert [texts(collected.ends[number]) for number in range(3)] == [
         texts(alone(wide, ask(LONG + str(number), n=5, **DRAWN))) for number in range(3)
     ]
+
+
+@pytest.mark.parametrize(
+    "options", [{"kv_bits": 8}, {"deterministic": True}, {"context_policy": "rotate"}], ids=lambda one: next(iter(one))
+)
+def test_where_rows_cannot_share_a_prefill_each_reads_the_prompt(tmp_path: Path, options: dict[str, Any]) -> None:
+    loaded = load(str(tiny_model.build(tmp_path / "wide", heads=2)), lambda fraction: None)
+    engine = Engine(loaded, max_batch=8, prefill_step=16)
+    one = alone(engine, ask(LONG, **DRAWN, **options))
+    engine.submit(1, ask("hello", max_tokens=20, **GREEDY))
+    engine.submit(0, ask(LONG, n=3, **DRAWN, **options))
+    ends = drain(engine).ends
+    assert ends[0].text == one.text
+    assert len(set(texts(ends[0]))) == 3
+    assert ends[0].prompt_tokens == one.prompt_tokens
+    assert ends[1].completion_tokens == 20
+    engine.submit(0, ask(LONG, n=3, **DRAWN, **options))
+    engine.step()
+    assert [number for number, _ in engine.cancel(0).ended] == [0]
+    assert (engine.active, engine.waiting, engine.busy) == (0, 0, False)
+
+
+def test_answers_wait_together_until_there_is_memory_for_all(loaded: LoadedModel) -> None:
+    one = Engine(loaded, max_batch=8, prefill_step=16)._generator._kinds.footprint(PLAIN).bytes(1, 100)
+    engine = Engine(loaded, max_batch=8, prefill_step=16, kv_bytes=4 * one)
+    engine.submit(0, ask("hello", n=3, **DRAWN))
+    engine.submit(1, ask("a", n=3, **DRAWN))
+    assert engine.waiting == 3 + 1
+    ends = drain(engine).ends
+    assert [len(texts(ends[number])) for number in range(2)] == [3, 3]
+    with pytest.raises(InsufficientMemory) as caught:
+        engine.submit(2, ask("hello", n=5, **DRAWN))
+    assert caught.value.details["needed_bytes"] > caught.value.details["available_bytes"] == 4 * one
+    engine.submit(3, ask("hello", n=3, **DRAWN))
+    engine.submit(4, ask("hello", n=3, **DRAWN))
+    engine.cancel(4)
+    engine.allow(one)
+    engine.cancel(3)
+    engine.submit(5, ask("hello", **DRAWN))
+    engine.allow(1)
+    assert isinstance(drain(engine).ends.get(5, InsufficientMemory("")), InsufficientMemory | Generated)
+    assert (engine.active, engine.waiting, engine.busy) == (0, 0, False)
 
 
 def test_prompts_of_one_token_are_answered_several_times(loaded: LoadedModel) -> None:
@@ -237,7 +280,7 @@ def test_an_answer_that_fails_fails_the_request_and_nobody_else(engine: Engine, 
     def broken(_context: mx.array, _logits: mx.array) -> mx.array:
         raise ZeroDivisionError("in a processor")
 
-    batch = engine._generator._generation_batch
+    batch = engine._generator.plain._generation_batch
     second = engine._several[0].uids[1]
     batch.logits_processors[batch.uids.index(second)] = (broken,)
     drain(engine, collected)
@@ -253,8 +296,10 @@ def test_a_step_that_raises_ends_the_request_once(engine: Engine, monkeypatch: p
     def fail() -> Any:
         raise RuntimeError("the kernel failed")
 
-    monkeypatch.setattr(engine._generator, "next", fail)
-    collected = drain(engine)
+    with monkeypatch.context() as failing:
+        failing.setattr(engine._generator, "next", fail)
+        collected = Collected()
+        collected.take(engine.step())
     assert isinstance(collected.ends[0], InternalError)
     assert len(texts(alone(engine, ask("hello", n=2, **DRAWN)))) == 2
 
@@ -280,7 +325,7 @@ def test_reports_that_no_frame_could_hold_are_refused_or_fitted(models: Models) 
     assert str(limit) in caught.value.message
     engine.submit(0, ask("hello", logprobs=20, max_tokens=limit))
     engine.submit(1, ask("hello", logprobs=20))
-    assert engine._running[1].choices.max_tokens == limit
+    assert [running.choices.max_tokens for running in engine._running.values()] == [limit, limit]
     assert limit * (9 + 3 * 20) < MAX_ELEMENTS
     with pytest.raises(InvalidParams) as caught:
         engine.submit(2, ask("hello", logprobs=20, max_tokens=limit, schema=True))

@@ -13,7 +13,7 @@ from mlxd.worker.engine import Engine
 from mlxd.worker.load import LoadedModel, load
 from mlxd.worker.prompt import Prompt, PromptBuilder
 from mlxd.worker.shorten import beginnings, shortened
-from mlxd_client.errors import ContextExceeded, Unsupported
+from mlxd_client.errors import ContextExceeded
 from support import tiny_model
 from support.asking import GREEDY, alone, ask, drain
 
@@ -213,7 +213,8 @@ def test_room_is_left_for_what_is_asked_or_for_a_quarter(loaded: LoadedModel) ->
     prompts = []
     for options in ({"max_tokens": 1}, {"max_tokens": 100}, {}, {"max_tokens": 100_000}):
         engine.submit(0, converse(talk(60), context_policy="drop_oldest", **options))
-        prompts.append(len(engine._running[0].prompt.tokens) if 0 in engine._running else 0)
+        (running,) = engine._running.values()
+        prompts.append(len(running.prompt.tokens))
         engine.cancel(0)
         drain(engine)
         engine = Engine(loaded, max_batch=4, prefill_step=128)
@@ -233,13 +234,6 @@ def test_process_has_nothing_to_drop(loaded: LoadedModel) -> None:
     assert caught.value.details["prompt_tokens"] >= loaded.context_length
     short = alone(engine, ask("hello", "process", context_policy="drop_oldest", max_tokens=3, **GREEDY))
     assert short.dropped_messages == 0
-
-
-def test_rotate_is_refused_by_name(loaded: LoadedModel) -> None:
-    engine = Engine(loaded, max_batch=4, prefill_step=128)
-    with pytest.raises(Unsupported) as caught:
-        engine.submit(0, converse(talk(1), context_policy="rotate"))
-    assert caught.value.details["option"] == "context_policy"
 
 
 def test_a_real_builder_reads_no_more_than_the_context_needs(loaded: LoadedModel) -> None:

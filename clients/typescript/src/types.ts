@@ -101,6 +101,7 @@ export interface Completion {
   invented?: string[];
   alternatives?: Alternative[];
   dropped_messages?: number;
+  alone?: boolean;
 }
 
 export interface DecodeParams {

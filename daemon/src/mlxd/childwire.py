@@ -16,6 +16,7 @@ Daemon → fetcher, requests; each answered once by a result or an error; one fe
     verify    Verify         → Verified
     latest    {repos}        → {commits: {repo: commit}}, of those that the hub knows
 Daemon → child, notifications:
+    allow     {kv_bytes}     see LoadModel; from now on
     cancel    {id}           the request of that id ends at the next step, with finish_reason "cancelled"
     stop      {}             finish nothing, exit 0
 Child → daemon, notifications:
@@ -48,11 +49,7 @@ NOT_YET = (
     "adapter",
     "draft_model",
     "speculation",
-    "kv_bits",
-    "deterministic",
 )
-# Values of other options that no worker honours yet.
-NOT_YET_VALUES = {"context_policy": "rotate"}
 
 
 class Ready(msgspec.Struct, omit_defaults=True):
@@ -85,8 +82,10 @@ class Heartbeat(msgspec.Struct, omit_defaults=True):
 
 class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     """`path` is a verified local folder. `max_batch` bounds how many requests decode together; `cache_bytes` what
-    their KV caches and the prefixes that are kept hold together, where 0 keeps none; `context_length` how many tokens
-    prompt and answer may have, where it is not 0."""
+    their KV caches and the prefixes that are kept hold together, where 0 keeps none. `kv_bytes` is what they may hold
+    at all: requests wait, or are refused, so that it is enough; 0 is no bound. `kv_bits` is for requests that say
+    nothing; 0 leaves their KV caches as they are. `context_length` is how many tokens prompt and answer may have, where
+    it is not 0."""
 
     model: str
     path: str
@@ -94,6 +93,8 @@ class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     prefill_step: int = 512
     cache_bytes: int = 0
     context_length: int = 0
+    kv_bytes: int = 0
+    kv_bits: int = 0
 
 
 class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -105,12 +106,14 @@ class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
     """One request. `messages` are chat turns as on the public wire; `options` the sampling options that were set,
-    under the public wire's names; what is not set falls to the model's defaults, then the worker's."""
+    under the public wire's names; what is not set falls to the model's defaults, then the worker's. `priority` as on
+    the public wire: where requests wait inside the worker, interactive ones go first."""
 
     kind: str  # "process" | "chat"
     messages: list[dict[str, Any]]
     options: dict[str, Any] = {}
     stream: bool = False
+    priority: str = "interactive"
 
 
 class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -134,8 +137,8 @@ class Answer(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """`alternatives` are the second and further answers where several were asked; `completion_tokens` is of all of
-    them. `dropped_messages` did not fit into the context."""
+    """`alone`: it was served by itself, as what it asked for wants it. `alternatives` are the second and further ones
+    of several answers; `completion_tokens` is of all of them. `dropped_messages` did not fit into the context."""
 
     text: str
     finish_reason: str  # stop | length | cancelled
@@ -149,6 +152,7 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     structured: Any = None
     alternatives: list[Answer] | None = None
     dropped_messages: int = 0
+    alone: bool = False
 
 
 class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -83,6 +83,7 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
         usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented,
         logprobs=_logprobs(made.logprobs), structured=made.structured, dropped_messages=made.dropped_messages,
         alternatives=None if made.alternatives is None else [_alternative(answer) for answer in made.alternatives],
+        alone=made.alone,
     )  # fmt: skip
 
 
@@ -103,9 +104,6 @@ def refuse_unsupported(params: types.GenerateParams) -> None:
     for option in wire.NOT_YET:
         if getattr(params, option, UNSET) is not UNSET:
             raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
-    for option, value in wire.NOT_YET_VALUES.items():
-        if getattr(params, option) == value:
-            raise errors.Unsupported(f"{option} {value} is not supported by the models' backend", option=option)
     check_rule(params)
     for number, turn in enumerate(params.messages if isinstance(params, types.ChatParams) else ()):
         if turn.role == "tool" or turn.tool_calls is not UNSET or turn.tool_call_id is not UNSET:
@@ -138,7 +136,7 @@ def worker_params(kind: str, params: types.GenerateParams) -> wire.Generate:
         messages = [] if params.system is UNSET else [{"role": "system", "content": params.system}]
         messages.append({"role": "user", "content": params.prompt})
     options = {name: value for name in _SAMPLING if (value := getattr(params, name)) is not UNSET}
-    return wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream)
+    return wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority)
 
 
 def count_params(params: types.TokensParams) -> wire.CountTokens:

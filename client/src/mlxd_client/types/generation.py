@@ -42,7 +42,7 @@ class GenerateParams(Params, kw_only=True):
     (whole messages go, oldest first, until there is room for `max_tokens`, half of the context at most, and a quarter
     where that is unset; the system's and the last user's stay), `rotate` (the answer may go on for ever; the oldest
     tokens fall out of sight). `kv_bits` keeps the KV cache in so many bits. `deterministic` makes the answer depend on
-    nothing else that runs, at the price of running by itself.
+    nothing else that runs, at the price of running by itself; without a `seed` it draws with seed 0.
     """
 
     model: ModelRef | UnsetType = UNSET
@@ -141,7 +141,7 @@ class Completion(Result, kw_only=True):
     """`invented` names the words of the answer that its prompt does not account for; only models that promise to
     rewrite faithfully (see `guard` in their mlxd.json) are checked. Whoever needs certainty keeps the prompt then.
     `structured` is the parsed answer where a `schema` was asked and the answer is whole; null, and what the wire cannot
-    carry, are in `text` only.
+    carry, are in `text` only. `alone`: `context_policy` rotate or `deterministic` had this request served by itself.
 
     `alternatives` are the answers after the first, where `n` were asked: `usage.completion_tokens` is of all together,
     the other fields are the first one's. `dropped_messages` is how many `context_policy` left out."""
@@ -158,6 +158,7 @@ class Completion(Result, kw_only=True):
     invented: list[str] | None = None
     alternatives: list[Alternative] | None = None
     dropped_messages: int = 0
+    alone: bool = False
 
 
 class Stream(Result, kw_only=True):

@@ -26,11 +26,12 @@ from ..childwire import (
     WorkerTimings,
 )
 from .answers import Answers, reportable
-from .batch import MOST_PREFILLS, NOT_FINITE, RowFailure, RowGenerator
+from .batch import MOST_PREFILLS, NOT_FINITE, RowFailure
 from .constraint import Constraint
 from .embed import ALONE_S, BESIDE_S, Embedder
 from .grammar import Compiled, Compiler
 from .kvcache import PromptCache, RowView
+from .lanes import PLAIN, Lanes
 from .load import LoadedModel
 from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
@@ -98,6 +99,8 @@ class Engine:
         prefill_step: how many tokens of a prompt are read between two decode steps.
         prefill_joins: how many prompts begin to be read in one step.
         cache_bytes: bounds the prefixes that are kept and what the batch holds, together; 0 keeps nothing.
+        kv_bytes: what the KV caches of all requests may hold; 0 is no bound. See `allow`.
+        kv_bits: what requests have that say nothing; 0 leaves their KV caches as they are.
         guard: (source, answer) → words the answer invents; used for models that promise to rewrite faithfully.
     """
 
@@ -109,6 +112,8 @@ class Engine:
         prefill_step: int,
         prefill_joins: int = 8,
         cache_bytes: int = 0,
+        kv_bytes: int = 0,
+        kv_bits: int = 0,
         guard: Callable[[str, str], tuple[str, ...]] | None = None,
     ) -> None:
         self._loaded = loaded
@@ -119,10 +124,15 @@ class Engine:
             "prefill_step": prefill_step,
             "prefill_joins": prefill_joins,
             "prompt_cache": self.cache,
+            "window": loaded.context_length,
+            "kv_bytes": kv_bytes,
         }
+        self._cache_bytes = cache_bytes
+        self._defaults = loaded.defaults | ({"kv_bits": kv_bits} if kv_bits else {})
         self._guard = guard
         self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary)
-        self._generator = RowGenerator(loaded.model, **self._limits)
+        self._generator = Lanes(loaded.model, **self._limits)
+        self.allow(kv_bytes)
         self._eos: set[int] = set(loaded.tokenizer.eos_token_ids)
         self._stops = StopSequences([(token,) for token in self._eos])
         tokenizer = loaded.tokenizer
@@ -163,19 +173,31 @@ class Engine:
 
         Raises:
             RpcError: it cannot be honoured. Nothing of it remains.
+            EngineLost: see `step`.
         """
+        try:
+            self._submit(request_id, request)
+        except RpcError:
+            raise
+        except Exception as error:  # a tokenizer's or a template's own; it is this request's alone
+            _check_alive(error)
+            raise _typed(error) from error
+
+    def _submit(self, request_id: int, request: Generate) -> None:
         received_at = time.perf_counter()
-        choices = resolve(request.kind, request.options, self._loaded.defaults, self._loaded.vocabulary)
+        choices = resolve(request.kind, request.options, self._defaults, self._loaded.vocabulary)
+        self._generator.check(choices.lane)
         if self.cache is None and request.options.get("cache_prompt") is True:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
-        reuse = Reuse(NAMESPACE) if self.cache is not None and choices.cache_prompt else None
+        urgent = request.priority != "batch"
+        reuse = Reuse(NAMESPACE, urgent=urgent) if self.cache is not None and choices.cache_prompt else None
         cut = reuse is not None and self.cache is not None and self.cache.marked
         prompt = self._build(request, choices, cut)
         if reuse is not None:
             reuse.cuts = prompt.cuts
         if choices.rule is not None and choices.thinking:
             prompt = self._prompts.open_thought(prompt)
-        choices = self._fit(choices, prompt, asked="max_tokens" in request.options)
+        choices = self._fit(choices, prompt)
         running = Running(request_id, request, prompt, choices, self._text(choices, prompt), received_at, reuse)
         if choices.rule is None:
             self._join(running)
@@ -187,10 +209,10 @@ class Engine:
             self._compiling[request_id] = running, compiled
 
     def _build(self, request: Generate, choices: Choices, cut: bool) -> Prompt:
-        if choices.context_policy == "refuse":
+        if choices.context_policy != "drop_oldest":
             return self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut)
         context = self._loaded.context_length
-        wished = choices.max_tokens if "max_tokens" in request.options else min(choices.max_tokens, context // 4)
+        wished = choices.max_tokens if choices.asked_tokens else min(choices.max_tokens, context // 4)
         room = min(wished, context // 2)
         if choices.rule is not None and choices.thinking:  # see open_thought
             room += len(self._loaded.tokenizer.think_start_tokens or ())
@@ -201,16 +223,18 @@ class Engine:
         machine = make_machine(choices.stop, think, once=choices.rule is not None)
         return TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
 
-    def _fit(self, choices: Choices, prompt: Prompt, *, asked: bool) -> Choices:
+    def _fit(self, choices: Choices, prompt: Prompt) -> Choices:
         """With `max_tokens` fitted to the context, and to what one result can report. Raises InvalidParams where more
         than that was asked for."""
-        most = min(choices.max_tokens, self._loaded.context_length - len(prompt.tokens))
+        most = choices.max_tokens
+        if not choices.lane.rotate:
+            most = min(most, self._loaded.context_length - len(prompt.tokens))
         logprobs = choices.sampling.logprobs
         if logprobs < 0:
             return replace(choices, max_tokens=most)
         fitting = reportable(choices.answers, logprobs, parsed=choices.rule is not None)
         if most > fitting:
-            if asked:
+            if choices.asked_tokens:
                 told = f"logprobs {logprobs} of {choices.answers} x {most} tokens are too many for one result"
                 raise InvalidParams(f"{told}: set max_tokens to {fitting} at most", field="logprobs", limit=fitting)
             most = fitting
@@ -222,16 +246,18 @@ class Engine:
         if choices.answers > 1:
             rows += [self._another(running, number) for number in range(1, choices.answers)]
         samplings = [self._sampling(row, compiled) for row in rows]
+        lane, length = choices.lane, len(prompt.tokens)
+        shared = len(rows) if lane == PLAIN else 1
+        most = self._generator.fit(lane, length, choices.max_tokens, asked=choices.asked_tokens, rows=shared)
         processors = make_logits_processors(choices.logit_bias)
-        uid = self._generator.add(
-            prompt.tokens, choices.max_tokens, samplings[0], processors, self._stops, running.reuse
+        urgent = running.request.priority != "batch"
+        uids = self._generator.add_all(
+            prompt.tokens, most, samplings, processors, self._stops, running.reuse, key=lane, urgent=urgent
         )
-        self._running[uid] = running
-        self._uids[running.id] = uid
+        self._running.update(zip(uids, rows, strict=True))
+        self._uids[running.id] = uids[0]
         if len(rows) > 1:
-            others = self._generator.copy(uid, samplings[1:], choices.max_tokens, processors, self._stops)
-            self._running.update(zip(others, rows[1:], strict=True))
-            self._several[running.id] = Answers(dict(enumerate([uid, *others])))
+            self._several[running.id] = Answers(dict(enumerate(uids)))
 
     def _another(self, first: Running, number: int) -> Running:
         """A further answer to a request. It takes up nothing by itself: it shares the first one's prefill."""
@@ -260,31 +286,61 @@ class Engine:
             running, _ = self._compiling.pop(request_id)
             outcome.ended.append((request_id, self._result(running, "cancelled")))
         elif request_id in self._several:
-            for each in list(self._several[request_id].uids.values()):
-                self._drop(each, "cancelled", outcome)
+            self._drop_all(list(self._several[request_id].uids.values()), outcome)
         elif uid is not None:
-            self._drop(uid, "cancelled", outcome)
+            self._drop_all([uid], outcome)
         elif self._embedder.cancel(request_id):
             outcome.ended.append((request_id, Cancelled("the request was cancelled")))
         return outcome
+
+    def _drop_all(self, uids: list[int], outcome: Outcome) -> None:
+        """Cancel rows."""
+        try:
+            for uid in uids:
+                self._drop(uid, "cancelled", outcome)
+        except Exception as error:
+            self._fail_all(error, outcome)
 
     def _drop(self, uid: int, reason: str, outcome: Outcome) -> None:
         """End a row that is in the batch, or on its way there."""
         self._keep(self._running[uid], *self._generator.drop(uid))
         self._end(uid, reason, outcome)
 
+    def allow(self, kv_bytes: int) -> None:
+        """Have the KV caches of all requests, and the prefixes that are kept, hold no more than this; 0 is no bound.
+        What is running goes on."""
+        self._generator.allow(kv_bytes)
+        if self.cache is not None:
+            self.cache.tree.budget_bytes = min(self._cache_bytes, kv_bytes) if kv_bytes else self._cache_bytes
+
     def count(self, request: CountTokens) -> int:
-        return self._prompts.count(text=request.text, messages=request.messages)
+        """Raises RpcError."""
+        try:
+            return self._prompts.count(text=request.text, messages=request.messages)
+        except Exception as error:
+            raise _typed(error) from error
 
     def encode(self, request: EncodeText) -> Packed:
-        return encode(self._loaded.tokenizer, request)
+        """Raises RpcError."""
+        try:
+            return encode(self._loaded.tokenizer, request)
+        except Exception as error:
+            raise _typed(error) from error
 
     def decode(self, request: DecodeTokens) -> str:
-        return decode(self._loaded.tokenizer, self._loaded.vocabulary, request)
+        """Raises RpcError."""
+        try:
+            return decode(self._loaded.tokenizer, self._loaded.vocabulary, request)
+        except Exception as error:
+            raise _typed(error) from error
 
     def embed(self, request_id: int, request: EmbedTexts) -> None:
-        """Take texts to make vectors of; the steps that follow do, a part at a time. Raises what cannot be honoured."""
-        self._embedder.submit(request_id, request)
+        """Take texts to make vectors of; the steps that follow do, a part at a time. Raises RpcError."""
+        try:
+            self._embedder.submit(request_id, request)
+        except Exception as error:
+            _check_alive(error)
+            raise _typed(error) from error
 
     # --- steps
 
@@ -302,12 +358,22 @@ class Engine:
                 return outcome
         if self._compiling and not self._join_compiled(outcome):
             return outcome
+        for uid, error in self._generator.refuse():
+            self._fail(uid, error, outcome, in_batch=False)
         try:
             self._generator.settle()
             prompts, responses = self._generator.next()
         except Exception as error:
             return self._fail_all(error, outcome)
         self._failed_steps = 0
+        try:
+            self._take(prompts, responses, outcome)
+        except Exception as error:  # a row could not be looked at, or taken out
+            return self._fail_all(error, outcome)
+        return outcome
+
+    def _take(self, prompts: list[Any], responses: list[Any], outcome: Outcome) -> None:
+        """What a step made goes to its requests. Whatever a request brought that raises costs that request only."""
         now = time.perf_counter()
         for progress in prompts:
             running = self._running.get(progress.uid)
@@ -323,15 +389,13 @@ class Engine:
                 self._advance(running, response, now, outcome)
             except Exception as error:
                 self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
-        return outcome
 
     def _embed(self, outcome: Outcome) -> None:
         try:
-            with mx.stream(self._generator.stream):
+            with mx.stream(self._generator.plain.stream):
                 outcome.ended += self._embedder.step(BESIDE_S if self._running else ALONE_S)
         except Exception as error:
-            if _is_fatal(error):
-                raise EngineLost(f"{type(error).__name__}: {error}") from error
+            _check_alive(error)
             outcome.ended += self._embedder.fail(_typed(error))
 
     def _join_compiled(self, outcome: Outcome) -> bool:
@@ -428,6 +492,7 @@ class Engine:
             invented=invented,
             structured=structured,
             dropped_messages=running.prompt.dropped,
+            alone=running.choices.lane.alone,
         )
 
     def _report(self, count: int, token: int, note: tuple[mx.array, mx.array, mx.array]) -> dict[str, Any]:
@@ -472,24 +537,24 @@ class Engine:
             return
         if running.choices.rule is not None:
             self._compiler.forget(running.choices.rule)
+        outcome.ended.append((running.id, _typed(error)))
         if in_batch:
             self._generator.drop(uid)
         self._forget(running.id)
-        outcome.ended.append((running.id, _typed(error)))
 
     def _fail_all(self, error: Exception, outcome: Outcome) -> Outcome:
-        """The shared step raised: nobody's state can be trusted. End all, and start a clean batch."""
+        """The shared step raised: nobody's state in that lane can be trusted. End them all, and start a clean batch."""
         self._failed_steps += 1
-        if self._failed_steps > MAX_FAILED_STEPS or _is_fatal(error):
+        _check_alive(error)
+        if self._failed_steps > MAX_FAILED_STEPS:
             raise EngineLost(f"{type(error).__name__}: {error}") from error
-        outcome.ended += [(request_id, _typed(error)) for request_id in self._uids]
-        self._running.clear()
-        self._uids.clear()
-        self._several.clear()
+        for uid in self._generator.fail():
+            running = self._running.pop(uid, None)
+            if running is not None:
+                outcome.ended.append((running.id, _typed(error)))
+                self._forget(running.id)
         if self.cache is not None:
             self.cache.forget_pending()
-        self._generator.close()
-        self._generator = RowGenerator(self._loaded.model, **self._limits)
         mx.clear_cache()
         return outcome
 
@@ -507,8 +572,11 @@ class Engine:
                 return
 
 
-def _is_fatal(error: Exception) -> bool:
-    return any(sign.lower() in str(error).lower() for sign in _FATAL)
+def _check_alive(error: Exception) -> None:
+    """Raises EngineLost where an error says that the device is gone."""
+    message = str(error)
+    if any(sign.lower() in message.lower() for sign in _FATAL):
+        raise EngineLost(f"{type(error).__name__}: {message}") from error
 
 
 def _typed(error: Exception) -> RpcError:
