@@ -59,6 +59,15 @@ def test_the_made_models_rows_are_ratios_and_nothing_is_left_running() -> None:
     assert measured["workers after it was unloaded"]["holds"]
 
 
+@pytest.mark.slow
+@pytest.mark.model
+def test_the_rows_of_guesses_are_ratios() -> None:
+    measured = rows("speculation")
+    assert len(measured) == 4
+    assert are_numbers(measured)
+    assert all(row["theirs"] > 0 for row in measured.values())
+
+
 def test_the_table_names_the_machine_and_each_column() -> None:
     done = bench("--markdown", "--rows", "pipelined")
     assert done.returncode == 0, done.stderr
