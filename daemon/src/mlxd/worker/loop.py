@@ -14,6 +14,7 @@ from mlxd_client.errors import InvalidParams, InvalidRequest, LoadFailed, Method
 
 from ..childside import Pipe, Pulse, Stopped
 from ..childwire import CountTokens, Generate, Generated, Heartbeat, Loaded, LoadModel
+from .blas import Blas
 from .engine import Engine, Outcome
 from .load import load
 
@@ -24,10 +25,16 @@ T = TypeVar("T")
 
 
 class Worker:
-    """Serves one pipe. `run` returns on `stop` and raises PipeClosed when the daemon is gone."""
+    """Serves one pipe. `run` returns on `stop` and raises PipeClosed when the daemon is gone.
 
-    def __init__(self, pipe: Pipe) -> None:
+    Args:
+        pipe: to the daemon.
+        blas: the BLAS that was asked for by name. Where another had to be taken, no model is loaded.
+    """
+
+    def __init__(self, pipe: Pipe, blas: Blas | None = None) -> None:
         self._pipe = pipe
+        self._blas = blas
         self._pulse = Pulse(pipe, self._vitals)
         self._engine: Engine | None = None
         self._early: list[dict[str, Any]] = []  # messages that came while a model was being loaded
@@ -97,6 +104,8 @@ class Worker:
         request = _convert(params, LoadModel)
         if self._engine is not None:
             raise InvalidRequest("a worker loads one model in its life")
+        if self._blas is not None and self._blas.problem:
+            raise LoadFailed(f"the setting `blas` names a library that cannot be used: {self._blas.problem}")
         started = time.perf_counter()
         loaded = load(request.path, self._progress)
         engine = Engine(
