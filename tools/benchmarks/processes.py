@@ -40,7 +40,7 @@ def environment(temp: Path, **more: str) -> dict[str, str]:
     return env | {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_CACHE": str(temp / "hub"),
-        "PYTHONPATH": str(TOOLS),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(TOOLS), os.environ.get("PYTHONPATH")))),
         "TMPDIR": str(temp),
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",  # it minds that the end of text is no token

@@ -35,6 +35,9 @@ PREFILL_S = 0.5
 LEAST_PREFILL = 4
 # How many prompts are read together.
 MOST_PREFILLS = 8
+# Prompts of which no more than this is to be read, all of them together, begin together wherever none is being read: a
+# matrix product of so few rows takes hardly longer than of one, and each step decodes for everybody.
+SHORT_PREFILLS = 128
 # How many tokens are read the first time, of all prompts together, while nobody knows yet how long that takes.
 FIRST_PREFILL = 64
 # How many steps the batch may grow before it is looked at again how much it holds.
@@ -243,7 +246,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     def _next(self) -> Any:
         reading = len(self._prompt_batch)
-        self.prefill_batch_size = min(reading + self._prefill_joins, self._most_prefills)
+        joins = max(self._prefill_joins, self._short_prompts())
+        self.prefill_batch_size = min(reading + joins, self._most_prefills)
         rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts()
         fitting = self._prefill_rate * PREFILL_S / max(rows, 1)
         self.prefill_step_size = int(max(min(fitting, self._most_prefill), min(LEAST_PREFILL, self._most_prefill)))
@@ -263,6 +267,22 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
             if made[0] or self._steps % LOOK_STEPS == 0:
                 self._prompt_cache.tree.fit(self.live_bytes())
         return made
+
+    def _short_prompts(self) -> int:
+        """How many of those that wait are short enough to begin together; see SHORT_PREFILLS."""
+        count = longest = 0
+        if len(self._unprocessed_sequences) > 1 and len(self._prompt_batch) == self._read_prompts():
+            for uid, segments, *_ in itertools.islice(self._unprocessed_sequences, self._most_prefills):
+                left = sum(len(segment) for segment in segments)
+                reuse = self._reuses.get(uid)
+                if reuse is not None and self._prompt_cache is not None and left > LEAST_PREFILL:
+                    tokens = [token for segment in segments for token in segment]
+                    left -= self._prompt_cache.tree.peek(reuse.namespace, tokens, left - 1)
+                longest = max(longest, left)
+                if longest * (count + 1) > SHORT_PREFILLS:
+                    break
+                count += 1
+        return count
 
     def settle(self) -> None:
         """Have the prompt cache copy what it is to keep, beside what the rows hold now."""
