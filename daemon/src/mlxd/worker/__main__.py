@@ -42,7 +42,7 @@ def serve(pipe: Pipe) -> int:
     pipe.notify("ready", Ready(pid=os.getpid(), kind="worker", versions=versions))
     pipe.flush()
     try:
-        Worker(pipe, blas if wished != "auto" else None).run()
+        Worker(pipe, blas, chosen=wished != "auto").run()
     except EngineLost as error:
         print(f"the engine is lost: {error}", file=sys.stderr)
         return 1

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .alias import alias
+from .threads import Threads
 
 __all__ = ["BUNDLED", "VARIABLE", "Blas", "BlasUnusable", "cores", "use_blas"]
 
@@ -36,10 +37,12 @@ class BlasUnusable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Blas:
-    """`name` for logs and reports; `problem` why the wished one is not in use, where it is not."""
+    """`name` for logs and reports; `problem` why the wished one is not in use, where it is not; `threads` of one whose
+    number can be changed while it runs, unless the user has set it."""
 
     name: str
     problem: str = ""
+    threads: Threads | None = None
 
 
 def use_blas(wished: str) -> Blas:
@@ -56,7 +59,7 @@ def use_blas(wished: str) -> Blas:
     problems = []
     for path in _candidates() if wished == "auto" else [wished]:
         try:
-            return Blas(_take(path))
+            return _take(path)
         except BlasUnusable as error:
             problems.append(str(error))
     return Blas(BUNDLED, "; ".join(problems))
@@ -68,8 +71,8 @@ def _candidates() -> list[str]:
     return [*(str(file) for folder in folders for file in Path(folder, "lib").glob("lib*.so")), *_SYSTEM]
 
 
-def _take(path: str) -> str:
-    """Load the library, try it, and give its functions the names that MLX calls. Returns what it calls itself."""
+def _take(path: str) -> Blas:
+    """Load the library, try it, and give its functions the names that MLX calls."""
     limited = _THREADS not in os.environ and "OMP_NUM_THREADS" not in os.environ
     if limited:
         os.environ[_THREADS] = str(cores())
@@ -78,7 +81,7 @@ def _take(path: str) -> str:
         prefix = next((prefix for prefix in _PREFIXES if hasattr(library, prefix + _CALLED[0])), None)
         if prefix is None:
             raise BlasUnusable(f"{path} has no {_CALLED[0]}")
-        named = _describe(library, prefix)
+        name = _describe(library, prefix)
         _try(getattr(library, f"{prefix}cblas_sgemm"), ctypes.c_float, path)
         _try(getattr(library, f"{prefix}cblas_dgemm"), ctypes.c_double, path)
         alias({name: _address(getattr(library, prefix + name)) for name in _CALLED})
@@ -88,7 +91,11 @@ def _take(path: str) -> str:
         if limited:
             # numpy brings an OpenBLAS too, which reads the same variable and has nothing to do here.
             os.environ[_THREADS] = "1"
-    return named or path
+    use = getattr(library, f"{prefix}openblas_set_num_threads", None)
+    if use is None or not limited:
+        return Blas(name or path)
+    use.argtypes, use.restype = [ctypes.c_int], None
+    return Blas(name or path, threads=Threads(cores(), use))
 
 
 def _describe(library: Any, prefix: str) -> str:

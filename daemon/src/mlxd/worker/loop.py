@@ -29,12 +29,14 @@ class Worker:
 
     Args:
         pipe: to the daemon.
-        blas: the BLAS that was asked for by name. Where another had to be taken, no model is loaded.
+        blas: what MLX multiplies with.
+        chosen: it was asked for by name. Where another had to be taken, no model is loaded.
     """
 
-    def __init__(self, pipe: Pipe, blas: Blas | None = None) -> None:
+    def __init__(self, pipe: Pipe, blas: Blas, *, chosen: bool = False) -> None:
         self._pipe = pipe
-        self._blas = blas
+        self._refusal = blas.problem if chosen else ""
+        self._threads = blas.threads
         self._pulse = Pulse(pipe, self._vitals)
         self._engine: Engine | None = None
         self._early: list[dict[str, Any]] = []  # messages that came while a model was being loaded
@@ -58,6 +60,8 @@ class Worker:
             elif not self._trimmed and time.monotonic() - self._busy_at > IDLE_TRIM_S:
                 mx.clear_cache()
                 self._trimmed = True
+            if self._threads is not None:
+                self._threads.adapt()
             self._pulse.beat()
             self._pipe.flush()
 
@@ -104,8 +108,8 @@ class Worker:
         request = _convert(params, LoadModel)
         if self._engine is not None:
             raise InvalidRequest("a worker loads one model in its life")
-        if self._blas is not None and self._blas.problem:
-            raise LoadFailed(f"the setting `blas` names a library that cannot be used: {self._blas.problem}")
+        if self._refusal:
+            raise LoadFailed(f"the setting `blas` names a library that cannot be used: {self._refusal}")
         started = time.perf_counter()
         loaded = load(request.path, self._progress)
         engine = Engine(
@@ -130,6 +134,8 @@ class Worker:
 
     def _progress(self, fraction: float) -> None:
         """Between two parts of a load: say how far it got, and notice whether it is still wanted."""
+        if self._threads is not None:
+            self._threads.adapt()
         self._pipe.notify("progress", {"progress": fraction})
         self._pulse.beat()
         self._pipe.flush()
