@@ -1,9 +1,9 @@
 """The models that everything is measured on, as folders that daemon, mlx_lm and its server load alike.
 
 `cleanup` is the built-in model, `shape` a Qwen3 of random weights, quantised to 4 bits, `dense` a smaller one that is
-not, and so is faster on a CPU the more rows it gets. All name a token that does
-not exist as their end of text: every answer then has exactly as many tokens as were asked for, on every side. On a CPU
-both are float32, as workers have it there, because half precision is far slower with mlx's CPU backend.
+not, so that a CPU makes the more of it the more rows there are. All name a token that does not exist as their end of
+text: every answer then has exactly as many tokens as were asked for, on every side. On a CPU all are float32, as
+workers have it there, because half precision is far slower with mlx's CPU backend.
 
 Run as a process, since only processes that end may import mlx here: `python -m benchmarks.models NAME FOLDER [WIDTH
 LAYERS]`.

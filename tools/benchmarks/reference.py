@@ -12,9 +12,9 @@ import sys
 import time
 from typing import Any
 
-from mlxd.worker.blas import VARIABLE, use_blas
+from mlxd.worker.blas import use_blas
 
-use_blas(os.environ.get(VARIABLE) or "auto")  # the same as a worker's: what is compared is not the BLAS
+use_blas("auto")  # the same as a worker's: what is compared is not the BLAS
 
 import mlx.core as mx  # noqa: E402
 from mlx_lm.generate import BatchGenerator, stream_generate  # noqa: E402
