@@ -1,19 +1,22 @@
 """Where the time of a request goes, part by part: in a daemon whose worker has clocks around its functions.
 
 The worker is profiled_worker.py, which takes longer than the real one, since nothing in it runs beside anything else.
-Answers are streamed, one client after the other or eight at once. What the client waited for and the worker did not
-spend is the daemon's, the socket's and the client's.
+Answers are streamed, one client after the other or eight at once. Shares are of what the clients waited; keeping a
+prefix for later comes after the answer, and counts too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 from .effort import STREAMS, Scale
 from .generation_rows import Prompts, batch_ours
@@ -36,6 +39,8 @@ PARTS = {
     "batch": "batch bookkeeping",
     "loop": "worker's loop",
 }
+# What grows even where there is nothing to do, since a worker says that it lives.
+_TICKING = (IDLE, "loop", "encode", "pipe")
 
 
 def profile_rows(label: str, model: Path, temp: Path, scale: Scale) -> Iterator[Row]:
@@ -57,21 +62,29 @@ def one_table(label: str, daemon: Daemon, model: Path, out: Path, streams: int, 
         return float(asyncio.run(batch_ours(daemon.socket, model, asked, tokens))["total_s"])
 
     run()  # kernels are compiled
-    before = rested(out)
+    before, daemon_s = rested(out), busy_s(daemon)
     waited = sum(run() for _ in range(scale.profile_rounds))
     after = rested(out)
     spent = {name: after[name] - before[name] for name in after if name != IDLE}
     unknown = spent.keys() - PARTS.keys()
     if unknown:
         raise RuntimeError(f"parts without a place in the table: {', '.join(sorted(unknown))}")
-    spent["daemon"] = max(0.0, waited - sum(spent.values()))
+    spent["daemon"] = busy_s(daemon) - daemon_s
     requests = scale.profile_rounds * streams
     name, each = f"profile/{model.name}", 1e3 / requests
     yield alone(name, f"{label}: a request of {tokens} tokens, profiled", waited * each, "ms")
-    for part, told in (PARTS | {"daemon": "daemon, socket, client"}).items():
+    for part, told in (PARTS | {"daemon": "daemon, its CPU time"}).items():
         if spent.get(part):
             share = spent[part] / waited
             yield alone(name, f"{label}: {told} ({share:.1%})", spent[part] * each, "ms")
+
+
+def busy_s(daemon: Daemon) -> float:
+    """How long the daemon's own process has computed so far, in seconds."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{daemon.process.pid}/schedstat").read_text().split()[0]) / 1e9
+    used = psutil.Process(daemon.process.pid).cpu_times()
+    return float(used.user + used.system)
 
 
 def rested(out: Path) -> Counter[str]:
@@ -81,9 +94,7 @@ def rested(out: Path) -> Counter[str]:
     while time.monotonic() < until:
         time.sleep(1.0)  # more than the time between two heartbeats, after each of which it writes
         seconds: dict[str, float] = json.loads(out.read_text())["seconds"]
-        busy = {
-            name: round(spent, 3) for name, spent in seconds.items() if name not in (IDLE, "loop", "encode", "pipe")
-        }
+        busy = {name: round(spent, 3) for name, spent in seconds.items() if name not in _TICKING}
         if busy == last:
             return Counter(seconds)
         last = busy
