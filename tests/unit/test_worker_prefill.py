@@ -117,16 +117,25 @@ def steps_until_all_are_read(model: Any, lengths: list[int]) -> int:
 
 
 def test_one_by_one_no_step_goes_by_without_reading(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "SHORT_S", 0.0)
     monkeypatch.setattr(batch, "SHORT_PREFILLS", 12)
     assert steps_until_all_are_read(model, [12] * 4) == 4
 
 
 def test_prompts_that_are_short_together_are_read_together(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "SHORT_S", 0.0)
     monkeypatch.setattr(batch, "SHORT_PREFILLS", 24)
     assert steps_until_all_are_read(model, [12, 12, 6, 6, 6, 6]) == 2
     assert steps_until_all_are_read(model, [12, 13, 12]) == 3
     monkeypatch.setattr(batch, "SHORT_PREFILLS", 128)
     assert steps_until_all_are_read(model, [12] * 8) == 1
+
+
+def test_on_a_quick_device_longer_prompts_are_short(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "SHORT_PREFILLS", 12)
+    monkeypatch.setattr(batch, "SHORT_S", 0.5)
+    monkeypatch.setattr(batch, "FIRST_PREFILL", 48)  # in PREFILL_S, half a second
+    assert steps_until_all_are_read(model, [12] * 4) == 1
 
 
 def test_short_prompts_do_not_join_a_long_one_together(model: Any) -> None:

@@ -35,9 +35,10 @@ PREFILL_S = 0.5
 LEAST_PREFILL = 4
 # How many prompts are read together.
 MOST_PREFILLS = 8
-# Prompts of which no more than this is to be read, all of them together, begin together wherever none is being read: a
-# matrix product of so few rows takes hardly longer than of one, and each step decodes for everybody.
-SHORT_PREFILLS = 128
+# Prompts of which no more than this is to be read, all of them together, begin together wherever none is being read; and
+# so do more, as far as they take no longer than so many seconds. Product for product and step for step, rows that go
+# together cost a CPU hardly more than one that goes alone.
+SHORT_PREFILLS, SHORT_S = 128, 0.25
 # How many tokens are read the first time, of all prompts together, while nobody knows yet how long that takes.
 FIRST_PREFILL = 64
 # How many steps the batch may grow before it is looked at again how much it holds.
@@ -271,6 +272,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
     def _short_prompts(self) -> int:
         """How many of those that wait are short enough to begin together; see SHORT_PREFILLS."""
         count = longest = 0
+        most = max(SHORT_PREFILLS, self._prefill_rate * SHORT_S)
         if len(self._unprocessed_sequences) > 1 and len(self._prompt_batch) == self._read_prompts():
             for uid, segments, *_ in itertools.islice(self._unprocessed_sequences, self._most_prefills):
                 left = sum(len(segment) for segment in segments)
@@ -279,7 +281,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                     tokens = [token for segment in segments for token in segment]
                     left -= self._prompt_cache.tree.peek(reuse.namespace, tokens, left - 1)
                 longest = max(longest, left)
-                if longest * (count + 1) > SHORT_PREFILLS:
+                if longest * (count + 1) > most:
                     break
                 count += 1
         return count
