@@ -38,6 +38,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.server": ({"mlxd_client", "mlxd.logs"}, {"msgspec", "psutil"}),
     "mlxd.workers": ({"mlxd_client", "mlxd.childwire", "mlxd.children"}, {"msgspec"}),
     "mlxd.generation": ({"mlxd_client", "mlxd.childwire", "mlxd.core", "mlxd.server"}, {"msgspec"}),
+    "mlxd.texts": ({"mlxd_client", "mlxd.childwire"}, {"msgspec"}),
     "mlxd.fetchers": ({"mlxd_client", "mlxd.childwire", "mlxd.children"}, {"msgspec"}),
     "mlxd.downloads": (
         {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.server",
@@ -51,15 +52,22 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     ),
     "mlxd.runtime": (
         {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.generation",
-         "mlxd.library", "mlxd.logs", "mlxd.server", "mlxd.settings", "mlxd.store", "mlxd.workers"},
+         "mlxd.library", "mlxd.logs", "mlxd.server", "mlxd.settings", "mlxd.store", "mlxd.texts", "mlxd.workers"},
         {"msgspec", "psutil"},
     ),
+    "mlxd.notify": (set(), set()),
+    "mlxd.sidecar": (set(), set()),
+    "mlxd.service": ({"mlxd_client", "mlxd.settings", "mlxd.server"}, {"msgspec"}),
     "mlxd.app": (
-        {"mlxd_client", "mlxd.children", "mlxd.logs", "mlxd.runtime", "mlxd.server", "mlxd.settings",
-         "mlxd.store"},
+        {"mlxd_client", "mlxd.children", "mlxd.logs", "mlxd.notify", "mlxd.runtime", "mlxd.server", "mlxd.settings",
+         "mlxd.sidecar", "mlxd.store"},
         {"uvloop", "msgspec"},
     ),
-    "mlxd.cli": ({"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.settings"}, {"msgspec", "rich"}),
+    "mlxd.cli": (
+        {"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.server", "mlxd.service", "mlxd.settings",
+         "mlxd.sidecar"},
+        {"msgspec", "rich"},
+    ),
     "mlxd.__main__": ({"mlxd.cli"}, set()),
 }  # fmt: skip
 

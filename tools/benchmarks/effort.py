@@ -11,7 +11,8 @@ STREAMS = 8
 @dataclass(frozen=True, slots=True)
 class Scale:
     """One model's share: `tokens` of each answer (of `prefix`, and where it says `prompt`, of the prompt), how many
-    streams there are, and how many pairs of runs each comparison gets."""
+    streams there are, and how many pairs of runs each comparison gets. Answers with guesses (`guess`) have models of
+    their own; `shape` says how much of them."""
 
     stream_tokens: int
     stream_rounds: int
@@ -20,6 +21,8 @@ class Scale:
     http_rounds: int
     prefix_tokens: int
     prefix_rounds: int
+    guess_tokens: int = 0
+    guess_rounds: int = 0
     load_streams: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     load_tokens: int = 48
     load_rounds: int = 5
@@ -73,15 +76,16 @@ _LEAST: dict[str, Any] = _FEW | {
 # The larger model has 0.1 B parameters; see models.py.
 FULL = Effort(
     15, 400, 20_000, 768, 14,
-    Scale(192, 15, 96, 5, 5, 2_000, 5), Scale(16, 5, 8, 3, 7, 2_000, 1), 2_000, 5, Scale(64, 5, 32, 5, 5, 500, 3),
+    Scale(192, 15, 96, 5, 5, 2_000, 5), Scale(16, 5, 8, 3, 7, 2_000, 1, 250, 5), 2_000, 5,
+    Scale(64, 5, 32, 5, 5, 500, 3),
 )  # fmt: skip
 QUICK = Effort(
     7, 200, 5_000, 768, 14,
-    Scale(96, 3, 24, 2, 2, 2_000, 3, **_FEW), Scale(8, 1, 6, 1, 1, 500, 1), 1_000, 3,
+    Scale(96, 3, 24, 2, 2, 2_000, 3, **_FEW), Scale(8, 1, 6, 1, 1, 500, 1, 150, 2), 1_000, 3,
     Scale(16, 1, 8, 1, 1, 200, 1, **_FEW),
 )  # fmt: skip
 SMOKE = Effort(
     2, 10, 100, 64, 2,
-    Scale(8, 1, 4, 1, 1, 200, 1, **_LEAST), Scale(8, 1, 4, 1, 1, 200, 1), 4, 1,
+    Scale(8, 1, 4, 1, 1, 200, 1, **_LEAST), Scale(8, 1, 4, 1, 1, 200, 1, 16, 1), 4, 1,
     Scale(8, 1, 4, 1, 1, 200, 1, **_LEAST), 64, 2,
 )  # fmt: skip

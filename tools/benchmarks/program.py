@@ -20,6 +20,7 @@ from . import (
     profile_rows,
     size_rows,
     socket_rows,
+    speculation_rows,
     table,
 )
 from .effort import FULL, QUICK, SMOKE, Effort
@@ -31,6 +32,7 @@ NAMES = (
     "ping",
     "pipelined",
     "download",
+    *(f"speculation/{kind}" for kind in ("copy", "clean-ups", "draft")),
     *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "schema", "http", "prefix")),
     *(f"{kind}/cleanup" for kind in ("load", "profile")),
     *(f"{kind}/dense" for kind in ("load", "blas", "mixed", "profile")),
@@ -80,6 +82,9 @@ def measure(wanted: Sequence[str], effort: Effort) -> Iterator[table.Row]:
                     yield from socket_rows.pipelined_rows(daemon, bare, effort)
         if "download" in wanted:
             yield from download_rows.download_rows(temp, effort.download_mb, effort.download_rounds)
+        guesses = {name for name in wanted if name.startswith("speculation/")}
+        if guesses:
+            yield from speculation_rows.speculation_rows(guesses, daemon, temp, effort.shape)
         cleanup = models.make("cleanup", temp) if any(name.endswith(("/cleanup", "size")) for name in wanted) else temp
         if "size" in wanted:
             yield from size_rows.after_rows(daemon, cleanup)

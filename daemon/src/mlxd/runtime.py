@@ -10,7 +10,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 import psutil
@@ -18,7 +18,7 @@ import psutil
 from mlxd_client import errors, types
 from mlxd_client.types import UNSET
 
-from . import __version__
+from . import __version__, texts
 from . import childwire as wire
 from .children.death import Death
 from .children.interface import ChildSpec
@@ -28,15 +28,17 @@ from .core import events as ev
 from .core.core import Core, Limits
 from .fetchers import Fetchers
 from .generation import Generation, completion, count_params, refuse_unsupported, with_text, worker_params
-from .library import Library
+from .library import Library, draft_bytes
 from .server.events import EventLog
-from .workers import WorkerLink
+from .workers import Attached, WorkerLink
 
 if TYPE_CHECKING:
     from .server.limits import ServerLimits
     from .server.runtime_api import Log, Sink
     from .settings import Settings
-    from .store import Store
+    from .store import Found, Store
+
+T = TypeVar("T")
 
 
 class Runtime:
@@ -64,6 +66,7 @@ class Runtime:
         self.loop = loop
         self.epoch = secrets.token_hex(8)
         self.on_shutdown: Callable[[], None] = lambda: None
+        self.on_settled: Callable[[], None] = lambda: None  # all that followed from an event is done
         self._settings = settings
         self._supervisor = supervisor
         self._log = log
@@ -90,7 +93,8 @@ class Runtime:
         self._links: dict[int, WorkerLink] = {}
         self._memory: dict[int, int] = {}  # by worker, as last told to the core
         self._resolving: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._due: float | None = None
         self._quiet: asyncio.Event = asyncio.Event()
         self._inbox: list[ev.Event] = []
         self._performing = False
@@ -120,6 +124,7 @@ class Runtime:
         self._set_timer()
         if self.core.draining and self.core.quiet:
             self._quiet.set()
+        self.on_settled()
 
     def _do(self, action: do.Action) -> None:
         try:
@@ -129,11 +134,12 @@ class Runtime:
 
     def _set_timer(self) -> None:
         due = self.core.next_deadline()
-        timer = self._timer
-        if timer is not None:
-            if due is not None and timer.when() == due:
+        if self._timer is not None:
+            if due == self._due:
                 return
-            timer.cancel()
+            self._timer.cancel()
+        # What is due at once is no timer to uvloop, and could not be asked when it is due.
+        self._due = due
         self._timer = None if due is None else self.loop.call_at(due, self._on_timer)
 
     def _on_timer(self) -> None:
@@ -144,9 +150,13 @@ class Runtime:
 
     def _start_worker(self, action: do.StartWorker) -> None:
         settings = self._settings
+        draft = self._library.drafts.get(action.model)
         load = wire.LoadModel(
             model=action.model, path=self._library.paths[action.model], max_batch=settings.max_batch,
-            cache_bytes=settings.prompt_cache_bytes,
+            cache_bytes=settings.prompt_cache_bytes, kv_bits=settings.kv_bits.get(action.model, 0),
+            kv_bytes=self._kv_bytes(action.model, self.core.shares()[action.worker]),
+            draft=None if draft is None else wire.Attach(draft=draft.model, path=draft.path),
+            context_length=settings.context_length.get(action.model, 0),
         )  # fmt: skip
         link = WorkerLink(action.worker, load, self, load_s=settings.load_s)
         self._links[action.worker] = link
@@ -154,6 +164,19 @@ class Runtime:
         spec = ChildSpec(kind="worker", name=action.model, argv=settings.worker_command, env=environment)
         link.child = self._supervisor.spawn(spec, link)
         self._log.info("loading", model=action.model, worker=action.worker, pid=link.child.pid)
+        self._share_memory()
+
+    def _kv_bytes(self, model: str, share: int) -> int:
+        """What a worker's KV caches may hold, given what it may take beyond what its model needs; 0 is no bound."""
+        reserved = self._library.kv_bytes.get(model, 0)
+        return reserved + share if reserved else 0
+
+    def _share_memory(self) -> None:
+        """Tell the workers what their KV caches may hold, now that others came, went, or take more or less."""
+        for worker, share in self.core.shares().items():
+            link = self._links.get(worker)
+            if link is not None and (allowed := self._kv_bytes(link.model, share)):
+                link.allow(allowed)
 
     def _stop_worker(self, action: do.StopWorker) -> None:
         child = self._links[action.worker].child
@@ -237,16 +260,25 @@ class Runtime:
     def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None:
         self._links[worker].ready_at = time.monotonic()
         self._log.info("loaded", worker=worker, load_s=round(loaded.load_s, 3), memory_bytes=loaded.memory_bytes)
-        self.tell(ev.Loaded(worker, loaded.memory_bytes, loaded.context_length))
+        self.tell(ev.Loaded(worker, loaded.memory_bytes, loaded.context_length, self._draft_of(worker, loaded)))
+        self._share_memory()
+
+    def _draft_of(self, worker: int, loaded: wire.Loaded) -> str | None:
+        """The draft model that was loaded with a worker's model."""
+        link = self._links[worker]
+        if link.draft is not None and loaded.no_draft is not None:
+            self._log.warning("no draft model", model=link.model, draft=link.draft, reason=loaded.no_draft)
+            return None
+        return link.draft
 
     def worker_load_failed(self, worker: int, error: errors.RpcError) -> None:
         self._log.warning("load failed", worker=worker, kind=error.kind, reason=error.message)
         self.tell(ev.LoadFailed(worker, error))
 
-    def worker_piece(self, rid: int, text: str, reasoning: str) -> None:
+    def worker_piece(self, rid: int, text: str, reasoning: str, index: int = 0) -> None:
         request = self._open.get(rid)
         if request is not None:
-            request.sink.piece(text, reasoning)
+            request.sink.piece(text, reasoning, index)
 
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None:
         request = self._open.get(rid)
@@ -260,6 +292,7 @@ class Runtime:
         if abs(known - memory_bytes) >= 1024 * 1024:
             self._memory[worker] = memory_bytes
             self.tell(ev.MemoryReport(worker, memory_bytes))
+            self._share_memory()
 
     def worker_exited(self, worker: int, death: Death) -> None:
         link = self._links.pop(worker)
@@ -267,6 +300,7 @@ class Runtime:
         log = self._log.info if death.expected else self._log.error
         log("worker ended", model=link.model, worker=worker, cause=death.cause, told=death.describe())
         self.tell(ev.WorkerExited(worker, None if death.expected else death.to_error()))
+        self._share_memory()
 
     # --- models ---------------------------------------------------------------------------------------------------
 
@@ -299,24 +333,71 @@ class Runtime:
             return self.core.view(named)  # it is on its way, or was
 
     async def load(self, client: int, params: types.LoadParams) -> types.Model:
-        for option in ("adapter", "draft_model"):
-            if getattr(params, option) is not UNSET:
-                raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
+        if params.adapter is not UNSET:
+            raise errors.Unsupported("adapter is not supported by the models' backend", option="adapter")
         model = await self._have(params.model)
         keep_alive = None if params.keep_alive is UNSET else params.keep_alive
-        view: types.Model = await self._reach(lambda rid: ev.Ensure(rid, client, model, keep_alive_s=keep_alive))
-        return view
+        draft = None if params.draft_model is UNSET else await self._have_draft(params.draft_model, model)
+        room = 0 if draft is None else draft_bytes(draft)
+        view: types.Model = await self._reach(
+            lambda rid: ev.Ensure(rid, client, model, keep_alive_s=keep_alive, draft_bytes=room)
+        )
+        return view if draft is None else await self._attach(client, model, draft)
+
+    async def _have_draft(self, ref: str, model: str) -> Found:
+        """The draft model that `ref` names. Raises what `_have` does, and InvalidParams for what is none."""
+        try:
+            draft = await self._have(ref)
+            if draft != model:
+                return await self._library.find(draft)
+        except errors.ModelInvalid as error:
+            told = f"{ref} cannot be a draft model: {error.message}"
+            raise errors.InvalidParams(told, **error.details | {"field": "draft_model"}) from None
+        except errors.ModelNotFound as error:
+            error.details["field"] = "draft_model"
+            raise
+        raise errors.InvalidParams("a model is no draft model of itself: it would only be slower", field="draft_model")
+
+    async def _attach(self, client: int, model: str, draft: Found) -> types.Model:
+        """Have a draft model guess for a model that is Ready."""
+        worker = self.core.models[model].worker
+        if worker is None:
+            raise errors.WorkerDied("the model was unloaded meanwhile", cause="stopped", model=model)
+        await self._reach(lambda rid: ev.Attach(rid, client, worker, draft_bytes(draft)))
+        attached: asyncio.Future[wire.Attached] = self.loop.create_future()
+        self._attach_now(worker, draft, lambda answer: settle(attached, answer))
+        await attached
+        return self.core.view(model)
+
+    def _attach_now(self, worker: int, draft: Found, answer: Attached) -> None:
+        """Tell a worker to load a draft model, for which there is room. The core hears what has become of it."""
+        link = self._links.get(worker)
+        if link is None:
+            answer(errors.WorkerDied("the model was unloaded meanwhile", cause="stopped"))
+            return
+
+        def attached(outcome: wire.Attached | errors.RpcError) -> None:
+            if isinstance(outcome, errors.RpcError):
+                self._log.warning("no draft model", model=link.model, draft=draft.model, reason=outcome.message)
+                self.tell(ev.Attached(worker, None, draft_bytes(draft)))
+            else:
+                self._log.info("draft model attached", model=link.model, draft=draft.model)
+                self.tell(ev.Attached(worker, draft.model, draft_bytes(draft)))
+                self.worker_memory(worker, outcome.memory_bytes)
+            answer(outcome)
+
+        link.attach(wire.Attach(draft=draft.model, path=draft.path), attached)
 
     async def unload(self, ref: str) -> types.Model:
         model = await self._library.resolve(ref)
         view: types.Model = await self._reach(lambda rid: ev.Unload(rid, 0, model))
         return view
 
-    async def acquire(self, client: int, ref: str) -> types.Lease:
+    async def acquire(self, client: int, ref: str, *, keep_alive_s: float | None = None) -> types.Lease:
         model = await self._have(ref)
         lease = f"{self.epoch[:6]}-{next(self._leases)}"
         try:
-            view = await self._reach(lambda rid: ev.Ensure(rid, client, model, lease=lease))
+            view = await self._reach(lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive_s))
         except asyncio.CancelledError:
             self.tell(ev.Release(client, lease))
             raise
@@ -528,15 +609,12 @@ class Runtime:
             return
         params = request.params
         request.model = model
-        left = None if params.timeout_s is UNSET else params.timeout_s
-        waited = time.monotonic() - request.accepted_at
-        if left is not None and waited > 1.0:  # for a download
-            left = max(0.001, left - waited)
         loading = self.core.models[model].lifecycle.state != "Ready"
         self.tell(
             ev.Submit(
                 request.rid, request.client, model, params.priority,
-                timeout_s=left,
+                timeout_s=None if params.timeout_s is UNSET else params.timeout_s,
+                waited_s=time.monotonic() - request.accepted_at,
                 keep_alive_s=None if params.keep_alive is UNSET else params.keep_alive,
             )
         )  # fmt: skip
@@ -546,16 +624,56 @@ class Runtime:
     async def count_tokens(self, client: int, params: types.TokensParams) -> types.TokensResult:
         if (params.text is UNSET) == (params.messages is UNSET):
             raise errors.InvalidParams("give either text or messages", field="text")
-        ref = self._settings.default_model if params.model is UNSET else params.model
-        lease = await self.acquire(client, ref)  # so that the model cannot go between loading and counting
+        turns = [] if params.messages is UNSET else params.messages
+        characters = len(params.text or "") + sum(len(turn.content) for turn in turns)
+        _, result = await self._ask(client, params.model, "count", count_params(params), characters)
+        return msgspec.convert(result, types.TokensResult)
+
+    async def encode(self, client: int, params: types.EncodeParams) -> types.EncodeResult:
+        _, result = await self._ask(client, params.model, "encode", texts.encode_params(params), len(params.text))
+        return texts.encoded(result)
+
+    async def decode(self, client: int, params: types.DecodeParams) -> types.DecodeResult:
+        _, result = await self._ask(client, params.model, "decode", texts.decode_params(params), len(params.tokens))
+        return texts.decoded(result)
+
+    async def embed(self, client: int, params: types.EmbedParams) -> types.EmbedResult:
+        limit_s = None if params.timeout_s is UNSET else params.timeout_s
+        keep_alive_s = None if params.keep_alive is UNSET else params.keep_alive
+        longest = max(map(len, params.input))
+        patience = asyncio.timeout(limit_s)
+        try:
+            async with patience:
+                model, result = await self._ask(
+                    client, params.model, "embed", texts.embed_params(params), longest, keep_alive_s
+                )
+        except TimeoutError:
+            if not patience.expired():  # a disk may raise it, too
+                raise
+            told = f"not done within {limit_s:g} s"
+            raise errors.DeadlineExceeded(told, phase="embedding", timeout_s=limit_s) from None
+        return texts.embedded(model, params.encoding, result)
+
+    async def _ask(
+        self, client: int, ref: str | msgspec.UnsetType, method: str, params: Any, characters: int,
+        keep_alive_s: float | None = None,
+    ) -> tuple[str, Any]:  # fmt: skip
+        """Ask a model's worker for what is no generation. Returns the model's id and the plain result."""
+        ref = self._settings.default_model if ref is UNSET else ref
+        # Leased, so that the model cannot go between loading and asking.
+        lease = await self.acquire(client, ref, keep_alive_s=keep_alive_s)
         try:
             worker = self.core.models[lease.model.id].worker
             link = None if worker is None else self._links.get(worker)
             if link is None:
                 raise errors.WorkerDied("the model's worker went away", cause="exit")
-            counted: asyncio.Future[int] = self.loop.create_future()
-            link.count(count_params(params), lambda answer: settle(counted, answer))
-            return types.TokensResult(tokens=await counted)
+            answer: asyncio.Future[Any] = self.loop.create_future()
+            asked = link.ask(method, params, lambda told: settle(answer, told), characters=characters)
+            try:
+                return lease.model.id, await answer
+            except asyncio.CancelledError:
+                link.give_up(asked)
+                raise
         finally:
             self.tell(ev.Release(client, lease.lease))
 
@@ -595,6 +713,13 @@ class Runtime:
             retry_at=None if retry_at is None else retry_at + core.wall,
         )  # fmt: skip
 
+    @property
+    def idle(self) -> bool:
+        """Nothing is loaded, under way or waited for."""
+        if self._open or self._goals or self._resolving or self._links:
+            return False
+        return all(job.ended_at is not None for job in self.core.jobs.values())
+
     def request_shutdown(self) -> None:
         self.on_shutdown()
 
@@ -621,7 +746,8 @@ class Runtime:
         self._library.close()
 
 
-def settle(future: asyncio.Future[int], answer: int | errors.RpcError) -> None:
+def settle(future: asyncio.Future[Any], answer: Any) -> None:
+    """Hand over a result, or an RpcError to raise."""
     if future.done():
         return
     if isinstance(answer, errors.RpcError):

@@ -73,9 +73,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         aliases: further names for models.
         keep_alive_s: a model that nobody used for so long is unloaded; -1 never, 0 at once.
         keep_alive: the same for single models, by id. Requests may say otherwise.
+        draft_models: a draft model for single models, by id, that guesses for them whenever they are loaded.
+        context_length: how many tokens prompt and answer may have together, for single models by id; it shortens what
+            a model's own config says, and never lengthens it.
         memory_budget_bytes: bounds all loaded models together.
         prompt_cache_bytes: what prompts and answers that are kept, for requests that begin alike, may hold in one model
             together with those that run; 0 keeps none.
+        kv_bits: models, by id, whose KV caches are quantised for requests that say nothing, and to how many bits.
         max_batch: how many requests decode together in one model.
         blas: the library that multiplies matrices where MLX runs on a Linux CPU. `auto` takes OpenBLAS, as installed
             with the daemon or the system, or else what MLX brings; `bundled` that one; an absolute path that library,
@@ -87,6 +91,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         event_log: how many events are kept for subscribers that resume.
         write_stall_s: a connection that takes nothing for so long is closed.
         drain_s: how long running requests may go on once the daemon is told to stop.
+        idle_exit_s: a daemon that a service manager starts on demand ends once nobody was connected, no model loaded
+            and no job open for so long; 0 never. Elsewhere nobody would start it again, and it is not looked at.
         ready_s: how long a child may take to start.
         load_s: how long a model may take to load.
         heartbeat_s: the longest silence of a child before it counts as hung.
@@ -110,8 +116,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     aliases: dict[Name, Name] = {}
     keep_alive_s: KeepAlive = 300.0
     keep_alive: dict[Name, KeepAlive] = {}
+    draft_models: dict[Name, Name] = {}
+    context_length: dict[Name, Annotated[int, Meta(ge=8, le=16_777_216)]] = {}
     memory_budget_bytes: Annotated[int, Meta(ge=1)] = msgspec.field(default_factory=memory_budget)
     prompt_cache_bytes: Annotated[int, Meta(ge=0, le=2**53)] = msgspec.field(default_factory=prompt_cache_budget)
+    kv_bits: dict[Name, Literal[4, 8]] = {}
     max_batch: Annotated[int, Meta(ge=1, le=1024)] = 32
     blas: Annotated[str, Meta(pattern=r"^(auto|bundled|/[^\0]+)$", max_length=4096)] = "auto"
     queue_limit: Count = 512
@@ -122,6 +131,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     event_log: Count = 4096
     write_stall_s: Seconds = 10.0
     drain_s: Annotated[float, Meta(ge=0, le=86_400)] = 5.0
+    idle_exit_s: Annotated[float, Meta(ge=0, le=31_536_000)] = 600.0
     ready_s: Seconds = 60.0
     load_s: Seconds = 600.0
     heartbeat_s: Seconds = 15.0
@@ -287,7 +297,8 @@ def _parsed(name: str, text: str, origin: Origin) -> object:
             return shlex.split(text)
         except ValueError as error:
             raise SettingsError(f"{name} cannot be {_short(text)} ({origin}): {error}") from None
-    if name in ("aliases", "keep_alive", "worker_command", "fetcher_command", "catalog"):
+    tables = ("aliases", "keep_alive", "context_length", "draft_models", "kv_bits", "catalog")
+    if name in (*tables, "worker_command", "fetcher_command"):
         try:
             return msgspec.json.decode(text)
         except msgspec.DecodeError as error:

@@ -31,9 +31,16 @@ _NUMBERS: tuple[tuple[str, type, str], ...] = (
     ("presence_penalty", float, "lower the score of tokens that occurred"),
     ("frequency_penalty", float, "lower the score of tokens by how often they occurred"),
     ("seed", int, "the same seed, prompt and options give the same answer"),
+    ("xtc_probability", float, "how often to leave out the likeliest tokens, for variety"),
+    ("xtc_threshold", float, "but only tokens at least so likely"),
+    ("thinking_budget", int, "think in so many tokens at most"),
+    ("n", int, "make so many answers, with an empty line between them"),
     ("logprobs", int, "with --json: each token's log probability, and of so many alternatives"),
 )
-_OTHERS = ("model", "stop", "logit_bias", "schema", "grammar", "thinking", "keep_alive", "timeout_s", "priority")
+_OTHERS = (
+    "model", "stop", "logit_bias", "schema", "grammar", "thinking", "keep_alive", "timeout_s", "priority", "adapter",
+    "speculation", "context_policy", "kv_bits", "deterministic",
+)  # fmt: skip
 
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -71,6 +78,15 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--timeout", dest="timeout_s", type=float, metavar="SECONDS", help="fail if it takes longer")
     group.add_argument("--priority", choices=("interactive", "batch"), help="batch work makes way for the interactive")
+    group.add_argument("--adapter", type=model_ref, metavar="MODEL", help="a LoRA or DoRA folder, or one of the hub")
+    group.add_argument("--speculation", choices=("auto", "off", "lookup", "draft"), help="guess ahead, to be faster")
+    group.add_argument(
+        "--context-policy", choices=("refuse", "drop_oldest", "rotate"), help="what becomes of too long a prompt"
+    )
+    group.add_argument("--kv-bits", type=int, choices=(4, 8), help="keep the KV cache in so many bits")
+    group.add_argument(
+        "--deterministic", action="store_true", default=None, help="let nothing else that runs change the answer"
+    )
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -124,21 +140,32 @@ def run(args: argparse.Namespace, output: Output) -> int:
     options = sampling(args)
     if args.system is not None:
         options["system"] = args.system
+    several = args.n is not None and args.n > 1
+    if several and args.stream and not output.json:
+        output.note("several answers stream side by side: only with --json")
+        return USAGE
     with connect(args) as client:
-        if args.stream or output.terminal:
+        if args.stream or (output.terminal and not several):
             completion = _streamed(client.stream_process(prompt, **options), output)
         else:
             completion = client.process(prompt, **options)
-            if output.json:
-                output.document(completion)
-            else:
-                output.line(completion.text)
+            _show(completion, output)
     if completion.invented:
         words = ", ".join(dict.fromkeys(completion.invented))
         output.note(f"the answer has words that the prompt does not account for: {words}")
     if args.verbose:
         show_stats(completion, output)
     return OK
+
+
+def _show(completion: Completion, output: Output) -> None:
+    if output.json:
+        output.document(completion)
+        return
+    output.line(completion.text)
+    for other in completion.alternatives or ():
+        output.line()
+        output.line(other.text)
 
 
 def _prompt(words: list[str], output: Output) -> str | None:
@@ -213,10 +240,11 @@ def show_reasoning(text: str, output: Output) -> None:
 
 
 def show_stats(completion: Completion, output: Output) -> None:
-    usage, timings = completion.usage, completion.timings
+    usage, timings, ahead = completion.usage, completion.timings, completion.speculation
     rate = usage.completion_tokens / timings.decode_s if timings.decode_s > 0 else 0.0
     output.note(
         f"{completion.model}: {usage.completion_tokens} tokens, {rate:.0f} tokens/s, "
         f"first after {timings.first_token_s * 1000:.0f} ms, {timings.total_s:.2f} s in all, "
         f"prompt {usage.prompt_tokens} tokens ({usage.cached_tokens} cached), ended by {completion.finish_reason}"
+        + (f", {ahead.kind} guessed {ahead.accepted_tokens} of {ahead.drafted_tokens} right" if ahead else "")
     )

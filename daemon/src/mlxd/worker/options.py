@@ -13,11 +13,13 @@ from mlxd_client.types import UNSET, GenerateParams
 
 from ..childwire import NOT_YET
 from .grammar import Rule, read_rule
+from .lanecaches import PLAIN, LaneKey
 from .sampling import Sampling, make_key
 
 # What a request gets that says nothing, on a model whose folder says nothing.
 DEFAULTS: dict[str, Any] = {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.15}
 DEFAULT_MAX_TOKENS = {"process": 150, "chat": 2048}
+DEFAULT_XTC_THRESHOLD = 0.1  # mlx_lm's
 
 # What a model's folder may set. The rest is the daemon's business or each request's own.
 MODEL_DEFAULTS = frozenset(
@@ -27,15 +29,21 @@ MODEL_DEFAULTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """A request's options, complete. `max_tokens` is not yet fitted to the context."""
+    """A request's options, complete. `max_tokens` is not yet fitted to the context; `asked_tokens` says that it is the
+    request's own number."""
 
     sampling: Sampling
     max_tokens: int
+    asked_tokens: bool = False
     stop: tuple[str, ...] = ()
     logit_bias: Mapping[int, float] | None = None
     thinking: bool = False
     cache_prompt: bool = True
     rule: Rule | None = None
+    speculation: str = "auto"
+    answers: int = 1
+    context_policy: str = "refuse"
+    lane: LaneKey = PLAIN
 
 
 def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], vocabulary: int) -> Choices:
@@ -59,25 +67,47 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
         params = msgspec.convert(given, GenerateParams)
     except msgspec.ValidationError as error:
         raise InvalidParams(str(error), **_field(error)) from None
+    lane = _lane(params)
+    if options.get("xtc_threshold") is not None and "xtc_probability" not in options:
+        raise InvalidParams("xtc_threshold does nothing without xtc_probability", field="xtc_threshold")
     return Choices(
         sampling=Sampling(
             temperature=_or(params.temperature, 0.0),
             top_p=_or(params.top_p, 1.0),
             top_k=_or(params.top_k, 0),
             min_p=_or(params.min_p, 0.0),
+            xtc_probability=_or(params.xtc_probability, 0.0),
+            xtc_threshold=_or(params.xtc_threshold, DEFAULT_XTC_THRESHOLD),
             repetition=_or(params.repetition_penalty, 1.0),
             presence=_or(params.presence_penalty, 0.0),
             frequency=_or(params.frequency_penalty, 0.0),
             logprobs=_or(params.logprobs, -1),
-            key=make_key(_or(params.seed, None)),
+            key=make_key(_or(params.seed, 0 if lane.deterministic else None)),
         ),
         max_tokens=_or(params.max_tokens, DEFAULT_MAX_TOKENS[kind]),
+        asked_tokens="max_tokens" in options,
         stop=tuple(_or(params.stop, [])),
         logit_bias=_bias(_or(params.logit_bias, {}), vocabulary),
         thinking=_or(params.thinking, False),
-        cache_prompt=_or(params.cache_prompt, True),
+        cache_prompt=_or(params.cache_prompt, True) and lane == PLAIN,
         rule=read_rule(_or(params.schema, None), _or(params.grammar, None)),
+        speculation=_or(params.speculation, "auto"),
+        answers=_or(params.n, 1),
+        context_policy=_or(params.context_policy, "refuse"),
+        lane=lane,
     )
+
+
+def _lane(params: GenerateParams) -> LaneKey:
+    """Raises Unsupported for what no lane can do."""
+    policy = _or(params.context_policy, "refuse")
+    lane = LaneKey(_or(params.kv_bits, 0), policy == "rotate", _or(params.deterministic, False))
+    if lane != PLAIN and _or(params.cache_prompt, None) is True:
+        raise Unsupported(
+            "prefixes are kept of plain requests only: not with kv_bits, context_policy rotate or deterministic",
+            option="cache_prompt",
+        )
+    return lane
 
 
 def refuse_unsupported(options: Mapping[str, Any]) -> None:
