@@ -160,7 +160,8 @@ class Runtime:
         )  # fmt: skip
         link = WorkerLink(action.worker, load, self, load_s=settings.load_s)
         self._links[action.worker] = link
-        spec = ChildSpec(kind="worker", name=action.model, argv=settings.worker_command)
+        environment = {"MLXD_BLAS": settings.blas}
+        spec = ChildSpec(kind="worker", name=action.model, argv=settings.worker_command, env=environment)
         link.child = self._supervisor.spawn(spec, link)
         self._log.info("loading", model=action.model, worker=action.worker, pid=link.child.pid)
         self._share_memory()

@@ -1,6 +1,9 @@
 """What runs inside a worker process: one loaded model and the requests that decode on it in one batch.
 
     __main__   starts the process and says `ready`
+    blas       which library multiplies matrices on a Linux CPU
+    alias      its functions, under the names that MLX calls
+    threads    how many threads it uses, as the machine has cores to spare
     loop       the pipe, one decode step, the pipe again
     load       a folder becomes a LoadedModel, or a typed error
     options    what a request asks for, what the model defaults to, what is refused

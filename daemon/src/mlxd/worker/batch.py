@@ -41,6 +41,10 @@ PREFILL_S = 0.5
 LEAST_PREFILL = 4
 # How many prompts are read together.
 MOST_PREFILLS = 8
+# Prompts of which no more than this is to be read, all of them together, begin together wherever none is being read; so
+# do more, as far as they take no longer than so many seconds. Product for product and step for step, rows that go
+# together cost a CPU hardly more than one that goes alone.
+SHORT_PREFILLS, SHORT_S = 128, 0.25
 # How many tokens are read the first time, of all prompts together, while nobody knows yet how long that takes.
 FIRST_PREFILL = 64
 # How many steps the batch may grow before it is looked at again how much it holds.
@@ -359,7 +363,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         if self._copies and self.may_read:
             self._copy_read()
         reading, copied = len(self._prompt_batch), len(self._copied)
-        self.prefill_batch_size = min(reading + self._prefill_joins, self._most_prefills) + copied
+        joins = max(self._prefill_joins, self._short_prompts())
+        self.prefill_batch_size = min(reading + joins, self._most_prefills) + copied
         rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts() - copied
         fitting = self._prefill_rate * PREFILL_S / max(rows, 1)
         self.prefill_step_size = int(max(min(fitting, self._most_prefill), min(LEAST_PREFILL, self._most_prefill)))
@@ -385,6 +390,27 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
             if made[0] or self._steps % LOOK_STEPS == 0:
                 self._prompt_cache.tree.fit(self.live_bytes())
         return made
+
+    def _short_prompts(self) -> int:
+        """How many of those that wait are short enough to begin together; see SHORT_PREFILLS."""
+        count = longest = 0
+        most = max(SHORT_PREFILLS, self._prefill_rate * SHORT_S)
+        if self._fixed_prefill or not self.may_read:
+            return 0
+        if len(self._unprocessed_sequences) > 1 and len(self._prompt_batch) == self._read_prompts():
+            for uid, segments, *_ in itertools.islice(self._unprocessed_sequences, self._most_prefills):
+                if uid in self._copied:
+                    continue
+                left = sum(len(segment) for segment in segments)
+                reuse = self._reuses.get(uid)
+                if reuse is not None and self._prompt_cache is not None and left > LEAST_PREFILL:
+                    tokens = [token for segment in segments for token in segment]
+                    left -= self._prompt_cache.tree.peek(reuse.namespace, tokens, left - 1)
+                longest = max(longest, left)
+                if longest * (count + 1) > most:
+                    break
+                count += 1
+        return count
 
     def rest(self) -> list[Any]:
         """A further token that the last step brought, in a list; empty where that was all."""

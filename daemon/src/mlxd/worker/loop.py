@@ -33,6 +33,7 @@ from ..childwire import (
     Loaded,
     LoadModel,
 )
+from .blas import Blas
 from .engine import Engine, EngineLost, Outcome
 from .load import LoadedModel, load
 
@@ -43,10 +44,18 @@ T = TypeVar("T")
 
 
 class Worker:
-    """Serves one pipe. `run` returns on `stop` and raises PipeClosed when the daemon is gone."""
+    """Serves one pipe. `run` returns on `stop` and raises PipeClosed when the daemon is gone.
 
-    def __init__(self, pipe: Pipe) -> None:
+    Args:
+        pipe: to the daemon.
+        blas: what MLX multiplies with.
+        chosen: it was asked for by name. Where another had to be taken, no model is loaded.
+    """
+
+    def __init__(self, pipe: Pipe, blas: Blas, *, chosen: bool = False) -> None:
         self._pipe = pipe
+        self._refusal = blas.problem if chosen else ""
+        self._threads = blas.threads
         self._pulse = Pulse(pipe, self._vitals)
         self._engine: Engine | None = None
         self._early: list[dict[str, Any]] = []  # messages that came while a model was being loaded
@@ -81,6 +90,8 @@ class Worker:
         elif not self._trimmed and time.monotonic() - self._busy_at > IDLE_TRIM_S:
             mx.clear_cache()
             self._trimmed = True
+        if self._threads is not None:
+            self._threads.adapt()
         self._pulse.beat()
         self._pipe.flush()
 
@@ -129,6 +140,8 @@ class Worker:
         request = _convert(params, LoadModel)
         if self._engine is not None:
             raise InvalidRequest("a worker loads one model in its life")
+        if self._refusal:
+            raise LoadFailed(f"the setting `blas` names a library that cannot be used: {self._refusal}")
         started = time.perf_counter()
         loaded = load(request.path, self._progress, request.context_length)
         engine = Engine(
@@ -198,6 +211,8 @@ class Worker:
 
     def _progress(self, fraction: float) -> None:
         """Between two parts of a load: say how far it got, and notice whether it is still wanted."""
+        if self._threads is not None:
+            self._threads.adapt()
         self._pipe.notify("progress", {"progress": fraction})
         self._pulse.beat()
         self._pipe.flush()
