@@ -7,6 +7,7 @@ Daemon → worker, requests (id, method, params), each answered once by a result
     load      LoadModel      → Loaded
     generate  Generate       → Generated        with `step` notifications on the way
     count     CountTokens    → {tokens}
+    attach    Attach         → Attached         once the adapter is read; the one before it stays until then
 Daemon → fetcher, requests; each answered once by a result or an error; one fetcher gets one of them:
     plan      PlanFetch      → FetchPlan
     fetch     Fetch          → Fetched          with `fetching` notifications on the way
@@ -43,7 +44,6 @@ NOT_YET = (
     "tool_choice",
     "thinking_budget",
     "n",
-    "adapter",
     "draft_model",
     "speculation",
     "context_policy",
@@ -102,12 +102,33 @@ class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
     """One request. `messages` are chat turns as on the public wire; `options` the sampling options that were set,
-    under the public wire's names; what is not set falls to the model's defaults, then the worker's."""
+    under the public wire's names; what is not set falls to the model's defaults, then the worker's. `adapter` is an
+    absolute folder."""
 
     kind: str  # "process" | "chat"
     messages: list[dict[str, Any]]
     options: dict[str, Any] = {}
     stream: bool = False
+    adapter: str | None = None
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """What a name was found to stand for: `id` is said to clients; to workers the absolute folder `path` is."""
+
+    id: str
+    path: str
+
+
+class Attach(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`adapter` is an absolute folder; that adapter is kept in memory, whatever else is read. None lets go of it."""
+
+    adapter: str | None = None
+
+
+class Attached(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """What the adapters hold now."""
+
+    adapters_bytes: int = 0
 
 
 class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):

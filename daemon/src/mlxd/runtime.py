@@ -10,7 +10,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 import psutil
@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from .server.runtime_api import Log, Sink
     from .settings import Settings
     from .store import Store
+
+# What a request says that wants the model without the adapter that it was loaded with.
+NO_ADAPTER = "none"
+
+T = TypeVar("T")
 
 
 class Runtime:
@@ -165,7 +170,9 @@ class Runtime:
         request.dispatched_at = time.monotonic()
         request.ready_at = link.ready_at or 0.0
         try:
-            link.generate(request.rid, worker_params(request.kind, request.params))
+            if request.params.adapter is UNSET:
+                request.adapter = link.adapter
+            link.generate(request.rid, worker_params(request.kind, request.params, request.adapter))
         except Exception as error:  # a bug; the caller must hear of it all the same
             self._log.error("handing a request over failed", request=request.sink.request_name, exc_info=error)
             request.outcome = errors.InternalError(f"the request could not be handed over: {type(error).__name__}")
@@ -298,13 +305,43 @@ class Runtime:
             return self.core.view(named)  # it is on its way, or was
 
     async def load(self, client: int, params: types.LoadParams) -> types.Model:
-        for option in ("adapter", "draft_model"):
-            if getattr(params, option) is not UNSET:
-                raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
+        if params.draft_model is not UNSET:
+            raise errors.Unsupported("draft_model is not supported by the models' backend", option="draft_model")
+        adapter = None if params.adapter is UNSET else await self._adapter(params.adapter)
         model = await self._have(params.model)
         keep_alive = None if params.keep_alive is UNSET else params.keep_alive
+        if params.adapter is not UNSET:
+            return await self._load_with(client, model, keep_alive, adapter)
         view: types.Model = await self._reach(lambda rid: ev.Ensure(rid, client, model, keep_alive_s=keep_alive))
         return view
+
+    async def _adapter(self, ref: str) -> wire.Adapter | None:
+        if ref == NO_ADAPTER:
+            return None
+        found = await self._library.adapter(ref)
+        return wire.Adapter(id=found.adapter, path=found.path)
+
+    async def _load_with(
+        self, client: int, model: str, keep_alive: float | None, adapter: wire.Adapter | None
+    ) -> types.Model:
+        """Load a model, and let requests have this adapter that name none. It cannot go before that is so."""
+        lease = f"{self.epoch[:6]}-{next(self._leases)}"
+        try:
+            await self._reach(lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive))
+            attached: asyncio.Future[None] = self.loop.create_future()
+            self._link(model).attach(adapter, lambda answer: settle(attached, answer))
+            await attached
+        finally:
+            self.tell(ev.Release(client, lease))
+        return self.core.view(model)
+
+    def _link(self, model: str) -> WorkerLink:
+        """The worker of a model that is Ready."""
+        worker = self.core.models[model].worker
+        link = None if worker is None else self._links.get(worker)
+        if link is None:
+            raise errors.WorkerDied("the model's worker went away", cause="exit")
+        return link
 
     async def unload(self, ref: str) -> types.Model:
         model = await self._library.resolve(ref)
@@ -482,7 +519,7 @@ class Runtime:
         request = Generation(self.tell, next(self._rids), client, kind, params, sink)
         self._open[request.rid] = request
         known = self._library.known(ref)
-        if known is not None:
+        if known is not None and params.adapter is UNSET:
             self._submit(request, known)
         else:
             task = request.waiting = self.loop.create_task(self._resolve_and_submit(request, ref))
@@ -495,6 +532,8 @@ class Runtime:
         patience = asyncio.timeout(limit_s)
         try:
             async with patience:
+                if request.params.adapter is not UNSET:
+                    request.adapter = await self._adapter(request.params.adapter)
                 model = await self._have(ref, lambda progress: request.sink.phase("downloading", progress))
         except errors.RpcError as error:
             self._turn_away(request, error)
@@ -548,10 +587,7 @@ class Runtime:
         ref = self._settings.default_model if params.model is UNSET else params.model
         lease = await self.acquire(client, ref)  # so that the model cannot go between loading and counting
         try:
-            worker = self.core.models[lease.model.id].worker
-            link = None if worker is None else self._links.get(worker)
-            if link is None:
-                raise errors.WorkerDied("the model's worker went away", cause="exit")
+            link = self._link(lease.model.id)
             counted: asyncio.Future[int] = self.loop.create_future()
             link.count(count_params(params), lambda answer: settle(counted, answer))
             return types.TokensResult(tokens=await counted)
@@ -620,7 +656,7 @@ class Runtime:
         self._library.close()
 
 
-def settle(future: asyncio.Future[int], answer: int | errors.RpcError) -> None:
+def settle(future: asyncio.Future[T], answer: T | errors.RpcError) -> None:
     if future.done():
         return
     if isinstance(answer, errors.RpcError):

@@ -35,6 +35,7 @@ class WorkerEvents(Protocol):
 
 
 Counted = Callable[[int | errors.RpcError], None]
+Attached = Callable[[errors.RpcError | None], None]
 
 
 class WorkerLink:
@@ -59,7 +60,9 @@ class WorkerLink:
         self._load_timer: asyncio.TimerHandle | None = None
         self._rids: dict[int, int] = {}  # the child's request id → rid
         self._ids: dict[int, int] = {}  # and back
+        self.adapter: wire.Adapter | None = None  # what requests get that name none
         self._counts: dict[int, Counted] = {}
+        self._attaches: dict[int, tuple[wire.Adapter | None, Attached]] = {}
         self._reading: dict[int, float] = {}  # requests with long texts, and the seconds that reading each may take
 
     # --- what the runtime does ------------------------------------------------------------------------------------
@@ -82,6 +85,12 @@ class WorkerLink:
         self._counts[request_id] = answer
         turns = params.messages or ()
         self._expect_reading(request_id, len(params.text or "") + sum(len(turn.get("content", "")) for turn in turns))
+
+    def attach(self, adapter: wire.Adapter | None, answer: Attached) -> None:
+        """Have requests get this adapter that name none, once it is read; `answer` is called then, or with why not."""
+        assert self.child is not None
+        request_id = self.child.request("attach", wire.Attach(adapter=None if adapter is None else adapter.path))
+        self._attaches[request_id] = adapter, answer
 
     def _expect_reading(self, request_id: int, characters: int) -> None:
         """A tokenizer gives no sign of life before it has read its whole text: bear with it in proportion."""
@@ -121,6 +130,9 @@ class WorkerLink:
         counts, self._counts = self._counts, {}
         for answer in counts.values():
             answer(death.to_error())
+        attaches, self._attaches = self._attaches, {}
+        for _, told in attaches.values():
+            told(death.to_error())
         self._events.worker_exited(self.worker, death)
 
     def _too_slow(self) -> None:
@@ -148,6 +160,10 @@ class WorkerLink:
                 self._events.worker_loaded(self.worker, self.loaded)
         elif (answer := self._counts.pop(request_id, None)) is not None:
             answer(failed if failed is not None else int(message["result"]["tokens"]))
+        elif (attach := self._attaches.pop(request_id, None)) is not None:
+            if failed is None:
+                self.adapter = attach[0]
+            attach[1](failed)
         elif (rid := self._rids.pop(request_id, None)) is not None:
             del self._ids[rid]
             outcome = failed if failed is not None else msgspec.convert(message["result"], wire.Generated)

@@ -32,7 +32,8 @@ class GenerateParams(Params, kw_only=True):
     in the dialect of Lark that llguidance reads. They are enforced token by token; at most one of them can be given.
 
     `thinking_budget` bounds the thought, in tokens, and turns thinking on. `n` answers are made from one prompt.
-    `adapter` is a LoRA or DoRA folder, absolute, or the id of one from the hub. `speculation`: `auto` guesses ahead
+    `adapter` is a LoRA or DoRA folder, absolute, or the id of one from the hub that is on this machine; unset means the
+    one that the model was loaded with, and `none` the model alone. `speculation`: `auto` guesses ahead
     where that pays, by the model's draft model if it has one, else by looking up what the prompt says; neither changes
     the answer. `context_policy` says what becomes of a prompt that is too long: `refuse` (the default), `drop_oldest`
     (whole turns go, but the system's and the last ones), `rotate` (the answer may go on for ever; the oldest tokens
@@ -123,7 +124,7 @@ class Completion(Result, kw_only=True):
     """`invented` names the words of the answer that its prompt does not account for; only models that promise to
     rewrite faithfully (see `guard` in their mlxd.json) are checked. Whoever needs certainty keeps the prompt then.
     `structured` is the parsed answer where a `schema` was asked and the answer is whole; null, and what the wire cannot
-    carry, are in `text` only."""
+    carry, are in `text` only. `adapter` is the id of the adapter that the model had for it."""
 
     model: str
     text: str
@@ -135,6 +136,7 @@ class Completion(Result, kw_only=True):
     structured: Any = None
     logprobs: list[TokenLogprob] | None = None
     invented: list[str] | None = None
+    adapter: str | None = None
 
 
 class Stream(Result, kw_only=True):

@@ -48,7 +48,9 @@ class OptionalModelParams(Params, kw_only=True):
 
 
 class LoadParams(Params, kw_only=True):
-    """`keep_alive` in seconds: -1 never unloads, 0 unloads at once when idle."""
+    """`keep_alive` in seconds: -1 never unloads, 0 unloads at once when idle. `adapter` is what requests get that name
+    none, from the answer to this until the model is unloaded; it is read beside the model, which is not loaded anew.
+    `none` takes it away."""
 
     model: ModelRef
     keep_alive: KeepAlive | UnsetType = UNSET

@@ -13,6 +13,9 @@
     grammar    schemas and grammars, compiled; or refused
     trial      compiles in a process that may be lost
     constraint what one answer may go on with, as masks over a batch's logits
+    adapters   the LoRA and DoRA adapters beside the model: read, kept, let go
+    adapterfile an adapter's folder becomes what it does to each layer
+    adapted    layers that compute adapters, for rows with different ones
     sampling   penalties, filters and seeded draws, for a whole batch
     text       tokens become text: whole characters, stop strings, reasoning apart
 

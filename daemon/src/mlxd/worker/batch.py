@@ -19,6 +19,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mlxd_client.errors import InternalError
 
+from .adapted import PLAIN, Mix
 from .constraint import allows_any, apply_masks
 from .kvcache import PromptCache, RowView, foreseen_bytes, take
 from .sampling import Plan, Sampling
@@ -79,7 +80,8 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
             if self._steps_alone >= STEPS_ALONE:
                 self._make_plain()
 
-        logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+        with plan.mix or PLAIN:
+            logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         self._next_logprobs = [None] * len(self.uids)
         if any(self.logits_processors):
             logits = self._run_processors(inputs, logits)
@@ -182,6 +184,10 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
 
 class RowPrompts(PromptProcessingBatch):  # type: ignore[misc]
     """A PromptProcessingBatch that hands over to a RowBatch."""
+
+    def prompt(self, tokens: list[list[int]]) -> None:
+        with Mix.of([row.adapter for row in self.samplers]) or PLAIN:
+            super().prompt(tokens)
 
     def extract_cache(self, idx: int) -> RowView | None:
         return take(self.prompt_cache, idx, len(self.tokens[idx]))

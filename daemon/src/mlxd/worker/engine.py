@@ -14,7 +14,8 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mlxd_client.errors import InternalError, ModelInvalid, RpcError, Unsupported
 
-from ..childwire import CountTokens, Generate, Generated, WorkerTimings
+from ..childwire import Attach, Attached, CountTokens, Generate, Generated, WorkerTimings
+from .adapters import Adapter, Adapters
 from .batch import NOT_FINITE, RowFailure, RowGenerator
 from .constraint import Constraint
 from .grammar import Compiled, Compiler
@@ -26,7 +27,7 @@ from .sampling import Sampling
 from .text import TextStream, make_machine
 from .waits import LEAST, Reuse
 
-# What shares prefixes: all that the base model computes.
+# What shares prefixes: all that the base model computes, and all that an adapter of one content does.
 NAMESPACE = b""
 # After this many failed steps in a row, no further batch is tried.
 MAX_FAILED_STEPS = 2
@@ -55,6 +56,7 @@ class Running:
     prompt_at: float = 0.0
     first_at: float = 0.0
     constraint: Constraint | None = None
+    adapter: Adapter | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -63,7 +65,7 @@ class Outcome:
     """What one step brought: `pieces` as in childwire.Step, and the requests that ended."""
 
     pieces: list[tuple[int, str, str]] = field(default_factory=list)
-    ended: list[tuple[int, Generated | RpcError]] = field(default_factory=list)
+    ended: list[tuple[int, Generated | Attached | RpcError]] = field(default_factory=list)
 
 
 class Engine:
@@ -109,13 +111,17 @@ class Engine:
         self._failed_steps = 0
         self._compiler = Compiler(tokenizer, loaded.vocabulary, self._eos)
         self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
+        self.adapters = Adapters(loaded.model)
+        self._adapting: dict[int, tuple[Running, Compiled | None]] = {}  # by request id; their adapter is not read yet
+        self._attaching: dict[int, Adapter] = {}  # by request id
 
     # --- requests
 
     @property
     def busy(self) -> bool:
         """There is something left to do for `step`."""
-        return bool(self._running or self._compiling) or (self.cache is not None and self.cache.pending)
+        waiting = self._compiling or self._adapting or self._attaching or self.adapters.pending
+        return bool(self._running or waiting) or (self.cache is not None and self.cache.pending)
 
     @property
     def active(self) -> int:
@@ -124,7 +130,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return self._generator.waiting + len(self._compiling)
+        return self._generator.waiting + len(self._compiling) + len(self._adapting)
 
     def submit(self, request_id: int, request: Generate) -> None:
         """Take a request into the batch; it starts at the next step, or once its rule is compiled.
@@ -149,6 +155,7 @@ class Engine:
         machine = make_machine(choices.stop, think, once=choices.rule is not None)
         text = TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
         running = Running(request_id, request, prompt, choices, text, received_at, reuse)
+        running.adapter = self.adapters.want(request.adapter) if request.adapter is not None else None
         if choices.rule is None:
             self._join(running)
             return
@@ -159,8 +166,15 @@ class Engine:
             self._compiling[request_id] = running, compiled
 
     def _join(self, running: Running, compiled: Compiled | None = None) -> None:
-        choices, prompt = running.choices, running.prompt
+        choices, prompt, adapter = running.choices, running.prompt, running.adapter
+        if adapter is not None and not adapter.ready:
+            self._adapting[running.id] = running, compiled
+            return
         sampling = choices.sampling
+        if adapter is not None:
+            sampling = replace(sampling, adapter=adapter)
+            if running.reuse is not None:
+                running.reuse.namespace = adapter.identity
         if compiled is not None:
             thought = self._loaded.tokenizer.think_end if prompt.in_reasoning else None
             running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
@@ -180,10 +194,20 @@ class Engine:
         if request_id in self._compiling:
             running, _ = self._compiling.pop(request_id)
             outcome.ended.append((request_id, self._result(running, "cancelled")))
+        elif request_id in self._adapting:
+            outcome.ended.append((request_id, self._result(self._adapting.pop(request_id)[0], "cancelled")))
         elif uid is not None:
             self._keep(self._running[uid], *self._generator.drop(uid))
             self._end(uid, "cancelled", outcome)
         return outcome
+
+    def attach(self, request_id: int, request: Attach) -> Outcome:
+        """Read an adapter and keep it; None lets go of the one that was kept. Raises as Adapters.want does."""
+        if request.adapter is not None:
+            self._attaching[request_id] = self.adapters.want(request.adapter)
+            return Outcome()
+        self.adapters.attached = None
+        return Outcome(ended=[(request_id, Attached(adapters_bytes=self.adapters.nbytes))])
 
     def count(self, request: CountTokens) -> int:
         return self._prompts.count(text=request.text, messages=request.messages)
@@ -197,6 +221,8 @@ class Engine:
             EngineLost: no further step can work; every request in flight is lost with the process.
         """
         outcome = Outcome()
+        if self._adapting or self._attaching or self.adapters.pending:
+            self._read_adapters(outcome)
         if self._compiling and not self._join_compiled(outcome):
             return outcome
         try:
@@ -234,6 +260,27 @@ class Engine:
                 except Exception as error:
                     outcome.ended.append((request_id, _typed(error)))
         return bool(self._running)
+
+    def _read_adapters(self, outcome: Outcome) -> None:
+        """Adapters are read on; requests whose adapter is there now join the batch."""
+        waiting = [running for running, _ in (*self._adapting.values(), *self._compiling.values())]
+        used = {each.adapter for each in (*self._running.values(), *waiting) if each.adapter is not None}
+        self.adapters.read(used | set(self._attaching.values()))
+        for request_id, adapter in list(self._attaching.items()):
+            if adapter.ready or adapter.error is not None:
+                del self._attaching[request_id]
+                self.adapters.attached = adapter if adapter.ready else self.adapters.attached
+                outcome.ended.append((request_id, adapter.error or Attached(adapters_bytes=self.adapters.nbytes)))
+        for request_id, (running, compiled) in list(self._adapting.items()):
+            assert running.adapter is not None
+            if running.adapter.ready or running.adapter.error is not None:
+                del self._adapting[request_id]
+                try:
+                    if running.adapter.error is not None:
+                        raise running.adapter.error
+                    self._join(running, compiled)
+                except Exception as error:
+                    outcome.ended.append((request_id, _typed(error)))
 
     def _advance(self, running: Running, response: Any, now: float, outcome: Outcome) -> None:
         token, note = response.token, response.logprobs

@@ -13,7 +13,7 @@ import msgspec
 from mlxd_client.errors import InvalidParams, InvalidRequest, LoadFailed, MethodNotFound, ModelInvalid, RpcError
 
 from ..childside import Pipe, Pulse, Stopped
-from ..childwire import CountTokens, Generate, Generated, Heartbeat, Loaded, LoadModel
+from ..childwire import Attach, CountTokens, Generate, Heartbeat, Loaded, LoadModel
 from .engine import Engine, Outcome
 from .load import load
 
@@ -37,6 +37,7 @@ class Worker:
             "load": self._load,
             "generate": self._generate,
             "count": self._count,
+            "attach": self._attach,
         }
 
     def run(self) -> None:
@@ -138,6 +139,9 @@ class Worker:
             raise InvalidParams("count takes either text or messages", field="text")
         self._pipe.reply(request_id, {"tokens": self._loaded().count(request)})
 
+    def _attach(self, request_id: int, params: Any) -> None:
+        self._send(self._loaded().attach(request_id, _convert(params, Attach)))
+
     def _loaded(self) -> Engine:
         if self._engine is None:
             raise LoadFailed("no model is loaded in this worker")
@@ -147,10 +151,10 @@ class Worker:
         if outcome.pieces:
             self._pipe.notify("step", {"pieces": outcome.pieces})
         for request_id, end in outcome.ended:
-            if isinstance(end, Generated):
-                self._pipe.reply(request_id, end)
-            else:
+            if isinstance(end, RpcError):
                 self._pipe.fail(request_id, end)
+            else:
+                self._pipe.reply(request_id, end)
 
 
 def limits(wished: LoadModel) -> dict[str, int]:
