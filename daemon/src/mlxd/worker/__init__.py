@@ -3,6 +3,7 @@
     __main__   starts the process and says `ready`
     loop       the pipe, one decode step, the pipe again
     load       a folder becomes a LoadedModel, or a typed error
+    families   what architectures cannot do in a batch
     options    what a request asks for, what the model defaults to, what is refused
     prompt     messages become tokens, through the model's chat template
     engine     the requests in flight and how each ends

@@ -218,6 +218,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         prefill_step: how many tokens of each prompt are read between two decode steps at most; see PREFILL_S.
         prefill_joins: how many prompts begin to be read in one step at most. One that takes several steps is read
             together with those that begin after it.
+        most_prefills: how many prompts are read together at most.
         prompt_cache: where prompts find what was computed before; None computes everything.
     """
 
@@ -228,15 +229,16 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         max_batch: int,
         prefill_step: int,
         prefill_joins: int = MOST_PREFILLS,
+        most_prefills: int = MOST_PREFILLS,
         prompt_cache: PromptCache | None = None,
     ) -> None:
         super().__init__(
             model,
             completion_batch_size=max_batch,
-            prefill_batch_size=min(MOST_PREFILLS, max_batch),
+            prefill_batch_size=min(most_prefills, max_batch),
             prefill_step_size=prefill_step,
         )
-        self._most_prefills = min(MOST_PREFILLS, max_batch)
+        self._most_prefills = min(most_prefills, max_batch)
         self._prefill_joins = prefill_joins
         self._prompt_batch = RowPrompts.empty(model, greedy_sampler, prefill_step_size=prefill_step)
         self._generation_batch = RowBatch.empty(model, greedy_sampler)

@@ -94,11 +94,13 @@ class Engine:
         cache = PromptCache(loaded.model, cache_bytes)
         self.cache = cache if cache_bytes > 0 and cache.usable else None
         self._limits: dict[str, Any] = {
-            "max_batch": max_batch,
+            "max_batch": 1 if loaded.batching == "alone" else max_batch,
             "prefill_step": prefill_step,
             "prefill_joins": prefill_joins,
             "prompt_cache": self.cache,
         }
+        if loaded.batching == "decode":
+            self._limits["most_prefills"] = 1
         self._guard = guard
         self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary)
         self._generator = RowGenerator(loaded.model, **self._limits)

@@ -16,7 +16,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
@@ -25,6 +24,7 @@ from mlxd_client.errors import LoadFailed, ModelInvalid, RpcError
 from ..childside import PipeClosed
 from ..store.safetensors import SafetensorsError, check_safetensors
 from .early import start_early
+from .families import Batching, prepare
 from .grammar import can_constrain
 from .options import check_defaults
 
@@ -60,6 +60,7 @@ class LoadedModel:
         vocabulary: rows of the embeddings: tokens are 0 to vocabulary - 1.
         context_length: tokens of prompt and answer together.
         defaults: sampling options for requests that set none, checked.
+        batching: how far its requests may be computed together.
         faithful: the model promises to invent no words when it processes text.
     """
 
@@ -69,6 +70,7 @@ class LoadedModel:
     vocabulary: int
     defaults: dict[str, Any] = field(default_factory=dict)
     faithful: bool = False
+    batching: Batching = "together"
 
     @property
     def capabilities(self) -> list[str]:
@@ -105,7 +107,7 @@ def load(path: str, progress: Callable[[float], None]) -> LoadedModel:
         raise
     except (OSError, MemoryError) as error:
         raise LoadFailed(f"the model could not be read: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # an architecture that lacks a package of its own ends the program
         # mlx_lm, transformers and MLX raise nearly anything on a folder that is no model.
         raise ModelInvalid(f"the folder is no model that mlx_lm can load: {type(error).__name__}: {error}") from error
 
@@ -114,8 +116,7 @@ def _load(
     folder: Path, config: dict[str, Any], settings: dict[str, Any], progress: Callable[[float], None]
 ) -> LoadedModel:
     model, loaded_config = load_model(folder, lazy=True)
-    if not all(hasattr(cache, "merge") for cache in make_prompt_cache(model)):
-        raise ModelInvalid("mlx_lm cannot batch this architecture")
+    batching = prepare(model)
     vocabulary = _whole(_text_config(config).get("vocab_size"))
     if vocabulary is None:
         raise ModelInvalid("config.json: no vocab_size", file="config.json")
@@ -140,6 +141,7 @@ def _load(
         vocabulary=vocabulary,
         defaults=check_defaults(settings.get("defaults", {})),
         faithful=settings.get("guard") == "faithful",
+        batching=batching,
     )
 
 
