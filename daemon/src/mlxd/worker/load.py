@@ -7,6 +7,8 @@ folder runs, and numbers that would make building the model hang are refused fir
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +31,8 @@ from .grammar import can_constrain
 from .options import check_defaults
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
+# Of what is no weights, and is read into memory whole.
+MAX_OTHER_BYTES = 512 * 1024 * 1024
 DEFAULT_CONTEXT = 4096
 MIN_CONTEXT, MAX_CONTEXT = 8, 16_777_216
 # Weights are brought to memory in parts of this size, with a word to the daemon in between.
@@ -98,6 +102,7 @@ def load(path: str, progress: Callable[[float], None]) -> LoadedModel:
     """
     folder = Path(path)
     try:
+        check_files(folder)
         config = read_config(folder)
         settings = _read_settings(folder)
         check_weights(folder)
@@ -165,6 +170,27 @@ def _materialise(model: Any, progress: Callable[[float], None]) -> None:
                 spoken_at = time.monotonic()
     mx.eval(part)
     progress(1.0)
+
+
+def check_files(folder: Path) -> None:
+    """Check that nothing in the folder would block, or never end, when it is read. Raises ModelInvalid, OSError."""
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelInvalid("there is no such folder") from None
+    for entry in entries:
+        try:
+            status = entry.stat()
+        except OSError:
+            continue  # a link that leads nowhere is as good as no file
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise ModelInvalid(f"{entry.name} is no file", file=entry.name)
+        if status.st_size > MAX_OTHER_BYTES and not entry.name.endswith(".safetensors") and _is_read(entry.name):
+            raise ModelInvalid(f"{entry.name} has {status.st_size} bytes", file=entry.name)
+
+
+def _is_read(name: str) -> bool:
+    return name.endswith((".json", ".jinja", ".model", ".txt", ".tiktoken"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
