@@ -269,12 +269,11 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(attempt(arguments.one)))
         return
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(tried, arguments.kinds or architectures()))
     print("| architecture | caches | gets to | |\n|---|---|---|---|")
-    for one in found:
-        told = str(one["told"]).replace("\n", " ").replace("|", "/")[:160]
-        print(f"| `{one['kind']}` | {', '.join(one.get('caches', []))} | {one['stage']} | {told} |")
+    with ThreadPoolExecutor(2) as pool:
+        for one in pool.map(tried, arguments.kinds or architectures()):
+            told = str(one["told"]).replace("\n", " ").replace("|", "/")[:160]
+            print(f"| `{one['kind']}` | {', '.join(one.get('caches', []))} | {one['stage']} | {told} |", flush=True)
 
 
 if __name__ == "__main__":
