@@ -77,14 +77,36 @@ GUESSES: dict[str, Any] = {
 
 # What some architectures need beyond that, or want otherwise.
 SLIDING = ["sliding_attention", "full_attention"] * 2
+GEMMA4 = {
+    "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16,
+    "global_head_dim": 32,
+}  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
     "afmoe": {"layer_types": SLIDING},
     "bailing_moe_v3": {},
-    "deepseek_v2": {"rope_scaling": None},
-    "exaone4": {"sliding_window_pattern": "LLLG"},
+    "deepseek_v2": {
+        "rope_scaling": {
+            "type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
+        },
+    },
+    "exaone4": {"layer_types": SLIDING, "sliding_window_pattern": None},
     "exaone_moe": {"layer_types": SLIDING, "is_moe_layer": [False, True] * 2},
     "gear": {"layer_types": SLIDING},
-    "gemma4_text": {"layer_types": SLIDING},
+    "gemma3n": {
+        "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCABULARY, "rope_local_base_freq": 10000.0,
+        "layer_types": SLIDING, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "altup_num_inputs": 2,
+        "hidden_size_per_layer_input": 16, "altup_coef_clip": 120.0, "altup_correct_scale": True,
+        "altup_active_idx": 0, "laurel_rank": 8,
+    },
+    "gemma4": {"layer_types": SLIDING, **GEMMA4},
+    "gemma4_text": {"layer_types": SLIDING, **GEMMA4},
+    "kimi_linear": {
+        "linear_attn_config": {
+            "kda_layers": [1, 3], "full_attn_layers": [2, 4], "num_heads": HEADS, "head_dim": 16,
+            "short_conv_kernel_size": 4,
+        },
+    },
     "gpt_oss": {"layer_types": SLIDING, "rope_scaling": None, "tie_word_embeddings": None},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "num_local_experts": 4, "num_experts_per_tok": 2},

@@ -283,8 +283,13 @@ _KINDS: dict[Any, type] = {
 }
 
 
-def kind_of(layer: Any) -> str | None:
-    """What a layer is to an adapter: `linear`, `embedding` or `experts`; None for what cannot have one."""
+def kind_of(layer: Any, block: Any) -> str | None:
+    """What a layer within `block` is to an adapter: `linear`, `embedding` or `experts`; None for what cannot have one.
+
+    Experts can in a block that is known to sort its lines in one way only.
+    """
+    if _KINDS.get(_own(layer)) is _AdaptedExperts and _own(block) not in (SwitchGLU, SwitchMLP):
+        return None
     kind: Any = _KINDS.get(_own(layer))
     names: dict[Any, str] = {_AdaptedLinear: "linear", _AdaptedEmbedding: "embedding", _AdaptedExperts: "experts"}
     return names.get(kind) if kind is not None else None

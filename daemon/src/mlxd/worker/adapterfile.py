@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -59,8 +59,8 @@ def read_adapter(folder: AdapterFolder, model: Any, content: Content) -> Iterato
         raise misfit(folder, "it holds no weights")
     modules = dict(model.named_modules())
     plans = [_plan(folder, path, parts, modules) for path, parts in _by_layer(folder, arrays, modules).items()]
-    for path, layer, parts in plans:
-        content.deltas[path] = _delta(folder, path, layer, parts)
+    for plan in plans:
+        content.deltas[plan.path] = _delta(folder, plan)
         yield
     if mark(folder.path) != folder.mark:
         raise misfit(folder, "its files changed while they were read")
@@ -105,12 +105,17 @@ def _module_of(path: str, modules: dict[str, Any]) -> str:
     return next((guess for guess in guesses if guess in modules), path)
 
 
-def _plan(
-    folder: AdapterFolder, path: str, parts: dict[str, Any], modules: dict[str, Any]
-) -> tuple[str, Any, dict[str, Any]]:
+class _Plan(NamedTuple):
+    path: str
+    layer: Any
+    kind: str
+    parts: dict[str, Any]
+
+
+def _plan(folder: AdapterFolder, path: str, parts: dict[str, Any], modules: dict[str, Any]) -> _Plan:
     """Check a layer's arrays by their shapes and types; nothing is read yet. They come back in mlx_lm's layout."""
     layer = modules.get(path)
-    kind = None if layer is None else kind_of(layer)
+    kind = None if layer is None else kind_of(layer, modules.get(path.rpartition(".")[0]))
     if kind is None:
         told = "there is no such layer" if layer is None else f"layers of type {type(layer).__name__} take no adapter"
         raise misfit(folder, f"{path[:120]}: {told}")
@@ -133,16 +138,16 @@ def _plan(
             raise misfit(folder, f"{path}: a matrix of shape {list(array.shape)}, where the model has {list(shape)}")
     if "m" in parts and parts["m"].shape != (outputs,):
         raise misfit(folder, f"{path}: magnitudes of shape {list(parts['m'].shape)}, where the model has [{outputs}]")
-    return path, layer, parts | {"a": a, "b": b}
+    return _Plan(path, layer, kind, parts | {"a": a, "b": b})
 
 
-def _delta(folder: AdapterFolder, path: str, layer: Any, parts: dict[str, Any]) -> Delta:
+def _delta(folder: AdapterFolder, plan: _Plan) -> Delta:
     """Bring one layer's arrays to memory, as the layer will use them."""
-    kind = kind_of(layer)
+    path, layer, kind, parts = plan
     if mx.default_device() == mx.Device(mx.cpu):
         parts = {name: array.astype(mx.float32) for name, array in parts.items()}  # as the model's weights are there
     a, b = parts["a"], parts["b"]
-    down, up = {"linear": (a, b), "embedding": (b.T, a.T)}.get(kind or "", (a.swapaxes(-1, -2), b.swapaxes(-1, -2)))
+    down, up = {"linear": (a, b), "embedding": (b.T, a.T)}.get(kind, (a.swapaxes(-1, -2), b.swapaxes(-1, -2)))
     up = (folder.scale * up.astype(mx.float32)).astype(up.dtype)
     columns = magnitude_scale(layer, down, up, parts.get("m")) if folder.kind == "dora" else None
     delta = Delta(mx.contiguous(down), mx.contiguous(up), columns)

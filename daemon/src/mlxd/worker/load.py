@@ -78,7 +78,7 @@ class LoadedModel:
 
     @property
     def capabilities(self) -> list[str]:
-        found = ["process", "logprobs", "seed"]
+        found = ["process", "logprobs", "seed", "adapters"]
         if self.tokenizer.has_chat_template:
             found.append("chat")
         if self.tokenizer.has_thinking:
