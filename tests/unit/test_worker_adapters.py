@@ -193,6 +193,17 @@ def test_nothing_is_shared_between_adapters(world: World, tmp_path: Path) -> Non
     assert answer(engine, ask(text, copy)).cached_tokens > 20
 
 
+def test_adapters_in_every_lane(world: World) -> None:
+    engine = world.engine()
+    kinds: list[dict[str, Any]] = [{"deterministic": True}, {"context_policy": "rotate"}, {}]
+    for row, options in enumerate(kinds):
+        engine.submit(row, world.ask(2, "hello", **options))
+    engine.submit(9, ask("hello", deterministic=True))
+    ends = drain(engine)
+    assert [tokens(ends[row]) for row in range(3)] == [world.reference(2, "hello")] * 3
+    assert tokens(ends[9]) == world.reference(0, "hello")
+
+
 def test_rules_and_seeds_with_an_adapter(world: World) -> None:
     engine = world.engine()
     engine.submit(1, world.ask(1, "hello", schema={"type": "integer"}, max_tokens=40))

@@ -89,6 +89,7 @@ export interface Completion {
   logprobs?: TokenLogprob[];
   invented?: string[];
   adapter?: string;
+  alone?: boolean;
 }
 
 export interface DeleteResult {

@@ -83,7 +83,7 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
     return types.Completion(
         model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
         usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented, logprobs=logprobs,
-        structured=made.structured, adapter=None if request.adapter is None else request.adapter.id,
+        structured=made.structured, alone=made.alone, adapter=None if request.adapter is None else request.adapter.id,
     )  # fmt: skip
 
 
@@ -125,7 +125,9 @@ def worker_params(kind: str, params: types.GenerateParams, adapter: wire.Adapter
         messages.append({"role": "user", "content": params.prompt})
     options = {name: value for name in _SAMPLING if (value := getattr(params, name)) is not UNSET}
     path = None if adapter is None else adapter.path
-    return wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream, adapter=path)
+    return wire.Generate(
+        kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority, adapter=path
+    )
 
 
 def count_params(params: types.TokensParams) -> wire.CountTokens:

@@ -23,7 +23,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 
 from mlxd_client.errors import InternalError
 
-__all__ = ["PLAIN", "Delta", "Mix", "Slot", "adapt", "dimensions", "kind_of", "magnitude_scale", "release", "restore"]
+__all__ = ["BASE", "Delta", "Mix", "Slot", "adapt", "dimensions", "kind_of", "magnitude_scale", "release", "restore"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Mix:
 
 
 # In force where no row has an adapter.
-PLAIN = contextlib.nullcontext()
+BASE = contextlib.nullcontext()
 
 
 class _Force:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -19,9 +20,10 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mlxd_client.errors import InternalError
 
-from .adapted import PLAIN, Mix
+from .adapted import BASE, Mix
 from .constraint import allows_any, apply_masks
 from .kvcache import PromptCache, RowView, foreseen_bytes, take
+from .patience import Patience
 from .sampling import Plan, Sampling
 from .waits import Reuse, Waits
 
@@ -80,7 +82,7 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
             if self._steps_alone >= STEPS_ALONE:
                 self._make_plain()
 
-        with plan.mix or PLAIN:
+        with plan.mix or BASE:
             logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         self._next_logprobs = [None] * len(self.uids)
         if any(self.logits_processors):
@@ -186,7 +188,7 @@ class RowPrompts(PromptProcessingBatch):  # type: ignore[misc]
     """A PromptProcessingBatch that hands over to a RowBatch."""
 
     def prompt(self, tokens: list[list[int]]) -> None:
-        with Mix.of([row.adapter for row in self.samplers]) or PLAIN:
+        with Mix.of([row.adapter for row in self.samplers]) or BASE:
             super().prompt(tokens)
 
     def extract_cache(self, idx: int) -> RowView | None:
@@ -220,7 +222,14 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
             together with those that begin after it.
         most_prefills: how many prompts are read together at most.
         prompt_cache: where prompts find what was computed before; None computes everything.
+        beside: what caches hold that are none of these rows', as far as the prompt cache has to mind them.
+        fixed_prefill: this many tokens of a prompt are read at a time, however long it takes; 0 leaves it to PREFILL_S.
+
+    Attributes:
+        may_read: whether the next step goes on reading prompts; else it decodes only.
     """
+
+    completion_batch_size: int
 
     def __init__(
         self,
@@ -231,7 +240,10 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         prefill_joins: int = MOST_PREFILLS,
         most_prefills: int = MOST_PREFILLS,
         prompt_cache: PromptCache | None = None,
+        beside: Callable[[], int] = lambda: 0,
+        fixed_prefill: int = 0,
     ) -> None:
+        prefill_step = fixed_prefill or prefill_step
         super().__init__(
             model,
             completion_batch_size=max_batch,
@@ -247,20 +259,35 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self._prompt_cache = prompt_cache
         self._reuses: dict[int, Reuse] = {}  # by uid, of prompts whose reading has not begun
         self._waits = Waits(prompt_cache.tree) if prompt_cache is not None else None
+        self._beside = beside
+        self._fixed_prefill = fixed_prefill
+        self._patience = Patience()
+        self.may_read = True
         self._steps = 0
 
+    def pace_like(self, other: RowGenerator) -> None:
+        """Begin with what another one learned of how fast the device reads."""
+        self._prefill_rate = other._prefill_rate
+
     def _next(self) -> Any:
+        held = self._patience.arrange(self) if self.may_read else []
         reading = len(self._prompt_batch)
         self.prefill_batch_size = min(reading + self._prefill_joins, self._most_prefills)
         rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts()
         fitting = self._prefill_rate * PREFILL_S / max(rows, 1)
         self.prefill_step_size = int(max(min(fitting, self._most_prefill), min(LEAST_PREFILL, self._most_prefill)))
+        self.prefill_step_size = self._fixed_prefill or self.prefill_step_size
         if self._waits is not None and (self._unprocessed_sequences or self._waits):
             joins = self.prefill_batch_size - reading
             self._waits.sort(self._unprocessed_sequences, joins, self._reuses, self._left_to_read)
         counters = self._counters
         tokens, seconds = counters.prompt_tokens, counters.prompt_time
-        made = super()._next()
+        made = super()._next() if self.may_read else self._decode()
+        if self._patience:
+            self._unprocessed_sequences.extend(held)
+            for progress in made[0]:
+                if progress.end_of_prompt:
+                    self._patience.read(progress.uid)
         if counters.prompt_tokens > tokens:
             self._prefill_rate = (counters.prompt_tokens - tokens) / (counters.prompt_time - seconds)
         if self._prompt_cache is not None and self._waits is not None:
@@ -272,6 +299,14 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                 self._prompt_cache.tree.fit(self.live_bytes())
         return made
 
+    def _decode(self) -> Any:
+        """A step as if there were no place for another row."""
+        places, self.completion_batch_size = self.completion_batch_size, 0
+        try:
+            return super()._next()
+        finally:
+            self.completion_batch_size = places
+
     def settle(self) -> None:
         """Have the prompt cache copy what it is to keep, beside what the rows hold now."""
         if self._prompt_cache is not None and self._prompt_cache.pending:
@@ -282,7 +317,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         if uid in self._prompt_batch.uids:
             _, done, total = self._currently_processing[self._prompt_batch.uids.index(uid)]
             return int(total - done)
-        return 0 if uid in self._generation_batch.uids else None
+        return 0 if uid in self._generation_batch.uids else self._patience.left(uid)
 
     def _make_batch(self, n: int) -> Any:
         if self._reuses and self._prompt_cache is not None:
@@ -305,8 +340,13 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self._unprocessed_sequences[index] = (uid, segments, most, caches, tokens[: reuse.cached], *rest)
 
     def live_bytes(self) -> int:
-        """What the caches of all rows hold, and will hold before the next look at it."""
+        """What the caches of all rows hold, those beside these included, and will hold before the next look at it."""
+        return self.own_bytes() + self._beside()
+
+    def own_bytes(self) -> int:
         ahead = {self._prompt_batch: self._most_prefill, self._generation_batch: LOOK_STEPS}
+        if self._patience.batch is not None:
+            ahead[self._patience.batch] = 0
         return sum(foreseen_bytes(batch.prompt_cache, len(batch), tokens) for batch, tokens in ahead.items())
 
     def _read_prompts(self) -> int:
@@ -321,22 +361,41 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         processors: list[Any],
         stops: Any,
         reuse: Reuse | None = None,
+        *,
+        uid: int | None = None,
+        caches: list[Any] | None = None,
+        urgent: bool = True,
     ) -> int:
-        """Queue one prompt. Returns the number that its responses carry as `uid`."""
+        """Queue one prompt. Returns the number that its responses carry as `uid`.
+
+        Args:
+            uid: that number, where it is not to be the next one.
+            caches: what the row decodes on, empty; None has the model make them.
+            urgent: its prompt is read before those that are not.
+        """
+        if uid is not None:
+            self._uid_count = uid
         uids: list[int] = self.insert(
             [tokens],
             max_tokens=[max_tokens],
+            caches=None if caches is None else [caches],
             samplers=[sampling],
             logits_processors=[processors],
             stop_sequences=[stops],
         )
         if reuse is not None:
             self._reuses[uids[0]] = reuse
+        if not urgent:
+            self._patience.add(uids[0])
         return uids[0]
 
     def view(self, uid: int) -> tuple[RowView | None, list[int]]:
         """What the caches hold for a row now, and the tokens that this is of."""
         with mx.stream(self.stream):
+            aside = self._patience.at(uid)
+            if aside is not None:
+                batch = self._patience.batch
+                return batch.extract_cache(aside), batch.tokens[aside]
             view, tokens = self.extract_cache([uid]).get(uid) or (None, [])
         return (view, tokens) if isinstance(view, RowView) else (None, [])
 
@@ -344,6 +403,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         """Take a row out, whatever it is at. Returns its `view`."""
         view = self.view(uid)
         self.remove([uid])
+        self._patience.remove(uid)
         self._reuses.pop(uid, None)
         if self._waits is not None:
             self._waits.remove(uid)
@@ -351,7 +411,22 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     @property
     def active(self) -> int:
-        return len(self._generation_batch) + len(self._prompt_batch)
+        return len(self._generation_batch) + len(self._prompt_batch) + len(self._patience)
+
+    @property
+    def decoding(self) -> bool:
+        return len(self._generation_batch) > 0
+
+    @property
+    def can_read(self) -> bool:
+        """There are prompts to be read, and places for them."""
+        unread = len(self._prompt_batch) or self._unprocessed_sequences or self._waits or len(self._patience)
+        return bool(unread) and len(self._generation_batch) < self.completion_batch_size
+
+    @property
+    def urgent(self) -> bool:
+        """There are prompts to be read that cannot wait."""
+        return self._patience.urgent(self)
 
     @property
     def waiting(self) -> int:
