@@ -204,6 +204,19 @@ def test_adapters_in_every_lane(world: World) -> None:
     assert tokens(ends[9]) == world.reference(0, "hello")
 
 
+def test_what_is_guessed_is_checked_with_the_adapter(world: World) -> None:
+    engine = world.engine()
+    request = world.ask(2, "monday " * 20, max_tokens=80)
+    del request.options["logprobs"]
+    ends = []
+    for speculation in ("off", "lookup"):
+        request.options["speculation"] = speculation
+        ends.append(answer(engine, request))
+    assert ends[1].text == ends[0].text
+    assert ends[1].reasoning == ends[0].reasoning
+    assert ends[1].speculation is not None
+
+
 def test_rules_and_seeds_with_an_adapter(world: World) -> None:
     engine = world.engine()
     engine.submit(1, world.ask(1, "hello", schema={"type": "integer"}, max_tokens=40))

@@ -90,6 +90,7 @@ export interface Completion {
   invented?: string[];
   adapter?: string;
   alone?: boolean;
+  speculation?: Speculation;
 }
 
 export interface DeleteResult {
@@ -226,6 +227,7 @@ export interface Model {
   waiting?: number;
   leases?: number;
   idle_unload_at?: number;
+  draft_model?: string;
 }
 
 export interface ModelParams {
@@ -306,6 +308,12 @@ export interface Snapshot {
   models?: Model[];
   jobs?: Job[];
   stopping?: boolean;
+}
+
+export interface Speculation {
+  kind: "draft" | "lookup";
+  drafted_tokens: number;
+  accepted_tokens: number;
 }
 
 export interface Status {

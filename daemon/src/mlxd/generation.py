@@ -83,7 +83,8 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
     return types.Completion(
         model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
         usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented, logprobs=logprobs,
-        structured=made.structured, alone=made.alone, adapter=None if request.adapter is None else request.adapter.id,
+        structured=made.structured, alone=made.alone, speculation=made.speculation,
+        adapter=None if request.adapter is None else request.adapter.id,
     )  # fmt: skip
 
 

@@ -28,15 +28,15 @@ from .core import events as ev
 from .core.core import Core, Limits
 from .fetchers import Fetchers
 from .generation import Generation, completion, count_params, refuse_unsupported, with_text, worker_params
-from .library import Library
+from .library import Library, draft_bytes
 from .server.events import EventLog
-from .workers import WorkerLink
+from .workers import Attached, WorkerLink
 
 if TYPE_CHECKING:
     from .server.limits import ServerLimits
     from .server.runtime_api import Log, Sink
     from .settings import Settings
-    from .store import Store
+    from .store import Found, Store
 
 # What a request says that wants the model without the adapter that it was loaded with.
 NO_ADAPTER = "none"
@@ -153,10 +153,12 @@ class Runtime:
 
     def _start_worker(self, action: do.StartWorker) -> None:
         settings = self._settings
+        draft = self._library.drafts.get(action.model)
         load = wire.LoadModel(
             model=action.model, path=self._library.paths[action.model], max_batch=settings.max_batch,
             cache_bytes=settings.prompt_cache_bytes, kv_bits=settings.kv_bits.get(action.model, 0),
             kv_bytes=self._kv_bytes(action.model, self.core.shares()[action.worker]),
+            draft=None if draft is None else wire.Attach(draft=draft.model, path=draft.path),
         )  # fmt: skip
         link = WorkerLink(action.worker, load, self, load_s=settings.load_s)
         self._links[action.worker] = link
@@ -261,8 +263,16 @@ class Runtime:
     def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None:
         self._links[worker].ready_at = time.monotonic()
         self._log.info("loaded", worker=worker, load_s=round(loaded.load_s, 3), memory_bytes=loaded.memory_bytes)
-        self.tell(ev.Loaded(worker, loaded.memory_bytes, loaded.context_length))
+        self.tell(ev.Loaded(worker, loaded.memory_bytes, loaded.context_length, self._draft_of(worker, loaded)))
         self._share_memory()
+
+    def _draft_of(self, worker: int, loaded: wire.Loaded) -> str | None:
+        """The draft model that was loaded with a worker's model."""
+        link = self._links[worker]
+        if link.draft is not None and loaded.no_draft is not None:
+            self._log.warning("no draft model", model=link.model, draft=link.draft, reason=loaded.no_draft)
+            return None
+        return link.draft
 
     def worker_load_failed(self, worker: int, error: errors.RpcError) -> None:
         self._log.warning("load failed", worker=worker, kind=error.kind, reason=error.message)
@@ -326,15 +336,72 @@ class Runtime:
             return self.core.view(named)  # it is on its way, or was
 
     async def load(self, client: int, params: types.LoadParams) -> types.Model:
-        if params.draft_model is not UNSET:
-            raise errors.Unsupported("draft_model is not supported by the models' backend", option="draft_model")
         adapter = None if params.adapter is UNSET else await self._adapter(params.adapter)
         model = await self._have(params.model)
         keep_alive = None if params.keep_alive is UNSET else params.keep_alive
-        if params.adapter is not UNSET:
-            return await self._load_with(client, model, keep_alive, adapter)
-        view: types.Model = await self._reach(lambda rid: ev.Ensure(rid, client, model, keep_alive_s=keep_alive))
-        return view
+        draft = None if params.draft_model is UNSET else await self._have_draft(params.draft_model, model)
+        room = 0 if draft is None else draft_bytes(draft)
+        # It cannot go before its adapter is there.
+        lease = None if params.adapter is UNSET else self._new_lease()
+        try:
+            view: types.Model = await self._reach(
+                lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive, draft_bytes=room)
+            )
+            if draft is not None:
+                view = await self._attach(client, model, draft)
+            if lease is None:
+                return view
+            adapted: asyncio.Future[None] = self.loop.create_future()
+            self._link(model).adapt(adapter, lambda answer: settle(adapted, answer))
+            await adapted
+        finally:
+            if lease is not None:
+                self.tell(ev.Release(client, lease))
+        return self.core.view(model)
+
+    async def _have_draft(self, ref: str, model: str) -> Found:
+        """The draft model that `ref` names. Raises what `_have` does, and InvalidParams for what is none."""
+        try:
+            draft = await self._have(ref)
+            if draft != model:
+                return await self._library.find(draft)
+        except errors.ModelInvalid as error:
+            told = f"{ref} cannot be a draft model: {error.message}"
+            raise errors.InvalidParams(told, **error.details | {"field": "draft_model"}) from None
+        except errors.ModelNotFound as error:
+            error.details["field"] = "draft_model"
+            raise
+        raise errors.InvalidParams("a model is no draft model of itself: it would only be slower", field="draft_model")
+
+    async def _attach(self, client: int, model: str, draft: Found) -> types.Model:
+        """Have a draft model guess for a model that is Ready."""
+        worker = self.core.models[model].worker
+        if worker is None:
+            raise errors.WorkerDied("the model was unloaded meanwhile", cause="stopped", model=model)
+        await self._reach(lambda rid: ev.Attach(rid, client, worker, draft_bytes(draft)))
+        attached: asyncio.Future[wire.Attached] = self.loop.create_future()
+        self._attach_now(worker, draft, lambda answer: settle(attached, answer))
+        await attached
+        return self.core.view(model)
+
+    def _attach_now(self, worker: int, draft: Found, answer: Attached) -> None:
+        """Tell a worker to load a draft model, for which there is room. The core hears what has become of it."""
+        link = self._links.get(worker)
+        if link is None:
+            answer(errors.WorkerDied("the model was unloaded meanwhile", cause="stopped"))
+            return
+
+        def attached(outcome: wire.Attached | errors.RpcError) -> None:
+            if isinstance(outcome, errors.RpcError):
+                self._log.warning("no draft model", model=link.model, draft=draft.model, reason=outcome.message)
+                self.tell(ev.Attached(worker, None, draft_bytes(draft)))
+            else:
+                self._log.info("draft model attached", model=link.model, draft=draft.model)
+                self.tell(ev.Attached(worker, draft.model, draft_bytes(draft)))
+                self.worker_memory(worker, outcome.memory_bytes)
+            answer(outcome)
+
+        link.attach(wire.Attach(draft=draft.model, path=draft.path), attached)
 
     async def _adapter(self, ref: str) -> wire.Adapter | None:
         if ref == NO_ADAPTER:
@@ -342,19 +409,8 @@ class Runtime:
         found = await self._library.adapter(ref)
         return wire.Adapter(id=found.adapter, path=found.path)
 
-    async def _load_with(
-        self, client: int, model: str, keep_alive: float | None, adapter: wire.Adapter | None
-    ) -> types.Model:
-        """Load a model, and let requests have this adapter that name none. It cannot go before that is so."""
-        lease = f"{self.epoch[:6]}-{next(self._leases)}"
-        try:
-            await self._reach(lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive))
-            attached: asyncio.Future[None] = self.loop.create_future()
-            self._link(model).attach(adapter, lambda answer: settle(attached, answer))
-            await attached
-        finally:
-            self.tell(ev.Release(client, lease))
-        return self.core.view(model)
+    def _new_lease(self) -> str:
+        return f"{self.epoch[:6]}-{next(self._leases)}"
 
     def _link(self, model: str) -> WorkerLink:
         """The worker of a model that is Ready."""
@@ -371,7 +427,7 @@ class Runtime:
 
     async def acquire(self, client: int, ref: str) -> types.Lease:
         model = await self._have(ref)
-        lease = f"{self.epoch[:6]}-{next(self._leases)}"
+        lease = self._new_lease()
         try:
             view = await self._reach(lambda rid: ev.Ensure(rid, client, model, lease=lease))
         except asyncio.CancelledError:

@@ -35,7 +35,8 @@ class WorkerEvents(Protocol):
 
 
 Counted = Callable[[int | errors.RpcError], None]
-Attached = Callable[[errors.RpcError | None], None]
+Attached = Callable[[wire.Attached | errors.RpcError], None]
+Adapted = Callable[[errors.RpcError | None], None]
 
 
 class WorkerLink:
@@ -50,6 +51,7 @@ class WorkerLink:
     def __init__(self, worker: int, load: wire.LoadModel, events: WorkerEvents, *, load_s: float) -> None:
         self.worker = worker
         self.model = load.model
+        self.draft = None if load.draft is None else load.draft.draft
         self.child: Child | None = None
         self.loaded: wire.Loaded | None = None
         self.ready_at: float | None = None
@@ -62,7 +64,8 @@ class WorkerLink:
         self._ids: dict[int, int] = {}  # and back
         self.adapter: wire.Adapter | None = None  # what requests get that name none
         self._counts: dict[int, Counted] = {}
-        self._attaches: dict[int, tuple[wire.Adapter | None, Attached]] = {}
+        self._attaching: dict[int, Attached] = {}
+        self._adapts: dict[int, tuple[wire.Adapter | None, Adapted]] = {}
         self._reading: dict[int, float] = {}  # requests with long texts, and the seconds that reading each may take
 
     # --- what the runtime does ------------------------------------------------------------------------------------
@@ -92,11 +95,19 @@ class WorkerLink:
         turns = params.messages or ()
         self._expect_reading(request_id, len(params.text or "") + sum(len(turn.get("content", "")) for turn in turns))
 
-    def attach(self, adapter: wire.Adapter | None, answer: Attached) -> None:
+    def attach(self, params: wire.Attach, answer: Attached) -> None:
+        """Have a draft model loaded; `answer` is called once, with what the worker says of it."""
+        assert self.child is not None
+        request_id = self.child.request("attach", params)
+        self._attaching[request_id] = answer
+        self._reading[request_id] = self._load_s  # as with a load, there may be no sign of life meanwhile
+        self._bear_silence()
+
+    def adapt(self, adapter: wire.Adapter | None, answer: Adapted) -> None:
         """Have requests get this adapter that name none, once it is read; `answer` is called then, or with why not."""
         assert self.child is not None
-        request_id = self.child.request("attach", wire.Attach(adapter=None if adapter is None else adapter.path))
-        self._attaches[request_id] = adapter, answer
+        request_id = self.child.request("adapt", wire.Adapt(adapter=None if adapter is None else adapter.path))
+        self._adapts[request_id] = adapter, answer
 
     def _expect_reading(self, request_id: int, characters: int) -> None:
         """A tokenizer gives no sign of life before it has read its whole text: bear with it in proportion."""
@@ -136,9 +147,12 @@ class WorkerLink:
         counts, self._counts = self._counts, {}
         for answer in counts.values():
             answer(death.to_error())
-        attaches, self._attaches = self._attaches, {}
-        for _, told in attaches.values():
+        attaching, self._attaching = self._attaching, {}
+        for told in attaching.values():
             told(death.to_error())
+        adapts, self._adapts = self._adapts, {}
+        for _, heard in adapts.values():
+            heard(death.to_error())
         self._events.worker_exited(self.worker, death)
 
     def _too_slow(self) -> None:
@@ -166,10 +180,12 @@ class WorkerLink:
                 self._events.worker_loaded(self.worker, self.loaded)
         elif (answer := self._counts.pop(request_id, None)) is not None:
             answer(failed if failed is not None else int(message["result"]["tokens"]))
-        elif (attach := self._attaches.pop(request_id, None)) is not None:
+        elif (adapt := self._adapts.pop(request_id, None)) is not None:
             if failed is None:
-                self.adapter = attach[0]
-            attach[1](failed)
+                self.adapter = adapt[0]
+            adapt[1](failed)
+        elif (told := self._attaching.pop(request_id, None)) is not None:
+            told(failed if failed is not None else msgspec.convert(message["result"], wire.Attached))
         elif (rid := self._rids.pop(request_id, None)) is not None:
             del self._ids[rid]
             outcome = failed if failed is not None else msgspec.convert(message["result"], wire.Generated)

@@ -33,12 +33,15 @@ class GenerateParams(Params, kw_only=True):
 
     `thinking_budget` bounds the thought, in tokens, and turns thinking on. `n` answers are made from one prompt.
     `adapter` is a LoRA or DoRA folder, absolute, or the id of one from the hub that is on this machine; unset means the
-    one that the model was loaded with, and `none` the model alone. `speculation`: `auto` guesses ahead
-    where that pays, by the model's draft model if it has one, else by looking up what the prompt says; neither changes
-    the answer. `context_policy` says what becomes of a prompt that is too long: `refuse` (the default), `drop_oldest`
-    (whole turns go, but the system's and the last ones), `rotate` (the answer may go on for ever; the oldest tokens
-    fall out of sight). `kv_bits` keeps the KV cache in so many bits. `deterministic` makes the answer depend on nothing
-    else that runs, at the price of running by itself; without a `seed` it draws with seed 0.
+    one that the model was loaded with, and `none` the model alone. `speculation`: `auto`, the default,
+    guesses ahead where that pays, by the model's draft model if it has one, else by looking up what the prompt says;
+    neither changes the answer. `lookup` and `draft` guess by that means whenever the request decodes alone, whether it
+    pays or not; `off` never.
+
+    `context_policy` says what becomes of a prompt that is too long: `refuse` (the default), `drop_oldest` (whole turns
+    go, but the system's and the last ones), `rotate` (the answer may go on for ever; the oldest tokens fall out of
+    sight). `kv_bits` keeps the KV cache in so many bits. `deterministic` makes the answer depend on nothing else that
+    runs, at the price of running by itself; without a `seed` it draws with seed 0.
     """
 
     model: ModelRef | UnsetType = UNSET
@@ -105,6 +108,15 @@ class Timings(Result, kw_only=True):
     total_s: float = 0.0
 
 
+class Speculation(Result, kw_only=True):
+    """What guessing ahead came to: of `drafted_tokens` that were guessed, `accepted_tokens` were what the model would
+    have said anyway. `kind` says who guessed: `draft` is the draft model, `lookup` what was said before."""
+
+    kind: Literal["lookup", "draft"]
+    drafted_tokens: int
+    accepted_tokens: int
+
+
 class ToolCall(Result, kw_only=True):
     id: str
     name: str
@@ -125,7 +137,7 @@ class Completion(Result, kw_only=True):
     rewrite faithfully (see `guard` in their mlxd.json) are checked. Whoever needs certainty keeps the prompt then.
     `structured` is the parsed answer where a `schema` was asked and the answer is whole; null, and what the wire cannot
     carry, are in `text` only. `alone`: `context_policy` rotate or `deterministic` had this request served by itself.
-    `adapter` is the id of the adapter that the model had for it."""
+    `speculation` is set where any token was guessed ahead. `adapter` is the id of the adapter that the model had."""
 
     model: str
     text: str
@@ -139,6 +151,7 @@ class Completion(Result, kw_only=True):
     invented: list[str] | None = None
     adapter: str | None = None
     alone: bool = False
+    speculation: Speculation | None = None
 
 
 class Stream(Result, kw_only=True):

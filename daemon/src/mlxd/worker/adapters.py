@@ -1,7 +1,7 @@
 """The adapters that are loaded beside the base model: read when first asked for, kept while there is room.
 
 Asking for one never blocks: it is read between decode steps, and requests wait for it. What has not been used for
-longest goes first; what a request in flight uses, or the daemon attached, stays.
+longest goes first; what a request in flight uses, or the daemon asked to keep, stays.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Adapters:
         self._most_bytes = most_bytes
         self._kept: dict[tuple[str, Any], Adapter] = {}  # by folder and mark, those that are being read included
         self._unread: list[Adapter] = []
-        self.attached: Adapter | None = None
+        self.kept: Adapter | None = None
 
     @property
     def pending(self) -> bool:
@@ -112,11 +112,11 @@ class Adapters:
     def _admit(self, adapter: Adapter, used: Collection[Adapter]) -> bool:
         """Give it a slot, at the cost of such as nobody uses. False: all that are there are used."""
         resident = sorted((each for each in self._kept.values() if each.number), key=lambda each: each.used_at)
-        stay = [each for each in resident if each in used or each is self.attached]
+        stay = [each for each in resident if each in used or each is self.kept]
         idle = [each for each in resident if each not in stay]
         while len(stay) + len(idle) >= self._most or self.nbytes + adapter.nbytes > self._most_bytes:
-            if not idle and all(each is self.attached for each in stay):
-                raise misfit(adapter.folder, "there is no room for it beside the one that is attached")
+            if not idle and all(each is self.kept for each in stay):
+                raise misfit(adapter.folder, "there is no room for it beside the one that was loaded with the model")
             if not idle:
                 return False
             self._remove(idle.pop(0))

@@ -14,10 +14,11 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mlxd_client.errors import InternalError, ModelInvalid, RpcError, Unsupported
 
-from ..childwire import Attach, Attached, CountTokens, Generate, Generated, WorkerTimings
+from ..childwire import Adapt, Adapted, CountTokens, Generate, Generated, WorkerTimings
 from .adapters import Adapter, Adapters
 from .batch import NOT_FINITE, RowFailure
 from .constraint import Constraint
+from .draft import Draft, check_pair
 from .grammar import Compiled, Compiler
 from .kvcache import PromptCache, RowView
 from .lanes import Lanes
@@ -25,6 +26,7 @@ from .load import LoadedModel
 from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
 from .sampling import Sampling
+from .speculation import Guess, Guesses
 from .text import TextStream, make_machine
 from .waits import LEAST, Reuse
 
@@ -57,6 +59,7 @@ class Running:
     prompt_at: float = 0.0
     first_at: float = 0.0
     constraint: Constraint | None = None
+    guess: Guess | None = None
     adapter: Adapter | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
@@ -66,7 +69,7 @@ class Outcome:
     """What one step brought: `pieces` as in childwire.Step, and the requests that ended."""
 
     pieces: list[tuple[int, str, str]] = field(default_factory=list)
-    ended: list[tuple[int, Generated | Attached | RpcError]] = field(default_factory=list)
+    ended: list[tuple[int, Generated | Adapted | RpcError]] = field(default_factory=list)
 
 
 class Engine:
@@ -118,6 +121,7 @@ class Engine:
         self._stops = StopSequences([(token,) for token in self._eos])
         tokenizer = loaded.tokenizer
         self._think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
+        self.guesses = Guesses(loaded.model)
         self._running: dict[int, Running] = {}  # by the generator's uid
         self._uids: dict[int, int] = {}  # request id → uid
         self._failed_steps = 0
@@ -125,14 +129,14 @@ class Engine:
         self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
         self.adapters = Adapters(loaded.model)
         self._adapting: dict[int, tuple[Running, Compiled | None]] = {}  # by request id; their adapter is not read yet
-        self._attaching: dict[int, Adapter] = {}  # by request id
+        self._keeping: dict[int, Adapter] = {}  # by request id
 
     # --- requests
 
     @property
     def busy(self) -> bool:
         """There is something left to do for `step`."""
-        waiting = self._compiling or self._adapting or self._attaching or self.adapters.pending
+        waiting = self._compiling or self._adapting or self._keeping or self.adapters.pending
         return bool(self._running or waiting) or (self.cache is not None and self.cache.pending)
 
     @property
@@ -163,6 +167,7 @@ class Engine:
         received_at = time.perf_counter()
         choices = resolve(request.kind, request.options, self._defaults, self._loaded.vocabulary)
         self._generator.check(choices.lane)
+        guess = self.guesses.guess(choices.speculation, constrained=choices.rule is not None)
         if self.cache is None and request.options.get("cache_prompt") is True:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
         urgent = request.priority != "batch"
@@ -178,7 +183,7 @@ class Engine:
             think = self._think if prompt.in_reasoning else None
         machine = make_machine(choices.stop, think, once=choices.rule is not None)
         text = TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
-        running = Running(request_id, request, prompt, choices, text, received_at, reuse)
+        running = Running(request_id, request, prompt, choices, text, received_at, reuse, guess=guess)
         running.adapter = self.adapters.want(request.adapter) if request.adapter is not None else None
         if choices.rule is None:
             self._join(running)
@@ -194,11 +199,9 @@ class Engine:
         if adapter is not None and not adapter.ready:
             self._adapting[running.id] = running, compiled
             return
-        sampling = choices.sampling
-        if adapter is not None:
-            sampling = replace(sampling, adapter=adapter)
-            if running.reuse is not None:
-                running.reuse.namespace = adapter.identity
+        sampling = replace(choices.sampling, guess=running.guess, adapter=adapter)
+        if adapter is not None and running.reuse is not None:
+            running.reuse.namespace = adapter.identity
         if compiled is not None:
             thought = self._loaded.tokenizer.think_end if prompt.in_reasoning else None
             running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
@@ -232,13 +235,13 @@ class Engine:
             self._end(uid, "cancelled", outcome)
         return outcome
 
-    def attach(self, request_id: int, request: Attach) -> Outcome:
+    def adapt(self, request_id: int, request: Adapt) -> Outcome:
         """Read an adapter and keep it; None lets go of the one that was kept. Raises as Adapters.want does."""
         if request.adapter is not None:
-            self._attaching[request_id] = self.adapters.want(request.adapter)
+            self._keeping[request_id] = self.adapters.want(request.adapter)
             return Outcome()
-        self.adapters.attached = None
-        return Outcome(ended=[(request_id, Attached(adapters_bytes=self.adapters.nbytes))])
+        self.adapters.kept = None
+        return Outcome(ended=[(request_id, Adapted(adapters_bytes=self.adapters.nbytes))])
 
     def allow(self, kv_bytes: int) -> None:
         """Have the KV caches of all requests, and the prefixes that are kept, hold no more than this; 0 is no bound.
@@ -254,6 +257,21 @@ class Engine:
         except Exception as error:
             raise _typed(error) from error
 
+    def attach(self, name: str, draft: LoadedModel) -> None:
+        """Have a draft model guess from now on, in place of the one before. What is running goes on without any.
+
+        Raises:
+            InvalidParams, Unsupported: it cannot guess for this model. The one before stays.
+        """
+        if not self.guesses.usable:
+            raise Unsupported("nothing can be guessed for this model: it takes no draft model", option="draft_model")
+        check_pair(self._loaded, draft)
+        if self.guesses.draft is not None:
+            self.guesses.draft.closed = True
+        self.guesses.draft = Draft(
+            name, draft, vocabulary=self._loaded.vocabulary, pace=self.guesses.pace, step=self._limits["prefill_step"]
+        )
+
     # --- steps
 
     def step(self) -> Outcome:
@@ -263,7 +281,7 @@ class Engine:
             EngineLost: no further step can work; every request in flight is lost with the process.
         """
         outcome = Outcome()
-        if self._adapting or self._attaching or self.adapters.pending:
+        if self._adapting or self._keeping or self.adapters.pending:
             self._read_adapters(outcome)
         if self._compiling and not self._join_compiled(outcome):
             return outcome
@@ -290,14 +308,16 @@ class Engine:
                 running.prompt_at = now
             elif running is not None and progress.end_of_segment:
                 self._keep_cut(progress.uid, running)
-        for response in responses:
-            running = self._running.get(response.uid)
-            if running is None:
-                continue
-            try:
-                self._advance(running, response, now, outcome)
-            except Exception as error:
-                self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
+        while responses:
+            for response in responses:
+                running = self._running.get(response.uid)
+                if running is None:
+                    continue
+                try:
+                    self._advance(running, response, now, outcome)
+                except Exception as error:
+                    self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
+            responses = self._generator.rest()
 
     def _join_compiled(self, outcome: Outcome) -> bool:
         """Requests whose rule is compiled by now join the batch. Returns whether there is a batch."""
@@ -316,12 +336,12 @@ class Engine:
         """Adapters are read on; requests whose adapter is there now join the batch."""
         waiting = [running for running, _ in (*self._adapting.values(), *self._compiling.values())]
         used = {each.adapter for each in (*self._running.values(), *waiting) if each.adapter is not None}
-        self.adapters.read(used | set(self._attaching.values()))
-        for request_id, adapter in list(self._attaching.items()):
+        self.adapters.read(used | set(self._keeping.values()))
+        for request_id, adapter in list(self._keeping.items()):
             if adapter.ready or adapter.error is not None:
-                del self._attaching[request_id]
-                self.adapters.attached = adapter if adapter.ready else self.adapters.attached
-                outcome.ended.append((request_id, adapter.error or Attached(adapters_bytes=self.adapters.nbytes)))
+                del self._keeping[request_id]
+                self.adapters.kept = adapter if adapter.ready else self.adapters.kept
+                outcome.ended.append((request_id, adapter.error or Adapted(adapters_bytes=self.adapters.nbytes)))
         for request_id, (running, compiled) in list(self._adapting.items()):
             assert running.adapter is not None
             if running.adapter.ready or running.adapter.error is not None:
@@ -397,6 +417,7 @@ class Engine:
             invented=invented,
             structured=structured,
             alone=running.choices.lane.alone,
+            speculation=running.guess.report() if running.guess is not None else None,
         )
 
     def _report(self, count: int, token: int, note: tuple[mx.array, mx.array, mx.array]) -> dict[str, Any]:
@@ -459,6 +480,7 @@ class Engine:
                 outcome.ended.append((running.id, _typed(error)))
         if self.cache is not None:
             self.cache.forget_pending()
+        self.guesses.forget()
         mx.clear_cache()
         return outcome
 

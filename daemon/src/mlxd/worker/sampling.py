@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from .adapted import Mix, Slot
 from .constraint import Constraint
+from .speculation import Guess
 
 # How many of the latest tokens the penalties look at; mlx_lm's default.
 PENALTY_WINDOW = 20
@@ -35,6 +37,7 @@ class Sampling:
         key: two 32-bit words; equal keys draw equal noise.
         constraint: what the answer has to follow; see RowBatch.
         adapter: what the model is changed by for this row.
+        guess: guesses the answer's next tokens, where that is wished; see RowBatch.
     """
 
     temperature: float = 0.0
@@ -48,6 +51,7 @@ class Sampling:
     key: tuple[int, int] = (0, 0)
     constraint: Constraint | None = None
     adapter: Slot | None = None
+    guess: Guess | None = None
 
     @property
     def penalised(self) -> bool:
@@ -76,7 +80,7 @@ class Plan:
         inputs: the step's input tokens, [rows], not necessarily evaluated.
     """
 
-    def __init__(self, rows: list[Sampling], tokens: list[list[int]], inputs: mx.array) -> None:
+    def __init__(self, rows: list[Sampling], tokens: Sequence[Sequence[int]], inputs: mx.array) -> None:
         self._window: mx.array | None = None
         if any(row.penalised for row in rows):
             self._build_penalties(rows, tokens, inputs)
@@ -95,8 +99,8 @@ class Plan:
 
     # --- penalties
 
-    def _build_penalties(self, rows: list[Sampling], tokens: list[list[int]], inputs: mx.array) -> None:
-        tails = [history[-PENALTY_WINDOW:] for history in tokens]
+    def _build_penalties(self, rows: list[Sampling], tokens: Sequence[Sequence[int]], inputs: mx.array) -> None:
+        tails = [list(history[-PENALTY_WINDOW:]) for history in tokens]
         missing = [PENALTY_WINDOW - len(tail) for tail in tails]
         window = mx.array([[0] * gap + tail for gap, tail in zip(missing, tails, strict=True)], dtype=mx.int32)
         weights = mx.array([[0.0] * gap + [1.0] * (PENALTY_WINDOW - gap) for gap in missing])
@@ -155,7 +159,7 @@ class Plan:
 class _Group:
     """Rows of a batch that share their filters, and are sampled together."""
 
-    def __init__(self, rows: list[Sampling], tokens: list[list[int]], indices: list[int], alone: bool) -> None:
+    def __init__(self, rows: list[Sampling], tokens: Sequence[Sequence[int]], indices: list[int], alone: bool) -> None:
         self.indices = indices
         self.index_array = None if alone else mx.array(indices)
         first = rows[indices[0]]
