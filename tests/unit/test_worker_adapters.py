@@ -198,8 +198,11 @@ def test_adapters_in_every_lane(world: World) -> None:
     kinds: list[dict[str, Any]] = [{"deterministic": True}, {"context_policy": "rotate"}, {}]
     for row, options in enumerate(kinds):
         engine.submit(row, world.ask(2, "hello", **options))
+    engine.submit(8, world.ask(2, "hello", n=3))
     engine.submit(9, ask("hello", deterministic=True))
     ends = drain(engine)
+    assert tokens(ends[8]) == world.reference(2, "hello")
+    assert [other.text for other in ends[8].alternatives] == [ends[8].text] * 2
     assert [tokens(ends[row]) for row in range(3)] == [world.reference(2, "hello")] * 3
     assert tokens(ends[9]) == world.reference(0, "hello")
 

@@ -29,6 +29,7 @@ from .early import start_early
 from .families import Batching, prepare
 from .grammar import can_constrain
 from .options import check_defaults
+from .pooling import Pooling, inner_of, read_pooling
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 # Of what is no weights, and is read into memory whole.
@@ -66,6 +67,7 @@ class LoadedModel:
         defaults: sampling options for requests that set none, checked.
         batching: how far its requests may be computed together.
         faithful: the model promises to invent no words when it processes text.
+        pooling: how vectors of texts are made of what it computes.
     """
 
     model: Any
@@ -75,6 +77,7 @@ class LoadedModel:
     defaults: dict[str, Any] = field(default_factory=dict)
     faithful: bool = False
     batching: Batching = "together"
+    pooling: Pooling = field(default_factory=Pooling)
 
     @property
     def capabilities(self) -> list[str]:
@@ -87,14 +90,17 @@ class LoadedModel:
             found.append("faithful")
         if can_constrain(self.tokenizer):
             found += ["structured", "grammar"]
+        if self.pooling.refusal is None and inner_of(self.model) is not None:
+            found.append("embed")
         return found
 
 
-def load(path: str, progress: Callable[[float], None]) -> LoadedModel:
+def load(path: str, progress: Callable[[float], None], most_context: int = 0) -> LoadedModel:
     """Load the model in the folder `path`.
 
     Args:
         progress: called with 0 to 1 between parts; what it raises ends the load.
+        most_context: bounds the context, in tokens, where it is not 0.
 
     Raises:
         ModelInvalid: the folder is no usable model; the message says why.
@@ -107,7 +113,10 @@ def load(path: str, progress: Callable[[float], None]) -> LoadedModel:
         settings = _read_settings(folder)
         check_weights(folder)
         progress(0.0)
-        return _load(folder, config, settings, progress)
+        loaded = _load(folder, config, settings, progress)
+        if most_context:
+            loaded.context_length = min(loaded.context_length, most_context)
+        return loaded
     except (RpcError, PipeClosed):
         raise
     except (OSError, MemoryError) as error:
@@ -147,6 +156,7 @@ def _load(
         defaults=check_defaults(settings.get("defaults", {})),
         faithful=settings.get("guard") == "faithful",
         batching=batching,
+        pooling=read_pooling(folder, config),
     )
 
 

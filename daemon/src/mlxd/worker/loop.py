@@ -21,7 +21,19 @@ from mlxd_client.errors import (
 )
 
 from ..childside import Pipe, PipeClosed, Pulse, Stopped
-from ..childwire import Adapt, Attach, Attached, CountTokens, Generate, Heartbeat, Loaded, LoadModel
+from ..childwire import (
+    Adapt,
+    Attach,
+    Attached,
+    CountTokens,
+    DecodeTokens,
+    EmbedTexts,
+    EncodeText,
+    Generate,
+    Heartbeat,
+    Loaded,
+    LoadModel,
+)
 from .engine import Engine, EngineLost, Outcome
 from .load import LoadedModel, load
 
@@ -48,6 +60,9 @@ class Worker:
             "generate": self._generate,
             "count": self._count,
             "adapt": self._adapt,
+            "encode": self._encode,
+            "decode": self._decode,
+            "embed": self._embed,
         }
 
     def run(self) -> None:
@@ -117,7 +132,7 @@ class Worker:
         if self._engine is not None:
             raise InvalidRequest("a worker loads one model in its life")
         started = time.perf_counter()
-        loaded = load(request.path, self._progress)
+        loaded = load(request.path, self._progress, request.context_length)
         engine = Engine(
             loaded,
             **limits(request),
@@ -205,13 +220,24 @@ class Worker:
     def _adapt(self, request_id: int, params: Any) -> None:
         self._send(self._loaded().adapt(request_id, _convert(params, Adapt)))
 
+    def _encode(self, request_id: int, params: Any) -> None:
+        self._pipe.reply(request_id, self._loaded().encode(_convert(params, EncodeText)))
+
+    def _decode(self, request_id: int, params: Any) -> None:
+        self._pipe.reply(request_id, {"text": self._loaded().decode(_convert(params, DecodeTokens))})
+
+    def _embed(self, request_id: int, params: Any) -> None:
+        self._loaded().embed(request_id, _convert(params, EmbedTexts))
+
     def _loaded(self) -> Engine:
         if self._engine is None:
             raise LoadFailed("no model is loaded in this worker")
         return self._engine
 
     def _send(self, outcome: Outcome) -> None:
-        if outcome.pieces:
+        if outcome.others:
+            self._pipe.notify("step", {"pieces": outcome.pieces, "others": outcome.others})
+        elif outcome.pieces:
             self._pipe.notify("step", {"pieces": outcome.pieces})
         for request_id, end in outcome.ended:
             if isinstance(end, RpcError):
