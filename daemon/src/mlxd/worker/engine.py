@@ -200,8 +200,8 @@ class Engine:
     def _submit(self, request_id: int, request: Generate) -> None:
         received_at = time.perf_counter()
         choices = resolve(request.kind, request.options, self._defaults, self._loaded.vocabulary)
-        self._generator.check(choices.lane)
         guess = self.guesses.guess(choices.speculation, apart=choices.rule is not None or choices.lane != PLAIN)
+        self._generator.check(choices.lane)
         if self.cache is None and request.options.get("cache_prompt") is True:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
         urgent = request.priority != "batch"
