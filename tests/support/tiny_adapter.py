@@ -53,7 +53,7 @@ def build(
 
 
 def to_peft(adapter: Path, folder: Path) -> Path:
-    """The same adapter as PEFT would have saved it, of linear layers only."""
+    """The same adapter as PEFT would have saved it, of linear layers and embeddings."""
     import mlx.core as mx
 
     weights: Any = mx.load(str(adapter / "adapters.safetensors"))
@@ -62,7 +62,9 @@ def to_peft(adapter: Path, folder: Path) -> Path:
     turned = {}
     for name, array in weights.items():
         path, _, part = name.rpartition(".")
-        turned[f"base_model.model.{path}.{names[part]}"] = array if part == "m" else mx.contiguous(array.T)
+        own = part.replace("lora_", "lora_embedding_").replace("_a", "_A").replace("_b", "_B")
+        as_peft = own if path.endswith("embed_tokens") else names[part]
+        turned[f"base_model.model.{path}.{as_peft}"] = array if part == "m" else mx.contiguous(array.T)
     folder.mkdir(parents=True)
     mx.save_safetensors(str(folder / "adapter_model.safetensors"), turned)
     rank, scale = config["lora_parameters"]["rank"], config["lora_parameters"]["scale"]

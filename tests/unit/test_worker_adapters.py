@@ -172,11 +172,15 @@ def test_one_adapter_for_all_rows(worlds: dict[str, World], name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_pefts_format(world: World, tmp_path: Path, kind: str) -> None:
-    plain = tiny_adapter.build(tmp_path / "mlx", world.base, kind=kind, keys=LINEAR, seed=7)
+    keys = [*LINEAR, "model.embed_tokens"] if kind == "lora" else LINEAR
+    plain = tiny_adapter.build(tmp_path / "mlx", world.base, kind=kind, keys=keys, seed=7)
     peft = tiny_adapter.to_peft(plain, tmp_path / "peft")
     engine = world.engine()
     wanted = answer(engine, ask("hello", plain))
     assert tokens(answer(engine, ask("hello", peft))) == tokens(wanted) != world.reference(0, "hello")
+    assert examine_adapter(str(peft)).scale == 4.0
+    tiny_adapter.edit(peft, use_rslora=True)
+    assert examine_adapter(str(peft)).scale == 4 * 4.0 / 4**0.5
 
 
 def test_nothing_is_shared_between_adapters(world: World, tmp_path: Path) -> None:
