@@ -6,6 +6,7 @@
     threads    how many threads it uses, as the machine has cores to spare
     loop       the pipe, one decode step, the pipe again
     load       a folder becomes a LoadedModel, or a typed error
+    families   what architectures cannot do in a batch
     options    what a request asks for, what the model defaults to, what is refused
     prompt     messages become tokens, through the model's chat template
     shorten    which messages of a conversation go where it is too long
@@ -22,6 +23,9 @@
     grammar    schemas and grammars, compiled; or refused
     trial      compiles in a process that may be lost
     constraint what one answer may go on with, as masks over a batch's logits
+    adapters   the LoRA and DoRA adapters beside the model: read, kept, let go
+    adapterfile an adapter's folder becomes what it does to each layer
+    adapted    layers that compute adapters, for rows with different ones
     sampling   penalties, filters and seeded draws, for a whole batch
     speculation guesses ahead: whose they are, and what checking them takes
     lookup     guesses by looking up what was said before

@@ -22,6 +22,7 @@ from mlxd_client.errors import (
 
 from ..childside import Pipe, PipeClosed, Pulse, Stopped
 from ..childwire import (
+    Adapt,
     Attach,
     Attached,
     CountTokens,
@@ -67,6 +68,7 @@ class Worker:
             "attach": self._attach,
             "generate": self._generate,
             "count": self._count,
+            "adapt": self._adapt,
             "encode": self._encode,
             "decode": self._decode,
             "embed": self._embed,
@@ -229,6 +231,9 @@ class Worker:
         if (request.text is None) == (request.messages is None):
             raise InvalidParams("count takes either text or messages", field="text")
         self._pipe.reply(request_id, {"tokens": self._loaded().count(request)})
+
+    def _adapt(self, request_id: int, params: Any) -> None:
+        self._send(self._loaded().adapt(request_id, _convert(params, Adapt)))
 
     def _encode(self, request_id: int, params: Any) -> None:
         self._pipe.reply(request_id, self._loaded().encode(_convert(params, EncodeText)))
