@@ -5,6 +5,9 @@
     load       a folder becomes a LoadedModel, or a typed error
     options    what a request asks for, what the model defaults to, what is refused
     prompt     messages become tokens, through the model's chat template
+    images     an image of a request becomes pixels, or a typed error
+    vision     a model that sees: mlx-vlm's, in two halves
+    sights     prompts with images, on their way into the batch
     engine     the requests in flight and how each ends
     batch      mlx_lm's BatchGenerator with sampling for all rows in one call
     prefix      which prefixes of prompts are kept, and which go first

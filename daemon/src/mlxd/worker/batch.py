@@ -315,14 +315,17 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         reuse: Reuse | None = None,
     ) -> int:
         """Queue one prompt. Returns the number that its responses carry as `uid`."""
+        caches, read = (None, 0) if reuse is None or reuse.begun is None else reuse.begun
         uids: list[int] = self.insert(
-            [tokens],
+            [tokens[read:]],
             max_tokens=[max_tokens],
+            caches=None if caches is None else [caches],
+            all_tokens=[tokens[:read]],
             samplers=[sampling],
             logits_processors=[processors],
             stop_sequences=[stops],
         )
-        if reuse is not None:
+        if reuse is not None and caches is None:
             self._reuses[uids[0]] = reuse
         return uids[0]
 

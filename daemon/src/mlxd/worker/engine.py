@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -18,20 +19,25 @@ from ..childwire import CountTokens, Generate, Generated, WorkerTimings
 from .batch import NOT_FINITE, RowFailure, RowGenerator
 from .constraint import Constraint
 from .grammar import Compiled, Compiler
+from .images import Picture, take_images
 from .kvcache import PromptCache, RowView
 from .load import LoadedModel
 from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
 from .sampling import Sampling
+from .sights import Seen, Sights, check_options
 from .text import TextStream, make_machine
+from .vision import Sight
 from .waits import LEAST, Reuse
 
 # What shares prefixes: all that the base model computes.
 NAMESPACE = b""
 # After this many failed steps in a row, no further batch is tried.
 MAX_FAILED_STEPS = 2
-# How long a step waits where all there is to wait for is a rule that is being compiled.
+# How long a step waits where all there is to wait for is a rule that is being compiled, or an image's file.
 COMPILING_S = 0.01
+# Of the prompt cache's budget, for what was seen in images: a share of it, and bytes.
+SIGHT_SHARE, MOST_SIGHT_BYTES = 8, 256 * 1024 * 1024
 # A device that said this does not compute again in this process.
 _FATAL = ("[METAL]", "command buffer", "[CUDA]")
 
@@ -55,6 +61,7 @@ class Running:
     prompt_at: float = 0.0
     first_at: float = 0.0
     constraint: Constraint | None = None
+    sight: Sight | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -89,7 +96,8 @@ class Engine:
         guard: Callable[[str, str], tuple[str, ...]] | None = None,
     ) -> None:
         self._loaded = loaded
-        cache = PromptCache(loaded.model, cache_bytes)
+        sight_bytes = min(cache_bytes // SIGHT_SHARE, MOST_SIGHT_BYTES) if loaded.vision is not None else 0
+        cache = PromptCache(loaded.model, cache_bytes - sight_bytes)
         self.cache = cache if cache_bytes > 0 and cache.usable else None
         self._limits: dict[str, Any] = {
             "max_batch": max_batch,
@@ -98,7 +106,12 @@ class Engine:
             "prompt_cache": self.cache,
         }
         self._guard = guard
-        self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary)
+        sees = loaded.vision is not None
+        self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary, parts=sees)
+        self._sights: Sights | None = None
+        if loaded.vision is not None:
+            loaded.vision.features.budget_bytes = sight_bytes
+            self._sights = Sights(loaded.model, loaded.vision, self.cache, step=prefill_step)
         self._generator = RowGenerator(loaded.model, **self._limits)
         self._eos: set[int] = set(loaded.tokenizer.eos_token_ids)
         self._stops = StopSequences([(token,) for token in self._eos])
@@ -115,7 +128,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """There is something left to do for `step`."""
-        return bool(self._running or self._compiling) or (self.cache is not None and self.cache.pending)
+        return bool(self._running or self._compiling or self._sights) or (self.cache is not None and self.cache.pending)
 
     @property
     def active(self) -> int:
@@ -124,7 +137,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return self._generator.waiting + len(self._compiling)
+        return self._generator.waiting + len(self._compiling) + len(self._sights or ())
 
     def submit(self, request_id: int, request: Generate) -> None:
         """Take a request into the batch; it starts at the next step, or once its rule is compiled.
@@ -134,11 +147,36 @@ class Engine:
         """
         received_at = time.perf_counter()
         choices = resolve(request.kind, request.options, self._loaded.defaults, self._loaded.vocabulary)
+        turns, sources = take_images(request.messages, sees=self._sights is not None)
+        if sources and self._sights is not None:
+            check_options(request.options)
+            self._sights.add(
+                request_id,
+                sources,
+                lambda pictures: self._take(request_id, request, choices, turns, received_at, pictures),
+            )
+        else:
+            self._take(request_id, request, choices, turns, received_at, [])
+
+    def _take(
+        self,
+        request_id: int,
+        request: Generate,
+        choices: Choices,
+        turns: list[dict[str, Any]],
+        received_at: float,
+        pictures: list[Picture],
+    ) -> None:
         if self.cache is None and request.options.get("cache_prompt") is True:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
         reuse = Reuse(NAMESPACE) if self.cache is not None and choices.cache_prompt else None
-        cut = reuse is not None and self.cache is not None and self.cache.marked
-        prompt = self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut)
+        sight: Sight | None = None
+        if pictures:
+            prompt, sight = self._build_seeing(request.kind, turns, choices, pictures)
+            reuse = Reuse(sight.namespace) if reuse is not None else None
+        else:
+            cut = reuse is not None and self.cache is not None and self.cache.marked
+            prompt = self._prompts.build(request.kind, turns, thinking=choices.thinking, cut=cut)
         if reuse is not None:
             reuse.cuts = prompt.cuts
         think = self._think
@@ -148,7 +186,7 @@ class Engine:
             think = self._think if prompt.in_reasoning else None
         machine = make_machine(choices.stop, think, once=choices.rule is not None)
         text = TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
-        running = Running(request_id, request, prompt, choices, text, received_at, reuse)
+        running = Running(request_id, request, prompt, choices, text, received_at, reuse, sight=sight)
         if choices.rule is None:
             self._join(running)
             return
@@ -157,6 +195,19 @@ class Engine:
             self._join(running, compiled.result())
         else:
             self._compiling[request_id] = running, compiled
+
+    def _build_seeing(
+        self, kind: str, turns: list[dict[str, Any]], choices: Choices, pictures: list[Picture]
+    ) -> tuple[Prompt, Sight]:
+        assert self._loaded.vision is not None
+        vision, sights = self._loaded.vision, []
+
+        def encode(text: str) -> list[int]:
+            sights.append(vision.prepare(text, pictures, keep=choices.cache_prompt))
+            return sights[0].tokens
+
+        prompt = self._prompts.build(kind, turns, thinking=choices.thinking, encode=encode)
+        return prompt, sights[0]
 
     def _join(self, running: Running, compiled: Compiled | None = None) -> None:
         choices, prompt = running.choices, running.prompt
@@ -167,11 +218,18 @@ class Engine:
             sampling = replace(sampling, constraint=running.constraint)
         room = self._loaded.context_length - len(prompt.tokens)
         processors = make_logits_processors(choices.logit_bias)
-        uid = self._generator.add(
-            prompt.tokens, min(choices.max_tokens, room), sampling, processors, self._stops, running.reuse
-        )
-        self._running[uid] = running
-        self._uids[running.id] = uid
+
+        def add(reuse: Reuse | None) -> None:
+            uid = self._generator.add(
+                prompt.tokens, min(choices.max_tokens, room), sampling, processors, self._stops, reuse
+            )
+            self._running[uid] = running
+            self._uids[running.id] = uid
+
+        if running.sight is not None and self._sights is not None:
+            self._sights.see(running.id, Seen(running.sight, prompt.tokens, running.reuse, add, running))
+        else:
+            add(running.reuse)
 
     def cancel(self, request_id: int) -> Outcome:
         """End a request now, with the text it has. One that has ended already, or never was, changes nothing."""
@@ -183,9 +241,20 @@ class Engine:
         elif uid is not None:
             self._keep(self._running[uid], *self._generator.drop(uid))
             self._end(uid, "cancelled", outcome)
+        elif self._sights is not None:
+            with contextlib.suppress(KeyError):
+                owner = self._sights.drop(request_id)
+                nothing = Generated(text="", finish_reason="cancelled", prompt_tokens=0, completion_tokens=0)
+                outcome.ended.append((request_id, nothing if owner is None else self._result(owner, "cancelled")))
         return outcome
 
     def count(self, request: CountTokens) -> int:
+        if request.messages is not None:
+            turns, sources = take_images(request.messages, sees=self._sights is not None)
+            if sources:
+                told = "tokens of images cannot be counted"
+                raise Unsupported(told, option="messages", field=sources[0].field)
+            return self._prompts.count(text=request.text, messages=turns)
         return self._prompts.count(text=request.text, messages=request.messages)
 
     # --- steps
@@ -197,6 +266,8 @@ class Engine:
             EngineLost: no further step can work; every request in flight is lost with the process.
         """
         outcome = Outcome()
+        if self._sights:
+            self._see(self._sights, outcome)
         if self._compiling and not self._join_compiled(outcome):
             return outcome
         try:
@@ -221,6 +292,15 @@ class Engine:
             except Exception as error:
                 self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
         return outcome
+
+    def _see(self, sights: Sights, outcome: Outcome) -> None:
+        """Go on with prompts that have images, as far as that goes between two decode steps."""
+        failed = sights.take_read(wait_s=0.0 if self._running else COMPILING_S)
+        lost = sights.step(self._generator.live_bytes)
+        for request_id, error in [*failed, *([lost] if lost is not None else [])]:
+            if any(sign.lower() in str(error).lower() for sign in _FATAL):
+                raise EngineLost(f"{type(error).__name__}: {error}") from error
+            outcome.ended.append((request_id, _typed(error)))
 
     def _join_compiled(self, outcome: Outcome) -> bool:
         """Requests whose rule is compiled by now join the batch. Returns whether there is a batch."""

@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_model, load_tokenizer
+from mlx_lm.utils import load_config, load_model, load_tokenizer
 
 from mlxd_client.errors import LoadFailed, ModelInvalid, RpcError
 
@@ -27,6 +27,7 @@ from ..store.safetensors import SafetensorsError, check_safetensors
 from .early import start_early
 from .grammar import can_constrain
 from .options import check_defaults
+from .vision import FAMILIES, HOW_TO_INSTALL, Vision, family_of, installed, load_seeing
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 DEFAULT_CONTEXT = 4096
@@ -61,6 +62,7 @@ class LoadedModel:
         context_length: tokens of prompt and answer together.
         defaults: sampling options for requests that set none, checked.
         faithful: the model promises to invent no words when it processes text.
+        vision: what sees, where the model does and can be asked to.
     """
 
     model: Any
@@ -69,6 +71,7 @@ class LoadedModel:
     vocabulary: int
     defaults: dict[str, Any] = field(default_factory=dict)
     faithful: bool = False
+    vision: Vision | None = None
 
     @property
     def capabilities(self) -> list[str]:
@@ -81,6 +84,8 @@ class LoadedModel:
             found.append("faithful")
         if can_constrain(self.tokenizer):
             found += ["structured", "grammar"]
+        if self.vision is not None:
+            found.append("vision")
         return found
 
 
@@ -95,6 +100,7 @@ def load(path: str, progress: Callable[[float], None]) -> LoadedModel:
         LoadFailed: it may be one, but could not be read.
     """
     folder = Path(path)
+    config: dict[str, Any] = {}
     try:
         config = read_config(folder)
         settings = _read_settings(folder)
@@ -107,13 +113,21 @@ def load(path: str, progress: Callable[[float], None]) -> LoadedModel:
         raise LoadFailed(f"the model could not be read: {error}") from error
     except Exception as error:
         # mlx_lm, transformers and MLX raise nearly anything on a folder that is no model.
-        raise ModelInvalid(f"the folder is no model that mlx_lm can load: {type(error).__name__}: {error}") from error
+        told = f"the folder is no model that mlx_lm can load: {type(error).__name__}: {error}"
+        if config.get("model_type") in FAMILIES and not installed():
+            told += f"; {HOW_TO_INSTALL}"
+        raise ModelInvalid(told) from error
 
 
 def _load(
     folder: Path, config: dict[str, Any], settings: dict[str, Any], progress: Callable[[float], None]
 ) -> LoadedModel:
-    model, loaded_config = load_model(folder, lazy=True)
+    family, vision = family_of(folder, config), None
+    if family is not None and installed():
+        model, vision = load_seeing(folder, config, family)
+        loaded_config = load_config(folder)
+    else:
+        model, loaded_config = load_model(folder, lazy=True)
     if not all(hasattr(cache, "merge") for cache in make_prompt_cache(model)):
         raise ModelInvalid("mlx_lm cannot batch this architecture")
     vocabulary = _whole(_text_config(config).get("vocab_size"))
@@ -122,6 +136,8 @@ def _load(
     tokenizer = load_tokenizer(
         folder, {"trust_remote_code": False}, eos_token_ids=loaded_config.get("eos_token_id", None)
     )
+    if vision is not None:
+        tokenizer, vision = _fit_template(folder, tokenizer, vision, loaded_config.get("eos_token_id", None))
     # Tokens added to a tokenizer may lie beyond the embeddings (some families ship so); its own vocabulary may not.
     own = getattr(tokenizer, "vocab_size", None)
     if isinstance(own, int) and own > vocabulary:
@@ -140,7 +156,17 @@ def _load(
         vocabulary=vocabulary,
         defaults=check_defaults(settings.get("defaults", {})),
         faithful=settings.get("guard") == "faithful",
+        vision=vision,
     )
+
+
+def _fit_template(folder: Path, tokenizer: Any, vision: Vision, eos: Any) -> tuple[Any, Vision | None]:
+    """The tokenizer with the chat template that lies with the processor, where it has none of its own. Without a
+    template that has a place for images the model is one for text."""
+    if not tokenizer.has_chat_template and vision.template:
+        options = {"trust_remote_code": False, "chat_template": vision.template}
+        tokenizer = load_tokenizer(folder, options, eos_token_ids=eos)
+    return tokenizer, vision if vision.fits(tokenizer) else None
 
 
 def _materialise(model: Any, progress: Callable[[float], None]) -> None:
