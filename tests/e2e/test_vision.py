@@ -70,6 +70,10 @@ def test_images_through_a_daemon(tmp_path: Path) -> None:
             assert refused.details["field"] == "messages[0].content[1]"
         assert client.chat([turn], model=model, **GREEDY).text == by_path.text
 
+        blind = refusal(client, turn["content"], "mlxd/cleanup")  # type: ignore[arg-type]
+        assert isinstance(blind, Unsupported)
+        assert blind.details["option"] == "messages"
+
 
 def refusal(client: Any, content: list[Any], model: str) -> RpcError:
     with pytest.raises(RpcError) as refused:
@@ -94,10 +98,3 @@ def test_what_is_refused_before_a_model_is_loaded() -> None:
         many = refusal(client, [image(b"x")] * 17, "mlxd/cleanup")
         assert many.details["field"] == "messages[0].content[16]"
         assert client.status().models.loaded == 0
-
-
-def test_a_model_of_text_says_that_it_sees_nothing() -> None:
-    with Daemon() as daemon, daemon.client() as client:
-        refused = refusal(client, ["what is ", image(png("red"))], "mlxd/cleanup")
-        assert isinstance(refused, Unsupported)
-        assert refused.details["option"] == "messages"

@@ -45,20 +45,28 @@ _TEXT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def build(folder: Path, family: str = "qwen2_vl", *, seed: int = 0, config: dict[str, Any] | None = None) -> Path:
+def build(
+    folder: Path,
+    family: str = "qwen2_vl",
+    *,
+    seed: int = 0,
+    quantize: int | None = None,
+    config: dict[str, Any] | None = None,
+) -> Path:
     """Write a model of `family`, one of PLACEHOLDERS, into `folder` and return it.
 
     Args:
+        quantize: bits of the language model's weights; None leaves them in float32.
         config: members that replace those of config.json.
     """
     import mlx.core as mx
+    import mlx.nn as nn
     from mlx.utils import tree_flatten
     from mlx_vlm.utils import get_model_and_args, update_module_configs
 
     folder.mkdir(parents=True, exist_ok=True)
     ids = _write_tokenizer(folder, family)
     settings = _config(family, ids, 1 + max(ids.values()))
-    (folder / "config.json").write_text(json.dumps(settings | (config or {})))
     (folder / "preprocessor_config.json").write_text(json.dumps(_preprocessor(family)))
     if family in _PROCESSORS:
         (folder / "processor_config.json").write_text(json.dumps(_PROCESSORS[family]))
@@ -79,6 +87,10 @@ def build(folder: Path, family: str = "qwen2_vl", *, seed: int = 0, config: dict
             part.weight = part.weight * 20.0
         elif name in _LAST:
             part.weight = part.weight * 8.0
+    if quantize is not None:
+        nn.quantize(model.language_model, group_size=32, bits=quantize)
+        settings["quantization"] = {"group_size": 32, "bits": quantize}
+    (folder / "config.json").write_text(json.dumps(settings | (config or {})))
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     return folder
 

@@ -150,7 +150,9 @@ def test_the_core_does_not_look_at_the_world() -> None:
 def test_only_workers_touch_mlx() -> None:
     for part, package, path in SOURCES:
         tops = {name.split(".")[0] for name in imports(path, package)}
-        assert part == "mlxd.worker" or tops.isdisjoint({"mlx", "mlx_lm", "transformers", "tokenizers"}), path
+        assert part == "mlxd.worker" or tops.isdisjoint(
+            {"mlx", "mlx_lm", "mlx_vlm", "transformers", "tokenizers", "PIL"}
+        ), path
 
 
 def test_only_fetchers_ask_the_hub() -> None:
@@ -166,6 +168,9 @@ def test_the_daemon_loads_nothing_heavy() -> None:
     heavy = {
         "mlx",
         "mlx_lm",
+        "mlx_vlm",
+        "PIL",
+        "requests",
         "numpy",
         "transformers",
         "tokenizers",

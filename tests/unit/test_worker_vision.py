@@ -121,6 +121,13 @@ def test_it_says_what_mlx_vlm_says(family: str, folders: dict[str, Path], models
     assert answers[0] != answers[1]  # of another image
 
 
+def test_a_quantised_model_sees(tmp_path: Path) -> None:
+    folder = tiny_vision.build(tmp_path, "qwen2_5_vl", quantize=4)
+    loaded = load(str(folder), lambda fraction: None)
+    parts = ("look ", CAT, " what is it")
+    assert alone(make(loaded), ask(*parts)).text == reference(folder, loaded, *parts)
+
+
 def test_texts_and_images_at_the_same_time(engine: Engine) -> None:
     requests = [
         ask("hello", max_tokens=30),

@@ -228,6 +228,7 @@ class Engine:
 
         if running.sight is not None and self._sights is not None:
             self._sights.see(running.id, Seen(running.sight, prompt.tokens, running.reuse, add, running))
+            running.sight = None  # its images go as soon as they have served
         else:
             add(running.reuse)
 

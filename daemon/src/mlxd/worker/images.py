@@ -103,9 +103,7 @@ def read_picture(source: Source) -> Picture:
     if len(data) > MAX_BYTES:
         raise _bad(source, f"an image has {MAX_BYTES} bytes at most")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata; the sizes that matter are checked here
-            image = _decode(source, data)
+        image = _decode(source, data)
     except RpcError:
         raise
     except Exception as error:  # a decoder on bytes from anywhere raises nearly anything
@@ -116,14 +114,20 @@ def read_picture(source: Source) -> Picture:
 def _decode(source: Source, data: bytes) -> Any:
     from PIL import Image, ImageOps
 
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow judges by it, too, what turns up inside a file
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata; the sizes that matter are checked here
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow stops at twice that what only turns up inside a file
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise _bad(source, f"{image.width} by {image.height} pixels; an image has {MAX_PIXELS} at most")
+        _check_size(source, image)
         if getattr(image, "is_animated", False):
             raise _bad(source, "an animation; an image has one frame")
         image.load()
+        _check_size(source, image)
         return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _check_size(source: Source, image: Any) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise _bad(source, f"{image.width} by {image.height} pixels; an image has {MAX_PIXELS} at most")
 
 
 def _read_file(source: Source) -> bytes:

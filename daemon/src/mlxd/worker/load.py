@@ -130,7 +130,7 @@ def _load(
         model, loaded_config = load_model(folder, lazy=True)
     if not all(hasattr(cache, "merge") for cache in make_prompt_cache(model)):
         raise ModelInvalid("mlx_lm cannot batch this architecture")
-    vocabulary = _whole(_text_config(config).get("vocab_size"))
+    vocabulary = model.vocabulary if vision is not None else _whole(_text_config(config).get("vocab_size"))
     if vocabulary is None:
         raise ModelInvalid("config.json: no vocab_size", file="config.json")
     tokenizer = load_tokenizer(

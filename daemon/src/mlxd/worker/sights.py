@@ -4,6 +4,7 @@ decode steps: one image is looked at, or some tokens are read up to the last ima
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -14,6 +15,7 @@ import mlx.core as mx
 
 from mlxd_client.errors import Unsupported
 
+from .batch import FIRST_PREFILL, LEAST_PREFILL, PREFILL_S
 from .images import Picture, Source, read_pictures
 from .kvcache import PromptCache, take
 from .vision import LanguageModel, Sight, Vision
@@ -74,7 +76,7 @@ class Sights:
     """All prompts with images of one model, by request id. First come, first served.
 
     Args:
-        step: how many tokens are read in one piece.
+        step: how many tokens are read in one piece at most; see PREFILL_S.
     """
 
     def __init__(self, model: LanguageModel, vision: Vision, cache: PromptCache | None, *, step: int) -> None:
@@ -82,6 +84,7 @@ class Sights:
         self._model = model
         self._cache = cache
         self._step = step
+        self._rate = FIRST_PREFILL / PREFILL_S  # tokens per second
         self._unread: dict[int, Unread] = {}
         self._seen: deque[tuple[int, Seen]] = deque()
         self._threads = ThreadPoolExecutor(THREADS, "images")
@@ -156,9 +159,12 @@ class Sights:
         if not seen.looked:
             seen.looked = not self.vision.look(sight)
             return False
-        end = min(seen.read + self._step, sight.end)
+        fitting = int(max(min(self._rate * PREFILL_S, self._step), min(LEAST_PREFILL, self._step)))
+        end = min(seen.read + fitting, sight.end)
+        started = time.perf_counter()
         self.vision.read(self._model, sight, seen.caches, seen.read, end)
         mx.eval([held.state for held in seen.caches])
+        self._rate = (end - seen.read) / (time.perf_counter() - started)
         seen.read = end
         if cache is not None:
             cache.tree.fit(live_bytes() + sum(held.nbytes for held in seen.caches))

@@ -113,6 +113,13 @@ class LanguageModel(nn.Module):  # type: ignore[misc]
     def layers(self) -> Any:
         return self.whole.language_model.layers
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embeddings: not every config gives them."""
+        language = self.whole.language_model
+        rows: int = getattr(language, "model", language).embed_tokens.weight.shape[0]
+        return rows
+
     def make_cache(self) -> list[Any]:
         """Caches of mlx_lm, one for each layer; for turned positions one more, with how far they are off."""
         make = getattr(self.whole.language_model, "make_cache", None)
@@ -264,6 +271,8 @@ class Vision:
         if text.count(self._marker) != len(pictures) or any(mark in text for mark in self._foreign):
             raise InvalidParams("a text holds one of the model's own marks of an image", field="messages")
         inputs = self._process(text, pictures)
+        if len(pictures) > 1:
+            inputs.pop("pixel_values", None)  # each will be looked at by itself
         tokens: list[int] = inputs["input_ids"][0].tolist()
         places = [index for index, token in enumerate(tokens) if token == self._token]
         if not places or places[-1] == len(tokens) - 1:
