@@ -20,6 +20,7 @@ from mlxd_client.errors import InvalidParams, RpcError, Unsupported
 
 Image = pytest.importorskip("PIL.Image")
 
+BLIND = "it sees nothing"
 FIELD = "messages[0].content[1]"
 
 
@@ -148,7 +149,7 @@ URL = "data:image/png;base64," + base64.b64encode(b"...").decode()
 
 def test_turns_of_texts_alone_are_text_for_any_model() -> None:
     turns, sources = take_images(
-        [turn(TEXT, {"type": "text", "text": " go on"}), {"role": "user", "content": "x"}], sees=False
+        [turn(TEXT, {"type": "text", "text": " go on"}), {"role": "user", "content": "x"}], blind=BLIND
     )
     assert [turn["content"] for turn in turns] == ["what is this? go on", "x"]
     assert sources == []
@@ -156,7 +157,7 @@ def test_turns_of_texts_alone_are_text_for_any_model() -> None:
 
 def test_parts_keep_their_order() -> None:
     url = {"type": "image_url", "image_url": {"url": URL}}
-    turns, sources = take_images([turn(TEXT, IMAGE, TEXT, url)], sees=True)
+    turns, sources = take_images([turn(TEXT, IMAGE, TEXT, url)], blind=None)
     assert [part["type"] for part in turns[0]["content"]] == ["text", "image", "text", "image"]
     assert [(source.field, source.data) for source in sources] == [
         ("messages[0].content[1]", b"..."),
@@ -186,7 +187,7 @@ def test_parts_keep_their_order() -> None:
 )
 def test_a_malformed_part_is_refused_by_name(part: Any) -> None:
     with pytest.raises(InvalidParams) as refused:
-        take_images([turn(TEXT, part)], sees=True)
+        take_images([turn(TEXT, part)], blind=None)
     assert refused.value.details["field"] == FIELD
 
 
@@ -201,5 +202,5 @@ def test_a_malformed_part_is_refused_by_name(part: Any) -> None:
 )
 def test_images_where_they_cannot_be(turns: list[dict[str, Any]], sees: bool, error: type[RpcError]) -> None:
     with pytest.raises(error) as refused:
-        take_images(turns, sees=sees)
+        take_images(turns, blind=None if sees else BLIND)
     assert refused.value.details["field"].startswith("messages[0].content")

@@ -147,7 +147,7 @@ class Engine:
         """
         received_at = time.perf_counter()
         choices = resolve(request.kind, request.options, self._loaded.defaults, self._loaded.vocabulary)
-        turns, sources = take_images(request.messages, sees=self._sights is not None)
+        turns, sources = take_images(request.messages, blind=self._loaded.blind)
         if sources and self._sights is not None:
             check_options(request.options)
             self._sights.add(
@@ -251,7 +251,7 @@ class Engine:
 
     def count(self, request: CountTokens) -> int:
         if request.messages is not None:
-            turns, sources = take_images(request.messages, sees=self._sights is not None)
+            turns, sources = take_images(request.messages, blind=self._loaded.blind)
             if sources:
                 told = "tokens of images cannot be counted"
                 raise Unsupported(told, option="messages", field=sources[0].field)

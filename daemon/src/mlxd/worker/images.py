@@ -45,10 +45,13 @@ class Picture:
     image: Any
 
 
-def take_images(messages: list[dict[str, Any]], *, sees: bool) -> tuple[list[dict[str, Any]], list[Source]]:
+def take_images(messages: list[dict[str, Any]], *, blind: str | None) -> tuple[list[dict[str, Any]], list[Source]]:
     """The turns as a chat template takes them, and the images that they bring.
 
     Turns without images are text alone. The others keep their parts; an image is `{"type": "image"}` there.
+
+    Args:
+        blind: why the model sees none; None where it does.
 
     Raises:
         InvalidParams: malformed parts, or too many images.
@@ -76,8 +79,8 @@ def take_images(messages: list[dict[str, Any]], *, sees: bool) -> tuple[list[dic
         turns.append({**turn, "content": parts if seen else "".join(part["text"] for part in parts)})
     if len(sources) > MAX_IMAGES:
         raise InvalidParams(f"a request brings {MAX_IMAGES} images at most", field=sources[MAX_IMAGES].field)
-    if sources and not sees:
-        raise Unsupported(f"{sources[0].field}: this model sees no images", option="messages", field=sources[0].field)
+    if sources and blind is not None:
+        raise Unsupported(f"{sources[0].field}: {blind}", option="messages", field=sources[0].field)
     return turns, sources
 
 

@@ -27,7 +27,7 @@ from ..store.safetensors import SafetensorsError, check_safetensors
 from .early import start_early
 from .grammar import can_constrain
 from .options import check_defaults
-from .vision import FAMILIES, HOW_TO_INSTALL, Vision, family_of, installed, load_seeing
+from .vision import FAMILIES, HOW_TO_INSTALL, Family, Vision, family_of, installed, load_seeing
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 DEFAULT_CONTEXT = 4096
@@ -63,6 +63,7 @@ class LoadedModel:
         defaults: sampling options for requests that set none, checked.
         faithful: the model promises to invent no words when it processes text.
         vision: what sees, where the model does and can be asked to.
+        blind: else why not.
     """
 
     model: Any
@@ -72,6 +73,7 @@ class LoadedModel:
     defaults: dict[str, Any] = field(default_factory=dict)
     faithful: bool = False
     vision: Vision | None = None
+    blind: str | None = "this model sees no images"
 
     @property
     def capabilities(self) -> list[str]:
@@ -157,7 +159,14 @@ def _load(
         defaults=check_defaults(settings.get("defaults", {})),
         faithful=settings.get("guard") == "faithful",
         vision=vision,
+        blind=None if vision is not None else _blind(family),
     )
+
+
+def _blind(family: Family | None) -> str:
+    if family is None:
+        return "this model sees no images, or is of a family that is not served with them"
+    return "the model's chat template has no place for images" if installed() else HOW_TO_INSTALL
 
 
 def _fit_template(folder: Path, tokenizer: Any, vision: Vision, eos: Any) -> tuple[Any, Vision | None]:
