@@ -14,8 +14,9 @@ from mlxd.childwire import CountTokens, Generate, Generated
 from mlxd.worker import load as loading
 from mlxd.worker.engine import Engine, EngineLost, Outcome
 from mlxd.worker.load import LoadedModel, load
+from mlxd.worker.sights import NOT_WITH_IMAGES, check_options
 from mlxd.worker.vision import FAMILIES, FeatureCache
-from mlxd_client.errors import ContextExceeded, InternalError, InvalidParams, ModelInvalid, Unsupported
+from mlxd_client.errors import ContextExceeded, InternalError, InvalidParams, ModelInvalid, RpcError, Unsupported
 from support import tiny_model, tiny_vision
 
 mlx_vlm = pytest.importorskip("mlx_vlm")
@@ -324,12 +325,21 @@ def test_a_prompt_that_is_too_long_with_its_images(models: dict[str, LoadedModel
         alone(make(models["smolvlm"]), ask(*[CAT] * 16, "what is it" * 30))
 
 
-@pytest.mark.parametrize("option", [{"n": 2}, {"kv_bits": 8}, {"context_policy": "rotate"}])
-def test_an_option_that_images_cannot_have_is_refused(engine: Engine, option: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", NOT_WITH_IMAGES)
+def test_an_option_that_images_cannot_have_is_refused(name: str) -> None:
+    for value in NOT_WITH_IMAGES[name]:
+        check_options(ask(CAT, **{name: value}))
+    check_options(ask(CAT))
     with pytest.raises(Unsupported) as refused:
-        engine.submit(1, ask(CAT, **option))
-    assert refused.value.details["option"] in option
-    assert not engine.busy
+        check_options(ask(CAT, **{name: "draft"}))
+    assert refused.value.details["option"] == name
+
+
+def test_a_request_that_cannot_be_honoured_leaves_nothing(engine: Engine) -> None:
+    for options in ({"n": 2}, {"temperature": -1}, {"schema": False}):
+        with pytest.raises(RpcError):
+            engine.submit(1, ask(CAT, **options))
+        assert not engine.busy
 
 
 def test_tokens_of_images_are_not_counted(engine: Engine) -> None:

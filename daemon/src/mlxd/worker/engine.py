@@ -149,7 +149,7 @@ class Engine:
         choices = resolve(request.kind, request.options, self._loaded.defaults, self._loaded.vocabulary)
         turns, sources = take_images(request.messages, blind=self._loaded.blind)
         if sources and self._sights is not None:
-            check_options(request.options)
+            check_options(request)
             self._sights.add(
                 request_id,
                 sources,

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 
 from mlxd_client.errors import Unsupported
 
+from ..childwire import Generate
 from .batch import FIRST_PREFILL, LEAST_PREFILL, PREFILL_S
 from .images import Picture, Source, read_pictures
 from .kvcache import PromptCache, take
@@ -38,10 +40,11 @@ NOT_WITH_IMAGES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_options(options: dict[str, Any]) -> None:
+def check_options(request: Generate) -> None:
     """Raises Unsupported for an option that a request with images cannot have."""
+    asked = msgspec.structs.asdict(request) | request.options
     for name, harmless in NOT_WITH_IMAGES.items():
-        if name in options and options[name] not in harmless:
+        if asked.get(name) not in (None, *harmless):
             raise Unsupported(f"{name} cannot be had together with images", option=name)
 
 
