@@ -419,6 +419,16 @@ def test_nothing_is_done_at_a_folders_word(tmp_path: Path) -> None:
     assert not ran.exists()
 
 
+@pytest.mark.parametrize("name", ["depth", "embed_dim", "hidden_size", "image_size"])
+def test_a_tower_without_measure_is_refused_before_it_is_built(name: str, tmp_path: Path) -> None:
+    folder = tiny_vision.build(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"][name] = 10**9
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelInvalid, match=name):
+        load(str(folder), lambda fraction: None)
+
+
 def test_a_converted_model_without_its_tower_is_mlx_lms(tmp_path: Path) -> None:
     """Converters for text leave the weights of the tower out, and the config as it was."""
     folder = tiny_vision.build(tmp_path, "gemma3")

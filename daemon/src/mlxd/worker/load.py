@@ -50,6 +50,11 @@ _LIMITS = {
     "num_experts": 100_000,
     "num_local_experts": 100_000,
     "n_routed_experts": 100_000,
+    "depth": 2_000,
+    "embed_dim": 1_000_000,
+    "out_hidden_size": 1_000_000,
+    "image_size": 100_000,
+    "num_position_embeddings": 10_000_000,
 }
 
 
@@ -207,7 +212,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelInvalid("the folder has no config.json", file="config.json")
     if not isinstance(config.get("model_type"), str):
         raise ModelInvalid("config.json: no model_type", file="config.json")
-    for part in (config, _text_config(config)):
+    tower = config.get("vision_config")
+    for part in (config, _text_config(config), tower if isinstance(tower, dict) else {}):
         for name, limit in _LIMITS.items():
             value = part.get(name)
             if isinstance(value, int | float) and not 0 <= value <= limit:
