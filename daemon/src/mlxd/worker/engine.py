@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import make_logits_processors
 
@@ -150,15 +151,16 @@ class Engine:
         turns, sources = take_images(request.messages, blind=self._loaded.blind)
         if sources and self._sights is not None:
             check_options(request)
+            request = msgspec.structs.replace(request, messages=[])  # the images' bytes go once they are read
             self._sights.add(
                 request_id,
                 sources,
-                lambda pictures: self._take(request_id, request, choices, turns, received_at, pictures),
+                lambda pictures: self._accept(request_id, request, choices, turns, received_at, pictures),
             )
         else:
-            self._take(request_id, request, choices, turns, received_at, [])
+            self._accept(request_id, request, choices, turns, received_at, [])
 
-    def _take(
+    def _accept(
         self,
         request_id: int,
         request: Generate,
