@@ -227,6 +227,26 @@ def test_a_small_budget_holds(models: dict[str, LoadedModel]) -> None:
     assert vision.features.misses == 6
 
 
+def test_where_memory_is_short_one_waits_for_the_other(engine: Engine) -> None:
+    requests = [ask(CAT, "what is it", max_tokens=9), ask("these ", CAT, TALL), ask("hello"), ask(DOG), ask(TALL, "?")]
+    wanted = [alone(make(engine._loaded), request).text for request in requests]
+    tight = make(engine._loaded, kv_bytes=250_000)  # for one of them
+    for number, request in enumerate(requests):
+        tight.submit(number, request)
+    ends: dict[int, Any] = {}
+    most = 0
+    while tight.busy:
+        ends.update(tight.step().ended)
+        most = max(most, tight.active)
+    assert most == 1
+    assert [ends[number].text for number in range(len(requests))] == wanted
+
+
+def test_a_default_of_quantised_caches_leaves_images_alone(engine: Engine) -> None:
+    wanted = alone(engine, ask(CAT, "what is it")).text
+    assert alone(make(engine._loaded, kv_bits=8), ask(CAT, "what is it")).text == wanted
+
+
 def test_features_used_longest_ago_go_first() -> None:
     cache = FeatureCache(100)
     for name in (b"a", b"b", b"c"):

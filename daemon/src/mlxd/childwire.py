@@ -13,6 +13,7 @@ Daemon → fetcher, requests; each answered once by a result or an error; one fe
     verify    Verify         → Verified
     latest    {repos}        → {commits: {repo: commit}}, of those that the hub knows
 Daemon → child, notifications:
+    allow     {kv_bytes}     see LoadModel; from now on
     cancel    {id}           the request of that id ends at the next step, with finish_reason "cancelled"
     stop      {}             finish nothing, exit 0
 Child → daemon, notifications:
@@ -48,9 +49,6 @@ NOT_YET = (
     "adapter",
     "draft_model",
     "speculation",
-    "context_policy",
-    "kv_bits",
-    "deterministic",
     "xtc_probability",
     "xtc_threshold",
 )
@@ -86,13 +84,17 @@ class Heartbeat(msgspec.Struct, omit_defaults=True):
 
 class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     """`path` is a verified local folder. `max_batch` bounds how many requests decode together; `cache_bytes` what
-    their KV caches and the prefixes that are kept hold together, where 0 keeps none."""
+    their KV caches and the prefixes that are kept hold together, where 0 keeps none. `kv_bytes` is what they may hold
+    at all: requests wait, or are refused, so that it is enough; 0 is no bound. `kv_bits` is for requests that say
+    nothing; 0 leaves their KV caches as they are."""
 
     model: str
     path: str
     max_batch: int = 32
     prefill_step: int = 512
     cache_bytes: int = 0
+    kv_bytes: int = 0
+    kv_bits: int = 0
 
 
 class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -104,12 +106,14 @@ class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
     """One request. `messages` are chat turns as on the public wire, images included; `options` the sampling options
-    that were set, under the public wire's names; what is not set falls to the model's defaults, then the worker's."""
+    that were set, under the public wire's names; what is not set falls to the model's defaults, then the worker's.
+    `priority` as on the public wire: where requests wait inside the worker, interactive ones go first."""
 
     kind: str  # "process" | "chat"
     messages: list[dict[str, Any]]
     options: dict[str, Any] = {}
     stream: bool = False
+    priority: str = "interactive"
 
 
 class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -121,6 +125,8 @@ class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`alone`: it was served by itself, as what it asked for wants it."""
+
     text: str
     finish_reason: str  # stop | length | cancelled
     prompt_tokens: int
@@ -131,6 +137,7 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     logprobs: list[dict[str, Any]] | None = None
     invented: list[str] | None = None
     structured: Any = None
+    alone: bool = False
 
 
 class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -35,6 +35,7 @@ class Library:
     Attributes:
         downloads: what moves models from the hub to the disk, and removes them.
         paths: where each known model lies, by id.
+        kv_bytes: the part of its need that is for KV caches; 0 where its folder does not say what those take.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Library:
         log: Log, loop: asyncio.AbstractEventLoop,
     ) -> None:  # fmt: skip
         self.paths: dict[str, str] = {}
+        self.kv_bytes: dict[str, int] = {}
         self._settings = settings
         self._store = store
         self._core = core
@@ -73,6 +75,7 @@ class Library:
     def _facts(self, found: Found) -> ev.Found:
         """What the core has to know of a model that was found on disk; where it lies is remembered here."""
         self.paths[found.model] = found.path
+        self.kv_bytes[found.model] = found.kv_token_bytes * min(found.context_length, RESERVED_TOKENS)
         self.downloads.forget_plans(found.model)
         return ev.Found(
             found.model, found.source, found.memory_bytes, found.revision, found.size_bytes, found.context_length,

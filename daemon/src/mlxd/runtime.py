@@ -150,13 +150,27 @@ class Runtime:
         settings = self._settings
         load = wire.LoadModel(
             model=action.model, path=self._library.paths[action.model], max_batch=settings.max_batch,
-            cache_bytes=settings.prompt_cache_bytes,
+            cache_bytes=settings.prompt_cache_bytes, kv_bits=settings.kv_bits.get(action.model, 0),
+            kv_bytes=self._kv_bytes(action.model, self.core.shares()[action.worker]),
         )  # fmt: skip
         link = WorkerLink(action.worker, load, self, load_s=settings.load_s)
         self._links[action.worker] = link
         spec = ChildSpec(kind="worker", name=action.model, argv=settings.worker_command)
         link.child = self._supervisor.spawn(spec, link)
         self._log.info("loading", model=action.model, worker=action.worker, pid=link.child.pid)
+        self._share_memory()
+
+    def _kv_bytes(self, model: str, share: int) -> int:
+        """What a worker's KV caches may hold, given what it may take beyond what its model needs; 0 is no bound."""
+        reserved = self._library.kv_bytes.get(model, 0)
+        return reserved + share if reserved else 0
+
+    def _share_memory(self) -> None:
+        """Tell the workers what their KV caches may hold, now that others came, went, or take more or less."""
+        for worker, share in self.core.shares().items():
+            link = self._links.get(worker)
+            if link is not None and (allowed := self._kv_bytes(link.model, share)):
+                link.allow(allowed)
 
     def _stop_worker(self, action: do.StopWorker) -> None:
         child = self._links[action.worker].child
@@ -241,6 +255,7 @@ class Runtime:
         self._links[worker].ready_at = time.monotonic()
         self._log.info("loaded", worker=worker, load_s=round(loaded.load_s, 3), memory_bytes=loaded.memory_bytes)
         self.tell(ev.Loaded(worker, loaded.memory_bytes, loaded.context_length))
+        self._share_memory()
 
     def worker_load_failed(self, worker: int, error: errors.RpcError) -> None:
         self._log.warning("load failed", worker=worker, kind=error.kind, reason=error.message)
@@ -263,6 +278,7 @@ class Runtime:
         if abs(known - memory_bytes) >= 1024 * 1024:
             self._memory[worker] = memory_bytes
             self.tell(ev.MemoryReport(worker, memory_bytes))
+            self._share_memory()
 
     def worker_exited(self, worker: int, death: Death) -> None:
         link = self._links.pop(worker)
@@ -270,6 +286,7 @@ class Runtime:
         log = self._log.info if death.expected else self._log.error
         log("worker ended", model=link.model, worker=worker, cause=death.cause, told=death.describe())
         self.tell(ev.WorkerExited(worker, None if death.expected else death.to_error()))
+        self._share_memory()
 
     # --- models ---------------------------------------------------------------------------------------------------
 

@@ -76,6 +76,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         memory_budget_bytes: bounds all loaded models together.
         prompt_cache_bytes: what prompts and answers that are kept, for requests that begin alike, may hold in one model
             together with those that run; 0 keeps none.
+        kv_bits: models, by id, whose KV caches are quantised for requests that say nothing, and to how many bits.
         max_batch: how many requests decode together in one model.
         queue_limit: how many requests may wait, over all models.
         requests_in_flight: how many requests one connection may have open.
@@ -111,6 +112,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keep_alive: dict[Name, KeepAlive] = {}
     memory_budget_bytes: Annotated[int, Meta(ge=1)] = msgspec.field(default_factory=memory_budget)
     prompt_cache_bytes: Annotated[int, Meta(ge=0, le=2**53)] = msgspec.field(default_factory=prompt_cache_budget)
+    kv_bits: dict[Name, Literal[4, 8]] = {}
     max_batch: Annotated[int, Meta(ge=1, le=1024)] = 32
     queue_limit: Count = 512
     requests_in_flight: Count = 1024
@@ -286,7 +288,7 @@ def _parsed(name: str, text: str, origin: Origin) -> object:
             return shlex.split(text)
         except ValueError as error:
             raise SettingsError(f"{name} cannot be {_short(text)} ({origin}): {error}") from None
-    if name in ("aliases", "keep_alive", "worker_command", "fetcher_command", "catalog"):
+    if name in ("aliases", "keep_alive", "kv_bits", "worker_command", "fetcher_command", "catalog"):
         try:
             return msgspec.json.decode(text)
         except msgspec.DecodeError as error:

@@ -77,6 +77,12 @@ class WorkerLink:
         if self.child is not None and rid in self._ids:
             self.child.notify("cancel", {"id": self._ids[rid]})
 
+    def allow(self, kv_bytes: int) -> None:
+        """Tell what KV caches may hold from now on, in bytes; changes below a MiB are noise."""
+        if self.child is not None and self.loaded is not None and abs(kv_bytes - self._load.kv_bytes) >= 1024 * 1024:
+            self._load.kv_bytes = kv_bytes
+            self.child.notify("allow", {"kv_bytes": kv_bytes})
+
     def count(self, params: wire.CountTokens, answer: Counted) -> None:
         """Count tokens; `answer` is called once, with the number or an error."""
         assert self.child is not None

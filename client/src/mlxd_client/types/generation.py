@@ -68,7 +68,7 @@ class GenerateParams(Params, kw_only=True):
     the answer. `context_policy` says what becomes of a prompt that is too long: `refuse` (the default), `drop_oldest`
     (whole turns go, but the system's and the last ones), `rotate` (the answer may go on for ever; the oldest tokens
     fall out of sight). `kv_bits` keeps the KV cache in so many bits. `deterministic` makes the answer depend on nothing
-    else that runs, at the price of running by itself.
+    else that runs, at the price of running by itself; without a `seed` it draws with seed 0.
     """
 
     model: ModelRef | UnsetType = UNSET
@@ -154,7 +154,7 @@ class Completion(Result, kw_only=True):
     """`invented` names the words of the answer that its prompt does not account for; only models that promise to
     rewrite faithfully (see `guard` in their mlxd.json) are checked. Whoever needs certainty keeps the prompt then.
     `structured` is the parsed answer where a `schema` was asked and the answer is whole; null, and what the wire cannot
-    carry, are in `text` only."""
+    carry, are in `text` only. `alone`: `context_policy` rotate or `deterministic` had this request served by itself."""
 
     model: str
     text: str
@@ -166,6 +166,7 @@ class Completion(Result, kw_only=True):
     structured: Any = None
     logprobs: list[TokenLogprob] | None = None
     invented: list[str] | None = None
+    alone: bool = False
 
 
 class Stream(Result, kw_only=True):

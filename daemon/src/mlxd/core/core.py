@@ -29,7 +29,7 @@ from .downloads import DownloadLine
 from .jobs import DownloadJob
 from .line import LoadLine
 from .records import Goal, ModelRecord, Request
-from .room import room_for
+from .room import room_for, shares
 
 __all__ = ["Core", "Limits"]
 
@@ -96,6 +96,10 @@ class Core:
         return types.Snapshot(
             models=[m.view(self.wall) for m in self.models.values()], jobs=jobs, stopping=self.draining
         )
+
+    def shares(self) -> dict[int, int]:
+        """See room.shares."""
+        return shares(self._book.by_worker.values(), self.limits.budget_bytes)
 
     def room_for(self, model: str, need_bytes: int) -> tuple[int, bool, list[str]]:
         """What loading a model would come to; see room.room_for."""

@@ -9,6 +9,10 @@
     vision     a model that sees: mlx-vlm's, in two halves
     sights     prompts with images, on their way into the batch
     engine     the requests in flight and how each ends
+    lanes      a batch for each kind of rows that cannot share one, and whose turn it is
+    lanecaches what rows decode on there, and what caches weigh
+    admission  rows wait, or are refused, so that their caches fit
+    patience   prompts that can wait step aside for those that cannot
     batch      mlx_lm's BatchGenerator with sampling for all rows in one call
     prefix      which prefixes of prompts are kept, and which go first
     kvcache     their arrays: out of a batch, and into another row

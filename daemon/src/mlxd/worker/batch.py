@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from mlxd_client.errors import InternalError
 
 from .constraint import allows_any, apply_masks
 from .kvcache import PromptCache, RowView, foreseen_bytes, take
+from .patience import Patience
 from .sampling import Plan, Sampling
 from .waits import Reuse, Waits
 
@@ -213,7 +215,14 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         prefill_joins: how many prompts begin to be read in one step at most. One that takes several steps is read
             together with those that begin after it.
         prompt_cache: where prompts find what was computed before; None computes everything.
+        beside: what caches hold that are none of these rows', as far as the prompt cache has to mind them.
+        fixed_prefill: this many tokens of a prompt are read at a time, however long it takes; 0 leaves it to PREFILL_S.
+
+    Attributes:
+        may_read: whether the next step goes on reading prompts; else it decodes only.
     """
+
+    completion_batch_size: int
 
     def __init__(
         self,
@@ -223,7 +232,10 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         prefill_step: int,
         prefill_joins: int = MOST_PREFILLS,
         prompt_cache: PromptCache | None = None,
+        beside: Callable[[], int] = lambda: 0,
+        fixed_prefill: int = 0,
     ) -> None:
+        prefill_step = fixed_prefill or prefill_step
         super().__init__(
             model,
             completion_batch_size=max_batch,
@@ -239,20 +251,35 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self._prompt_cache = prompt_cache
         self._reuses: dict[int, Reuse] = {}  # by uid, of prompts whose reading has not begun
         self._waits = Waits(prompt_cache.tree) if prompt_cache is not None else None
+        self._beside = beside
+        self._fixed_prefill = fixed_prefill
+        self._patience = Patience()
+        self.may_read = True
         self._steps = 0
 
+    def pace_like(self, other: RowGenerator) -> None:
+        """Begin with what another one learned of how fast the device reads."""
+        self._prefill_rate = other._prefill_rate
+
     def _next(self) -> Any:
+        held = self._patience.arrange(self) if self.may_read else []
         reading = len(self._prompt_batch)
         self.prefill_batch_size = min(reading + self._prefill_joins, self._most_prefills)
         rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts()
         fitting = self._prefill_rate * PREFILL_S / max(rows, 1)
         self.prefill_step_size = int(max(min(fitting, self._most_prefill), min(LEAST_PREFILL, self._most_prefill)))
+        self.prefill_step_size = self._fixed_prefill or self.prefill_step_size
         if self._waits is not None and (self._unprocessed_sequences or self._waits):
             joins = self.prefill_batch_size - reading
             self._waits.sort(self._unprocessed_sequences, joins, self._reuses, self._left_to_read)
         counters = self._counters
         tokens, seconds = counters.prompt_tokens, counters.prompt_time
-        made = super()._next()
+        made = super()._next() if self.may_read else self._decode()
+        if self._patience:
+            self._unprocessed_sequences.extend(held)
+            for progress in made[0]:
+                if progress.end_of_prompt:
+                    self._patience.read(progress.uid)
         if counters.prompt_tokens > tokens:
             self._prefill_rate = (counters.prompt_tokens - tokens) / (counters.prompt_time - seconds)
         if self._prompt_cache is not None and self._waits is not None:
@@ -264,6 +291,14 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                 self._prompt_cache.tree.fit(self.live_bytes())
         return made
 
+    def _decode(self) -> Any:
+        """A step as if there were no place for another row."""
+        places, self.completion_batch_size = self.completion_batch_size, 0
+        try:
+            return super()._next()
+        finally:
+            self.completion_batch_size = places
+
     def settle(self) -> None:
         """Have the prompt cache copy what it is to keep, beside what the rows hold now."""
         if self._prompt_cache is not None and self._prompt_cache.pending:
@@ -274,7 +309,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         if uid in self._prompt_batch.uids:
             _, done, total = self._currently_processing[self._prompt_batch.uids.index(uid)]
             return int(total - done)
-        return 0 if uid in self._generation_batch.uids else None
+        return 0 if uid in self._generation_batch.uids else self._patience.left(uid)
 
     def _make_batch(self, n: int) -> Any:
         if self._reuses and self._prompt_cache is not None:
@@ -297,8 +332,13 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self._unprocessed_sequences[index] = (uid, segments, most, caches, tokens[: reuse.cached], *rest)
 
     def live_bytes(self) -> int:
-        """What the caches of all rows hold, and will hold before the next look at it."""
+        """What the caches of all rows hold, those beside these included, and will hold before the next look at it."""
+        return self.own_bytes() + self._beside()
+
+    def own_bytes(self) -> int:
         ahead = {self._prompt_batch: self._most_prefill, self._generation_batch: LOOK_STEPS}
+        if self._patience.batch is not None:
+            ahead[self._patience.batch] = 0
         return sum(foreseen_bytes(batch.prompt_cache, len(batch), tokens) for batch, tokens in ahead.items())
 
     def _read_prompts(self) -> int:
@@ -313,9 +353,23 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         processors: list[Any],
         stops: Any,
         reuse: Reuse | None = None,
+        *,
+        uid: int | None = None,
+        caches: list[Any] | None = None,
+        urgent: bool = True,
     ) -> int:
-        """Queue one prompt. Returns the number that its responses carry as `uid`."""
-        caches, read = (None, 0) if reuse is None or reuse.begun is None else reuse.begun
+        """Queue one prompt. Returns the number that its responses carry as `uid`.
+
+        Args:
+            uid: that number, where it is not to be the next one.
+            caches: what the row decodes on, empty; None has the model make them. See also `Reuse.begun`.
+            urgent: its prompt is read before those that are not.
+        """
+        if uid is not None:
+            self._uid_count = uid
+        read = 0
+        if reuse is not None and reuse.begun is not None:
+            caches, read = reuse.begun
         uids: list[int] = self.insert(
             [tokens[read:]],
             max_tokens=[max_tokens],
@@ -325,13 +379,19 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
             logits_processors=[processors],
             stop_sequences=[stops],
         )
-        if reuse is not None and caches is None:
+        if reuse is not None and read == 0:
             self._reuses[uids[0]] = reuse
+        if not urgent:
+            self._patience.add(uids[0])
         return uids[0]
 
     def view(self, uid: int) -> tuple[RowView | None, list[int]]:
         """What the caches hold for a row now, and the tokens that this is of."""
         with mx.stream(self.stream):
+            aside = self._patience.at(uid)
+            if aside is not None:
+                batch = self._patience.batch
+                return batch.extract_cache(aside), batch.tokens[aside]
             view, tokens = self.extract_cache([uid]).get(uid) or (None, [])
         return (view, tokens) if isinstance(view, RowView) else (None, [])
 
@@ -339,6 +399,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         """Take a row out, whatever it is at. Returns its `view`."""
         view = self.view(uid)
         self.remove([uid])
+        self._patience.remove(uid)
         self._reuses.pop(uid, None)
         if self._waits is not None:
             self._waits.remove(uid)
@@ -346,7 +407,22 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     @property
     def active(self) -> int:
-        return len(self._generation_batch) + len(self._prompt_batch)
+        return len(self._generation_batch) + len(self._prompt_batch) + len(self._patience)
+
+    @property
+    def decoding(self) -> bool:
+        return len(self._generation_batch) > 0
+
+    @property
+    def can_read(self) -> bool:
+        """There are prompts to be read, and places for them."""
+        unread = len(self._prompt_batch) or self._unprocessed_sequences or self._waits or len(self._patience)
+        return bool(unread) and len(self._generation_batch) < self.completion_batch_size
+
+    @property
+    def urgent(self) -> bool:
+        """There are prompts to be read that cannot wait."""
+        return self._patience.urgent(self)
 
     @property
     def waiting(self) -> int:

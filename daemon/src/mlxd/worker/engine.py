@@ -17,11 +17,12 @@ from mlx_lm.sample_utils import make_logits_processors
 from mlxd_client.errors import InternalError, ModelInvalid, RpcError, Unsupported
 
 from ..childwire import CountTokens, Generate, Generated, WorkerTimings
-from .batch import NOT_FINITE, RowFailure, RowGenerator
+from .batch import NOT_FINITE, RowFailure
 from .constraint import Constraint
 from .grammar import Compiled, Compiler
 from .images import Picture, take_images
 from .kvcache import PromptCache, RowView
+from .lanes import PLAIN, Lanes
 from .load import LoadedModel
 from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
@@ -83,6 +84,8 @@ class Engine:
         prefill_step: how many tokens of a prompt are read between two decode steps.
         prefill_joins: how many prompts begin to be read in one step.
         cache_bytes: bounds the prefixes that are kept and what the batch holds, together; 0 keeps nothing.
+        kv_bytes: what the KV caches of all requests may hold; 0 is no bound. See `allow`.
+        kv_bits: what requests have that say nothing; 0 leaves their KV caches as they are.
         guard: (source, answer) → words the answer invents; used for models that promise to rewrite faithfully.
     """
 
@@ -94,6 +97,8 @@ class Engine:
         prefill_step: int,
         prefill_joins: int = 8,
         cache_bytes: int = 0,
+        kv_bytes: int = 0,
+        kv_bits: int = 0,
         guard: Callable[[str, str], tuple[str, ...]] | None = None,
     ) -> None:
         self._loaded = loaded
@@ -105,7 +110,11 @@ class Engine:
             "prefill_step": prefill_step,
             "prefill_joins": prefill_joins,
             "prompt_cache": self.cache,
+            "window": loaded.context_length,
+            "kv_bytes": kv_bytes,
         }
+        self._cache_bytes = cache_bytes - sight_bytes
+        self._defaults = loaded.defaults | ({"kv_bits": kv_bits} if kv_bits else {})
         self._guard = guard
         sees = loaded.vision is not None
         self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary, parts=sees)
@@ -113,7 +122,8 @@ class Engine:
         if loaded.vision is not None:
             loaded.vision.features.budget_bytes = sight_bytes
             self._sights = Sights(loaded.model, loaded.vision, self.cache, step=prefill_step)
-        self._generator = RowGenerator(loaded.model, **self._limits)
+        self._generator = Lanes(loaded.model, **self._limits)
+        self.allow(kv_bytes)
         self._eos: set[int] = set(loaded.tokenizer.eos_token_ids)
         self._stops = StopSequences([(token,) for token in self._eos])
         tokenizer = loaded.tokenizer
@@ -145,12 +155,23 @@ class Engine:
 
         Raises:
             RpcError: it cannot be honoured. Nothing of it remains.
+            EngineLost: see `step`.
         """
+        try:
+            self._submit(request_id, request)
+        except RpcError:
+            raise
+        except Exception as error:  # a tokenizer's or a template's own; it is this request's alone
+            _check_alive(error)
+            raise _typed(error) from error
+
+    def _submit(self, request_id: int, request: Generate) -> None:
         received_at = time.perf_counter()
-        choices = resolve(request.kind, request.options, self._loaded.defaults, self._loaded.vocabulary)
+        choices = resolve(request.kind, request.options, self._defaults, self._loaded.vocabulary)
         turns, sources = take_images(request.messages, blind=self._loaded.blind)
         if sources and self._sights is not None:
             check_options(request)
+            choices = replace(choices, lane=PLAIN)  # whatever the model's default is
             request = msgspec.structs.replace(request, messages=[])  # the images' bytes go once they are read
             self._sights.add(
                 request_id,
@@ -158,6 +179,7 @@ class Engine:
                 lambda pictures: self._accept(request_id, request, choices, turns, received_at, pictures),
             )
         else:
+            self._generator.check(choices.lane)
             self._accept(request_id, request, choices, turns, received_at, [])
 
     def _accept(
@@ -171,11 +193,12 @@ class Engine:
     ) -> None:
         if self.cache is None and request.options.get("cache_prompt") is True:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
-        reuse = Reuse(NAMESPACE) if self.cache is not None and choices.cache_prompt else None
+        urgent = request.priority != "batch"
+        reuse = Reuse(NAMESPACE, urgent=urgent) if self.cache is not None and choices.cache_prompt else None
         sight: Sight | None = None
         if pictures:
             prompt, sight = self._build_seeing(request.kind, turns, choices, pictures)
-            reuse = Reuse(sight.namespace) if reuse is not None else None
+            reuse = Reuse(sight.namespace, urgent=urgent) if reuse is not None else None
         else:
             cut = reuse is not None and self.cache is not None and self.cache.marked
             prompt = self._prompts.build(request.kind, turns, thinking=choices.thinking, cut=cut)
@@ -218,15 +241,20 @@ class Engine:
             thought = self._loaded.tokenizer.think_end if prompt.in_reasoning else None
             running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
             sampling = replace(sampling, constraint=running.constraint)
-        room = self._loaded.context_length - len(prompt.tokens)
+        lane, most = choices.lane, choices.max_tokens
+        if not lane.rotate:
+            most = min(most, self._loaded.context_length - len(prompt.tokens))
+        most = self._generator.fit(lane, len(prompt.tokens), most, asked=choices.asked_tokens)
         processors = make_logits_processors(choices.logit_bias)
+        urgent = running.request.priority != "batch"
 
-        def add(reuse: Reuse | None) -> None:
+        def add(reuse: Reuse | None) -> int:
             uid = self._generator.add(
-                prompt.tokens, min(choices.max_tokens, room), sampling, processors, self._stops, reuse
+                prompt.tokens, most, sampling, processors, self._stops, reuse, key=lane, urgent=urgent
             )
             self._running[uid] = running
             self._uids[running.id] = uid
+            return uid
 
         if running.sight is not None and self._sights is not None:
             self._sights.see(running.id, Seen(running.sight, prompt.tokens, running.reuse, add, running))
@@ -242,7 +270,10 @@ class Engine:
             running, _ = self._compiling.pop(request_id)
             outcome.ended.append((request_id, self._result(running, "cancelled")))
         elif uid is not None:
-            self._keep(self._running[uid], *self._generator.drop(uid))
+            try:
+                self._keep(self._running[uid], *self._generator.drop(uid))
+            except Exception as error:
+                return self._fail_all(error, outcome)
             self._end(uid, "cancelled", outcome)
         elif self._sights is not None:
             with contextlib.suppress(KeyError):
@@ -251,14 +282,25 @@ class Engine:
                 outcome.ended.append((request_id, nothing if owner is None else self._result(owner, "cancelled")))
         return outcome
 
+    def allow(self, kv_bytes: int) -> None:
+        """Have the KV caches of all requests, and the prefixes that are kept, hold no more than this; 0 is no bound.
+        What is running goes on."""
+        self._generator.allow(kv_bytes)
+        if self.cache is not None:
+            self.cache.tree.budget_bytes = min(self._cache_bytes, kv_bytes) if kv_bytes else self._cache_bytes
+
     def count(self, request: CountTokens) -> int:
-        if request.messages is not None:
-            turns, sources = take_images(request.messages, blind=self._loaded.blind)
+        """Raises RpcError."""
+        turns = request.messages
+        if turns is not None:
+            turns, sources = take_images(turns, blind=self._loaded.blind)
             if sources:
                 told = "tokens of images cannot be counted"
                 raise Unsupported(told, option="messages", field=sources[0].field)
+        try:
             return self._prompts.count(text=request.text, messages=turns)
-        return self._prompts.count(text=request.text, messages=request.messages)
+        except Exception as error:
+            raise _typed(error) from error
 
     # --- steps
 
@@ -273,12 +315,22 @@ class Engine:
             self._see(self._sights, outcome)
         if self._compiling and not self._join_compiled(outcome):
             return outcome
+        for uid, error in self._generator.refuse():
+            self._fail(uid, error, outcome, in_batch=False)
         try:
             self._generator.settle()
             prompts, responses = self._generator.next()
         except Exception as error:
             return self._fail_all(error, outcome)
         self._failed_steps = 0
+        try:
+            self._take(prompts, responses, outcome)
+        except Exception as error:  # a row could not be looked at, or taken out
+            return self._fail_all(error, outcome)
+        return outcome
+
+    def _take(self, prompts: list[Any], responses: list[Any], outcome: Outcome) -> None:
+        """What a step made goes to its requests. Whatever a request brought that raises costs that request only."""
         now = time.perf_counter()
         for progress in prompts:
             running = self._running.get(progress.uid)
@@ -294,15 +346,13 @@ class Engine:
                 self._advance(running, response, now, outcome)
             except Exception as error:
                 self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
-        return outcome
 
     def _see(self, sights: Sights, outcome: Outcome) -> None:
         """Go on with prompts that have images, as far as that goes between two decode steps."""
         failed = sights.take_read(wait_s=0.0 if self._running else COMPILING_S)
-        lost = sights.step(self._generator.live_bytes)
+        lost = sights.step(self._generator)
         for request_id, error in [*failed, *([lost] if lost is not None else [])]:
-            if any(sign.lower() in str(error).lower() for sign in _FATAL):
-                raise EngineLost(f"{type(error).__name__}: {error}") from error
+            _check_alive(error)
             outcome.ended.append((request_id, _typed(error)))
 
     def _join_compiled(self, outcome: Outcome) -> bool:
@@ -381,6 +431,7 @@ class Engine:
             logprobs=running.logprobs if running.choices.sampling.logprobs >= 0 else None,
             invented=invented,
             structured=structured,
+            alone=running.choices.lane.alone,
         )
 
     def _report(self, count: int, token: int, note: tuple[mx.array, mx.array, mx.array]) -> dict[str, Any]:
@@ -426,23 +477,23 @@ class Engine:
         self._uids.pop(running.id, None)
         if running.choices.rule is not None:
             self._compiler.forget(running.choices.rule)
+        outcome.ended.append((running.id, _typed(error)))
         if in_batch:
             self._generator.drop(uid)
-        outcome.ended.append((running.id, _typed(error)))
 
     def _fail_all(self, error: Exception, outcome: Outcome) -> Outcome:
-        """The shared step raised: nobody's state can be trusted. End all, and start a clean batch."""
-        message = str(error)
+        """The shared step raised: nobody's state in that lane can be trusted. End them all, and start a clean batch."""
         self._failed_steps += 1
-        if self._failed_steps > MAX_FAILED_STEPS or any(sign.lower() in message.lower() for sign in _FATAL):
-            raise EngineLost(f"{type(error).__name__}: {message}") from error
-        outcome.ended += [(running.id, _typed(error)) for running in self._running.values()]
-        self._running.clear()
-        self._uids.clear()
+        _check_alive(error)
+        if self._failed_steps > MAX_FAILED_STEPS:
+            raise EngineLost(f"{type(error).__name__}: {error}") from error
+        for uid in self._generator.fail():
+            running = self._running.pop(uid, None)
+            if running is not None:
+                self._uids.pop(running.id, None)
+                outcome.ended.append((running.id, _typed(error)))
         if self.cache is not None:
             self.cache.forget_pending()
-        self._generator.close()
-        self._generator = RowGenerator(self._loaded.model, **self._limits)
         mx.clear_cache()
         return outcome
 
@@ -458,6 +509,13 @@ class Engine:
                 self._generator.next()
             if time.perf_counter() - started > 1.0:  # a large model on a slow device: the rest can wait
                 return
+
+
+def _check_alive(error: Exception) -> None:
+    """Raises EngineLost where an error says that the device is gone."""
+    message = str(error)
+    if any(sign.lower() in message.lower() for sign in _FATAL):
+        raise EngineLost(f"{type(error).__name__}: {message}") from error
 
 
 def _typed(error: Exception) -> RpcError:

@@ -92,6 +92,8 @@ class Worker:
             raise Stopped
         if method == "cancel" and self._engine is not None and isinstance(params, dict):
             self._send(self._engine.cancel(params.get("id", -1)))
+        if method == "allow" and self._engine is not None and isinstance(params, dict):
+            self._engine.allow(int(params["kv_bytes"]))
 
     def _load(self, request_id: int, params: Any) -> None:
         request = _convert(params, LoadModel)
@@ -103,6 +105,8 @@ class Worker:
             loaded,
             **limits(request),
             cache_bytes=request.cache_bytes,
+            kv_bytes=request.kv_bytes,
+            kv_bits=request.kv_bits,
             guard=find_guard() if loaded.faithful else None,
         )
         try:

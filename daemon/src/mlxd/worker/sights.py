@@ -20,6 +20,7 @@ from ..childwire import Generate
 from .batch import FIRST_PREFILL, LEAST_PREFILL, PREFILL_S
 from .images import Picture, Source, read_pictures
 from .kvcache import PromptCache, take
+from .lanes import Lanes
 from .vision import LanguageModel, Sight, Vision
 from .waits import Reuse
 
@@ -68,7 +69,7 @@ class Seen:
     sight: Sight
     tokens: list[int]
     reuse: Reuse | None
-    join: Callable[[Reuse], None]
+    join: Callable[[Reuse], int]
     owner: Any
     caches: list[Any] = field(default_factory=list)
     read: int = 0
@@ -90,6 +91,7 @@ class Sights:
         self._rate = FIRST_PREFILL / PREFILL_S  # tokens per second
         self._unread: dict[int, Unread] = {}
         self._seen: deque[tuple[int, Seen]] = deque()
+        self._joined = 0  # the uid of the one that was
         self._threads = ThreadPoolExecutor(THREADS, "images")
 
     def __len__(self) -> int:
@@ -135,17 +137,20 @@ class Sights:
                 return entry[1].owner
         raise KeyError(request_id)
 
-    def step(self, live_bytes: Callable[[], int]) -> tuple[int, Exception] | None:
-        """One piece of work on the first prompt. Returns the request that failed by it, if one did."""
-        if not self._seen:
+    def step(self, rows: Lanes) -> tuple[int, Exception] | None:
+        """One piece of work on the first prompt. Returns the request that failed by it, if one did.
+
+        The next one is not begun while the last one, already read, waits for memory among `rows`.
+        """
+        if not self._seen or rows.holds_back(self._joined):
             return None
         request_id, seen = self._seen[0]
         try:
-            done = self._go_on(seen, live_bytes)
+            done = self._go_on(seen, rows.live_bytes)
             if done:
                 reuse = seen.reuse or Reuse(b"")
                 reuse.begun = seen.caches, seen.read
-                seen.join(reuse)
+                self._joined = seen.join(reuse)
         except Exception as error:
             self._seen.popleft()
             return request_id, error

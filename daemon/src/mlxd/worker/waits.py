@@ -30,12 +30,14 @@ class Reuse:
         cuts: after how many tokens its reading pauses, so that what was computed can be kept.
         cached: how many tokens were there already; known once its reading begins.
         begun: caches, and how many tokens they hold, where a part of the prompt was read outside the batch.
+        urgent: it waits for nobody who is not.
     """
 
     namespace: bytes
     cuts: tuple[int, ...] = ()
     cached: int = 0
     begun: tuple[list[Any], int] | None = None
+    urgent: bool = True
 
 
 @dataclass(slots=True)
@@ -91,7 +93,7 @@ class Waits:
         """The uid of a row that is worth waiting for."""
         kept: int | None = None
         for uid, read in self._reads.items():
-            if read.reuse.namespace != reuse.namespace:
+            if read.reuse.namespace != reuse.namespace or (reuse.urgent and not read.reuse.urgent):
                 continue
             shared = min(common(read.tokens, tokens, 0), len(tokens) - 1)
             if self._tree.marked:
