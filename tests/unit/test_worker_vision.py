@@ -247,6 +247,14 @@ def test_a_default_of_quantised_caches_leaves_images_alone(engine: Engine) -> No
     assert alone(make(engine._loaded, kv_bits=8), ask(CAT, "what is it")).text == wanted
 
 
+def test_texts_are_guessed_ahead_and_images_are_not(models: dict[str, LoadedModel]) -> None:
+    loaded = models["smolvlm"]
+    wanted = alone(make(loaded), ask("hello hello hello", max_tokens=40)).text
+    guessed = alone(make(loaded), ask("hello hello hello", max_tokens=40, speculation="lookup"))
+    assert guessed.text == wanted
+    assert alone(make(loaded), ask(CAT, "hello", max_tokens=40, speculation="auto")).speculation is None
+
+
 def test_features_used_longest_ago_go_first() -> None:
     cache = FeatureCache(100)
     for name in (b"a", b"b", b"c"):
