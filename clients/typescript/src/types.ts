@@ -88,8 +88,8 @@ export interface Completion {
   structured?: unknown;
   logprobs?: TokenLogprob[];
   invented?: string[];
-  alone?: boolean;
   speculation?: Speculation;
+  alone?: boolean;
 }
 
 export interface DeleteResult {

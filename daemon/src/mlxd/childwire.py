@@ -100,9 +100,9 @@ class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     max_batch: int = 32
     prefill_step: int = 512
     cache_bytes: int = 0
+    draft: Attach | None = None
     kv_bytes: int = 0
     kv_bits: int = 0
-    draft: Attach | None = None
 
 
 class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -155,8 +155,8 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     logprobs: list[dict[str, Any]] | None = None
     invented: list[str] | None = None
     structured: Any = None
-    alone: bool = False
     speculation: types.Speculation | None = None
+    alone: bool = False
 
 
 class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -35,8 +35,8 @@ class Library:
     Attributes:
         downloads: what moves models from the hub to the disk, and removes them.
         paths: where each known model lies, by id.
-        kv_bytes: the part of its need that is for KV caches; 0 where its folder does not say what those take.
         drafts: the draft models that the settings give to models, by the model's id, as far as they are here.
+        kv_bytes: the part of its need that is for KV caches; 0 where its folder does not say what those take.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class Library:
         log: Log, loop: asyncio.AbstractEventLoop,
     ) -> None:  # fmt: skip
         self.paths: dict[str, str] = {}
-        self.kv_bytes: dict[str, int] = {}
         self.drafts: dict[str, Found] = {}
+        self.kv_bytes: dict[str, int] = {}
         self._settings = settings
         self._store = store
         self._core = core

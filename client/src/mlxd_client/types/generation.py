@@ -179,8 +179,8 @@ class Completion(Result, kw_only=True):
     structured: Any = None
     logprobs: list[TokenLogprob] | None = None
     invented: list[str] | None = None
-    alone: bool = False
     speculation: Speculation | None = None
+    alone: bool = False
 
 
 class Stream(Result, kw_only=True):

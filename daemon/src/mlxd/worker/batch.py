@@ -304,6 +304,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     Attributes:
         may_read: whether the next step goes on reading prompts; else it decodes only.
+        crowded: there are rows elsewhere that take turns with these.
     """
 
     completion_batch_size: int
@@ -339,6 +340,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self._fixed_prefill = fixed_prefill
         self._patience = Patience()
         self.may_read = True
+        self.crowded = False
         self._steps = 0
 
     def pace_like(self, other: RowGenerator) -> None:
@@ -346,8 +348,9 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self._prefill_rate = other._prefill_rate
 
     def _next(self) -> Any:
+        alone = self.active == len(self._generation_batch) and not self.waiting and not self.crowded
+        self._generation_batch.may_guess = alone
         held = self._patience.arrange(self) if self.may_read else []
-        self._generation_batch.may_guess = not self.waiting and not held and not len(self._prompt_batch)
         reading = len(self._prompt_batch)
         self.prefill_batch_size = min(reading + self._prefill_joins, self._most_prefills)
         rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts()
@@ -376,14 +379,6 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                 self._prompt_cache.tree.fit(self.live_bytes())
         return made
 
-    def _decode(self) -> Any:
-        """A step as if there were no place for another row."""
-        places, self.completion_batch_size = self.completion_batch_size, 0
-        try:
-            return super()._next()
-        finally:
-            self.completion_batch_size = places
-
     def rest(self) -> list[Any]:
         """A further token that the last step brought, in a list; empty where that was all."""
         if not self._generation_batch.unsaid:
@@ -391,6 +386,14 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         with mx.stream(self.stream):
             responses: list[Any] = self._generation_batch.next()
             return responses
+
+    def _decode(self) -> Any:
+        """A step as if there were no place for another row."""
+        places, self.completion_batch_size = self.completion_batch_size, 0
+        try:
+            return super()._next()
+        finally:
+            self.completion_batch_size = places
 
     def settle(self) -> None:
         """Have the prompt cache copy what it is to keep, beside what the rows hold now."""

@@ -195,7 +195,8 @@ class Engine:
         received_at: float,
         pictures: list[Picture],
     ) -> None:
-        guess = None if pictures else self.guesses.guess(choices.speculation, constrained=choices.rule is not None)
+        apart = choices.rule is not None or choices.lane != PLAIN
+        guess = None if pictures else self.guesses.guess(choices.speculation, apart=apart)
         if self.cache is None and request.options.get("cache_prompt") is True:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
         urgent = request.priority != "batch"
@@ -316,11 +317,13 @@ class Engine:
         if not self.guesses.usable:
             raise Unsupported("nothing can be guessed for this model: it takes no draft model", option="draft_model")
         check_pair(self._loaded, draft)
-        if self.guesses.draft is not None:
-            self.guesses.draft.closed = True
-        self.guesses.draft = Draft(
+        made = Draft(
             name, draft, vocabulary=self._loaded.vocabulary, pace=self.guesses.pace, step=self._limits["prefill_step"]
         )
+        made.warm_up()
+        if self.guesses.draft is not None:
+            self.guesses.draft.closed = True
+        self.guesses.draft = made
 
     # --- steps
 
@@ -453,8 +456,8 @@ class Engine:
             logprobs=running.logprobs if running.choices.sampling.logprobs >= 0 else None,
             invented=invented,
             structured=structured,
-            alone=running.choices.lane.alone,
             speculation=running.guess.report() if running.guess is not None else None,
+            alone=running.choices.lane.alone,
         )
 
     def _report(self, count: int, token: int, note: tuple[mx.array, mx.array, mx.array]) -> dict[str, Any]:

@@ -247,20 +247,20 @@ class Lanes:
             self._admission.admit(self._foreseen)
         lane = self._plain if len(self._lanes) == 1 else self._turn()
         self._stepping = lane
+        lane.rows.crowded = len(self._lanes) > 1
         made: tuple[list[Any], list[Any]] = lane.rows.next()
-        self._forget_ended(lane, made[1])
+        self._note_ends(lane, made[1])
         if len(self._lanes) > 1:
             self._stepped(lane, bool(made[0]))
         return made
 
     def rest(self) -> list[Any]:
-        """See RowGenerator; of the step that was taken last."""
-        made = self._plain.rows.rest() if self._stepping is self._plain else []
-        if made:
-            self._forget_ended(self._plain, made)
-        return made
+        """See RowGenerator; of the lane that took the last step."""
+        responses = self._stepping.rows.rest()
+        self._note_ends(self._stepping, responses)
+        return responses
 
-    def _forget_ended(self, lane: Lane, responses: list[Any]) -> None:
+    def _note_ends(self, lane: Lane, responses: list[Any]) -> None:
         for response in responses:
             if response.finish_reason is not None:
                 self._homes.pop(response.uid, None)

@@ -39,8 +39,8 @@ class Choices:
     thinking: bool = False
     cache_prompt: bool = True
     rule: Rule | None = None
-    lane: LaneKey = PLAIN
     speculation: str = "auto"
+    lane: LaneKey = PLAIN
 
 
 def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], vocabulary: int) -> Choices:
@@ -84,8 +84,8 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
         thinking=_or(params.thinking, False),
         cache_prompt=_or(params.cache_prompt, True) and lane == PLAIN,
         rule=read_rule(_or(params.schema, None), _or(params.grammar, None)),
+        speculation=_or(params.speculation, "auto"),
         lane=lane,
-        speculation=_or(params.speculation, "auto") if lane == PLAIN else "off",
     )
 
 
