@@ -96,8 +96,9 @@ class Library:
         self.downloads.forget_plans(found.model)
         draft = self.drafts.get(found.model)
         need_bytes = found.memory_bytes + (0 if draft is None else draft_bytes(draft))
+        context = min(found.context_length, self._settings.context_length.get(found.model, found.context_length))
         return ev.Found(
-            found.model, found.source, need_bytes, found.revision, found.size_bytes, found.context_length,
+            found.model, found.source, need_bytes, found.revision, found.size_bytes, context,
             self._settings.keep_alive.get(found.model),
         )  # fmt: skip
 

@@ -27,6 +27,7 @@ from ..store.safetensors import SafetensorsError, check_safetensors
 from .early import start_early
 from .grammar import can_constrain
 from .options import check_defaults
+from .pooling import Pooling, inner_of, read_pooling
 from .vision import FAMILIES, HOW_TO_INSTALL, Family, Vision, family_of, installed, load_seeing
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -69,6 +70,7 @@ class LoadedModel:
         faithful: the model promises to invent no words when it processes text.
         vision: what sees, where the model does and can be asked to.
         blind: else why not.
+        pooling: how vectors of texts are made of what it computes.
     """
 
     model: Any
@@ -79,6 +81,7 @@ class LoadedModel:
     faithful: bool = False
     vision: Vision | None = None
     blind: str | None = "this model sees no images"
+    pooling: Pooling = field(default_factory=Pooling)
 
     @property
     def capabilities(self) -> list[str]:
@@ -93,14 +96,17 @@ class LoadedModel:
             found += ["structured", "grammar"]
         if self.vision is not None:
             found.append("vision")
+        if self.pooling.refusal is None and inner_of(self.model) is not None:
+            found.append("embed")
         return found
 
 
-def load(path: str, progress: Callable[[float], None]) -> LoadedModel:
+def load(path: str, progress: Callable[[float], None], most_context: int = 0) -> LoadedModel:
     """Load the model in the folder `path`.
 
     Args:
         progress: called with 0 to 1 between parts; what it raises ends the load.
+        most_context: bounds the context, in tokens, where it is not 0.
 
     Raises:
         ModelInvalid: the folder is no usable model; the message says why.
@@ -113,7 +119,10 @@ def load(path: str, progress: Callable[[float], None]) -> LoadedModel:
         settings = _read_settings(folder)
         check_weights(folder)
         progress(0.0)
-        return _load(folder, config, settings, progress)
+        loaded = _load(folder, config, settings, progress)
+        if most_context:
+            loaded.context_length = min(loaded.context_length, most_context)
+        return loaded
     except (RpcError, PipeClosed):
         raise
     except (OSError, MemoryError) as error:
@@ -165,6 +174,7 @@ def _load(
         faithful=settings.get("guard") == "faithful",
         vision=vision,
         blind=None if vision is not None else _blind(family),
+        pooling=read_pooling(folder, config),
     )
 
 
