@@ -95,8 +95,8 @@ def build(
     return folder
 
 
-def write_tokenizer(folder: Path, vocabulary: int, chat_template: str | None) -> None:
-    """Write tokenizer.json and tokenizer_config.json: byte-level BPE, the chat markers of Qwen, thinking markers."""
+def write_tokenizer(folder: Path, vocabulary: int, chat_template: str | None, *, thinking: bool = True) -> None:
+    """Write tokenizer.json and tokenizer_config.json: byte-level BPE, the chat markers of Qwen, and for `thinking`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -109,7 +109,8 @@ def write_tokenizer(folder: Path, vocabulary: int, chat_template: str | None) ->
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    if thinking:
+        tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

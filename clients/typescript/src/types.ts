@@ -201,6 +201,22 @@ export interface HelloResult {
   capabilities: string[];
 }
 
+export interface ImagePart {
+  type: "image";
+  path?: string;
+  data?: string;
+}
+
+export interface ImageUrl {
+  url: string;
+  detail?: "auto";
+}
+
+export interface ImageUrlPart {
+  type: "image_url";
+  image_url: ImageUrl;
+}
+
 export interface Job {
   job: string;
   kind: "batch" | "download" | "load";
@@ -262,7 +278,7 @@ export interface Memory {
 
 export interface Message {
   role: "assistant" | "system" | "tool" | "user";
-  content?: string;
+  content?: string | (TextPart | ImagePart | ImageUrlPart)[];
   name?: string;
   tool_calls?: Record<string, unknown>[];
   tool_call_id?: string;
@@ -424,6 +440,11 @@ export interface SubscribeResult {
 
 export interface SubscriptionParams {
   subscription: number;
+}
+
+export interface TextPart {
+  type: "text";
+  text: string;
 }
 
 export interface Timings {

@@ -43,6 +43,8 @@ MAX_FRAME_BYTES = types.MAX_FRAME_BYTES + 65_536
 MAX_DEPTH = types.MAX_DEPTH + 4
 # A schema, as JSON, or a grammar may be this long: compiling takes time and memory.
 MAX_RULE_BYTES = 256 * 1024
+# How many images a request may bring.
+MAX_IMAGES = 16
 # Options of the wire that no worker honours yet: refused before anything is loaded for them.
 NOT_YET = (
     "tools",
@@ -122,9 +124,10 @@ class Attached(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """One request. `messages` are chat turns as on the public wire; `options` the sampling options that were set,
-    under the public wire's names; what is not set falls to the model's defaults, then the worker's. `priority` as on
-    the public wire: where requests wait inside the worker, interactive ones go first. `adapter`: an absolute folder."""
+    """One request. `messages` are chat turns as on the public wire, images included; `options` the sampling options
+    that were set, under the public wire's names; what is not set falls to the model's defaults, then the worker's.
+    `priority` as on the public wire: where requests wait inside the worker, interactive ones go first. `adapter`: an
+    absolute folder."""
 
     kind: str  # "process" | "chat"
     messages: list[dict[str, Any]]

@@ -111,6 +111,8 @@ def refuse_unsupported(params: types.GenerateParams) -> None:
         if turn.role == "tool" or turn.tool_calls is not UNSET or turn.tool_call_id is not UNSET:
             told = f"messages[{number}]"
             raise errors.Unsupported(f"{told}: tool turns are not supported yet", option="messages", field=told)
+    if isinstance(params, types.ChatParams):
+        check_images(params.messages)
 
 
 def check_rule(params: types.GenerateParams) -> None:
@@ -129,10 +131,38 @@ def check_rule(params: types.GenerateParams) -> None:
             raise errors.InvalidParams(told, field=name, limit_bytes=wire.MAX_RULE_BYTES)
 
 
+def check_images(messages: list[types.Message]) -> int:
+    """How many images there are. Raises InvalidParams for those that no worker would read, as far as that shows from
+    outside: whether a file is there, and is an image, is for the worker to see."""
+    count = 0
+    for number, turn in enumerate(messages):
+        for place, part in enumerate(turn.content if isinstance(turn.content, list) else ()):
+            if isinstance(part, types.TextPart):
+                continue
+            count += 1
+            field = f"messages[{number}].content[{place}]"
+            if count > wire.MAX_IMAGES:
+                told = f"{field}: a request brings {wire.MAX_IMAGES} images at most"
+                raise errors.InvalidParams(told, field=field, limit=wire.MAX_IMAGES)
+            if isinstance(part, types.ImageUrlPart):
+                if not part.image_url.url[:5].lower() == "data:":
+                    raise errors.InvalidParams(f"{field}: nothing is fetched; send a data: URL or a path", field=field)
+            elif (part.path is UNSET) == (part.data is UNSET):
+                raise errors.InvalidParams(f"{field}: an image is either a path or data", field=field)
+            elif part.path is not UNSET and (not part.path.startswith("/") or "\0" in part.path):
+                raise errors.InvalidParams(f"{field}: the path of an image is absolute", field=field)
+    return count
+
+
+def turn_params(messages: list[types.Message]) -> list[dict[str, Any]]:
+    """Turns as their worker gets them."""
+    return [msgspec.to_builtins(message, builtin_types=(bytes,)) for message in messages]
+
+
 def worker_params(kind: str, params: types.GenerateParams, adapter: wire.Adapter | None = None) -> wire.Generate:
     """The request as its worker gets it: turns, and the options that were set."""
     if isinstance(params, types.ChatParams):
-        messages = [msgspec.to_builtins(message) for message in params.messages]
+        messages = turn_params(params.messages)
     else:
         assert isinstance(params, types.ProcessParams)
         messages = [] if params.system is UNSET else [{"role": "system", "content": params.system}]
@@ -144,9 +174,20 @@ def worker_params(kind: str, params: types.GenerateParams, adapter: wire.Adapter
     )
 
 
+def characters(messages: list[types.Message]) -> int:
+    """How much text turns have."""
+    total = 0
+    for turn in messages:
+        if isinstance(turn.content, str):
+            total += len(turn.content)
+        else:
+            total += sum(len(part.text) for part in turn.content if isinstance(part, types.TextPart))
+    return total
+
+
 def count_params(params: types.TokensParams) -> wire.CountTokens:
     if params.messages is not UNSET:
-        return wire.CountTokens(messages=[msgspec.to_builtins(message) for message in params.messages])
+        return wire.CountTokens(messages=turn_params(params.messages))
     return wire.CountTokens(text=params.text or "")
 
 

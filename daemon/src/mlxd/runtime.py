@@ -27,7 +27,7 @@ from .core import actions as do
 from .core import events as ev
 from .core.core import Core, Limits
 from .fetchers import Fetchers
-from .generation import Generation, completion, count_params, refuse_unsupported, with_text, worker_params
+from .generation import Generation, characters, completion, count_params, refuse_unsupported, with_text, worker_params
 from .library import Library, draft_bytes
 from .server.events import EventLog
 from .workers import Attached, WorkerLink
@@ -661,8 +661,8 @@ class Runtime:
         if (params.text is UNSET) == (params.messages is UNSET):
             raise errors.InvalidParams("give either text or messages", field="text")
         turns = [] if params.messages is UNSET else params.messages
-        characters = len(params.text or "") + sum(len(turn.content) for turn in turns)
-        _, result = await self._ask(client, params.model, "count", count_params(params), characters)
+        length = len(params.text or "") + characters(turns)
+        _, result = await self._ask(client, params.model, "count", count_params(params), length)
         return msgspec.convert(result, types.TokensResult)
 
     async def encode(self, client: int, params: types.EncodeParams) -> types.EncodeResult:

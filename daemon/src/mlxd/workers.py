@@ -20,6 +20,8 @@ from .children.death import Death
 # Characters, and characters a second: a slow tokenizer on a busy machine.
 _LONG_TEXT = 100_000
 _READING_SPEED = 20_000
+# Seconds: a large vision tower looks at one image, on a slow device.
+_LOOKING_S = 60.0
 
 
 class WorkerEvents(Protocol):
@@ -71,7 +73,7 @@ class WorkerLink:
     def generate(self, rid: int, params: wire.Generate) -> None:
         assert self.child is not None
         request_id = self.child.request("generate", params)
-        self._expect_reading(request_id, sum(len(turn.get("content", "")) for turn in params.messages))
+        self._expect_reading(request_id, *_size(params.messages))
         self._rids[request_id] = rid
         self._ids[rid] = request_id
 
@@ -122,10 +124,14 @@ class WorkerLink:
 
         self.ask("adapt", wire.Adapt(adapter=None if adapter is None else adapter.path), answered, characters=0)
 
-    def _expect_reading(self, request_id: int, characters: int) -> None:
-        """A tokenizer gives no sign of life before it has read its whole text: bear with it in proportion."""
-        if characters > _LONG_TEXT:
-            self._reading[request_id] = characters / _READING_SPEED
+    def _expect_reading(self, request_id: int, characters: int, images: int = 0) -> None:
+        """A tokenizer gives no sign of life before it has read its whole text, nor a vision tower before it has seen
+        an image: bear with them, with texts in proportion."""
+        patience_s = characters / _READING_SPEED if characters > _LONG_TEXT else 0.0
+        if images:
+            patience_s += _LOOKING_S
+        if patience_s:
+            self._reading[request_id] = patience_s
             self._bear_silence()
 
     def _bear_silence(self) -> None:
@@ -200,3 +206,17 @@ class WorkerLink:
             del self._ids[rid]
             outcome = failed if failed is not None else msgspec.convert(message["result"], wire.Generated)
             self._events.worker_answered(rid, outcome)
+
+
+def _size(messages: list[dict[str, Any]]) -> tuple[int, int]:
+    """How many characters of text, and how many images, turns have."""
+    characters = images = 0
+    for turn in messages:
+        content = turn.get("content", "")
+        if isinstance(content, str):
+            characters += len(content)
+        else:
+            texts = [part["text"] for part in content if part["type"] == "text"]
+            characters += sum(map(len, texts))
+            images += len(content) - len(texts)
+    return characters, images

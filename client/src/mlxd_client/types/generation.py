@@ -9,14 +9,45 @@ from msgspec import UNSET, Meta, UnsetType
 from .base import MAX_INTEGER, FinishReason, KeepAlive, ModelRef, Name, Params, Result
 
 Role = Literal["system", "user", "assistant", "tool"]
-Text = str
+
+
+class TextPart(Params, kw_only=True, tag_field="type", tag="text"):
+    """Some of a turn's text."""
+
+    text: str
+
+
+class ImagePart(Params, kw_only=True, tag_field="type", tag="image"):
+    """An image, where the turn speaks of it: the `path` of a file, absolute, or its bytes as `data` (base64 in JSON).
+    PNG, JPEG, WebP or GIF, of one frame."""
+
+    path: Annotated[str, Meta(min_length=1, max_length=4096)] | UnsetType = UNSET
+    data: Annotated[bytes, Meta(min_length=1)] | UnsetType = UNSET
+
+
+class ImageUrl(Params, kw_only=True):
+    """`url` is a `data:` URL with base64. Nothing is fetched. `detail` is for others: images are read as the model
+    reads them."""
+
+    url: Annotated[str, Meta(min_length=1)]
+    detail: Literal["auto"] | UnsetType = UNSET
+
+
+class ImageUrlPart(Params, kw_only=True, tag_field="type", tag="image_url"):
+    """An image as OpenAI's clients send it."""
+
+    image_url: ImageUrl
+
+
+Part = TextPart | ImagePart | ImageUrlPart
 
 
 class Message(Params, kw_only=True):
-    """One turn. `content` is text; tool fields belong to assistant and tool turns."""
+    """One turn. `content` is text, or parts: texts and images in the order in which they are read. Tool fields belong
+    to assistant and tool turns."""
 
     role: Role
-    content: Text = ""
+    content: str | Annotated[list[Part], Meta(max_length=1024)] = ""
     name: Name | UnsetType = UNSET
     tool_calls: list[dict[str, Any]] | UnsetType = UNSET
     tool_call_id: Name | UnsetType = UNSET

@@ -10,6 +10,9 @@
     options    what a request asks for, what the model defaults to, what is refused
     prompt     messages become tokens, through the model's chat template
     shorten    which messages of a conversation go where it is too long
+    images     an image of a request becomes pixels, or a typed error
+    vision     a model that sees: mlx-vlm's, in two halves
+    sights     prompts with images, on their way into the batch
     engine     the requests in flight and how each ends
     answers    several answers to one prompt, as one result
     lanes      a batch for each kind of rows that cannot share one, and whose turn it is

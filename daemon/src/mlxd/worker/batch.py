@@ -544,20 +544,24 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
         Args:
             uid: that number, where it is not to be the next one.
-            caches: what the row decodes on, empty; None has the model make them.
+            caches: what the row decodes on, empty; None has the model make them. See also `Reuse.begun`.
             urgent: its prompt is read before those that are not.
         """
         if uid is not None:
             self._uid_count = uid
+        read = 0
+        if reuse is not None and reuse.begun is not None:
+            caches, read = reuse.begun
         uids: list[int] = self.insert(
-            [tokens],
+            [tokens[read:]],
             max_tokens=[max_tokens],
             caches=None if caches is None else [caches],
+            all_tokens=[tokens[:read]],
             samplers=[sampling],
             logits_processors=[processors],
             stop_sequences=[stops],
         )
-        if reuse is not None:
+        if reuse is not None and read == 0:
             self._reuses[uids[0]] = reuse
         if not urgent:
             self._patience.add(uids[0])

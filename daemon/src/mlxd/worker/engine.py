@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import make_logits_processors
 
@@ -34,6 +36,7 @@ from .constraint import Constraint
 from .draft import Draft, check_pair
 from .embed import ALONE_S, BESIDE_S, Embedder
 from .grammar import Compiled, Compiler
+from .images import Picture, take_images
 from .kvcache import PromptCache, RowView
 from .lanes import PLAIN, Lanes
 from .load import LoadedModel
@@ -41,17 +44,21 @@ from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
 from .sampling import Sampling, other_key
 from .shorten import shortened
+from .sights import Seen, Sights, check_options
 from .speculation import Guess, Guesses
 from .text import TextStream, make_machine
 from .tokens import decode, encode
+from .vision import Sight
 from .waits import LEAST, Reuse
 
 # What shares prefixes: all that the base model computes, and all that an adapter of one content does.
 NAMESPACE = b""
 # After this many failed steps in a row, no further batch is tried.
 MAX_FAILED_STEPS = 2
-# How long a step waits where all there is to wait for is a rule that is being compiled.
+# How long a step waits where all there is to wait for is a rule that is being compiled, or an image's file.
 COMPILING_S = 0.01
+# Of the prompt cache's budget, for what was seen in images: a share of it, and bytes.
+SIGHT_SHARE, MOST_SIGHT_BYTES = 8, 256 * 1024 * 1024
 # A device that said this does not compute again in this process.
 _FATAL = ("[METAL]", "command buffer", "[CUDA]")
 
@@ -75,6 +82,7 @@ class Running:
     prompt_at: float = 0.0
     first_at: float = 0.0
     constraint: Constraint | None = None
+    sight: Sight | None = None
     guess: Guess | None = None
     adapter: Adapter | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
@@ -124,7 +132,8 @@ class Engine:
         guard: Callable[[str, str], tuple[str, ...]] | None = None,
     ) -> None:
         self._loaded = loaded
-        cache = PromptCache(loaded.model, cache_bytes)
+        sight_bytes = min(cache_bytes // SIGHT_SHARE, MOST_SIGHT_BYTES) if loaded.vision is not None else 0
+        cache = PromptCache(loaded.model, cache_bytes - sight_bytes)
         self.cache = cache if cache_bytes > 0 and cache.usable else None
         self._limits: dict[str, Any] = {
             "max_batch": 1 if loaded.batching == "alone" else max_batch,
@@ -136,10 +145,15 @@ class Engine:
         }
         if loaded.batching == "decode":
             self._limits["most_prefills"] = 1
-        self._cache_bytes = cache_bytes
+        self._cache_bytes = cache_bytes - sight_bytes
         self._defaults = loaded.defaults | ({"kv_bits": kv_bits} if kv_bits else {})
         self._guard = guard
-        self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary)
+        sees = loaded.vision is not None
+        self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary, parts=sees)
+        self._sights: Sights | None = None
+        if loaded.vision is not None:
+            loaded.vision.features.budget_bytes = sight_bytes
+            self._sights = Sights(loaded.model, loaded.vision, self.cache, step=prefill_step)
         self._generator = Lanes(loaded.model, **self._limits)
         self.allow(kv_bytes)
         self._eos: set[int] = set(loaded.tokenizer.eos_token_ids)
@@ -170,7 +184,7 @@ class Engine:
 
     @property
     def _generating(self) -> bool:
-        waiting = self._compiling or self._adapting or self._keeping or self.adapters.pending
+        waiting = self._compiling or self._adapting or self._keeping or self.adapters.pending or self._sights
         return bool(self._running or waiting) or (self.cache is not None and self.cache.pending)
 
     @property
@@ -180,7 +194,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return self._generator.waiting + len(self._compiling) + len(self._adapting)
+        return self._generator.waiting + len(self._compiling) + len(self._adapting) + len(self._sights or ())
 
     def submit(self, request_id: int, request: Generate) -> None:
         """Take a request into the batch; it starts at the next step, or once its rule is compiled.
@@ -200,21 +214,49 @@ class Engine:
     def _submit(self, request_id: int, request: Generate) -> None:
         received_at = time.perf_counter()
         choices = resolve(request.kind, request.options, self._defaults, self._loaded.vocabulary)
-        guess = self.guesses.guess(choices.speculation, apart=choices.rule is not None or choices.lane != PLAIN)
+        turns, sources = take_images(request.messages, blind=self._loaded.blind)
+        if sources and self._sights is not None:
+            check_options(request)
+            choices = replace(choices, lane=PLAIN)  # whatever the model's default is
+            request = msgspec.structs.replace(request, messages=[])  # the images' bytes go once they are read
+            self._sights.add(
+                request_id,
+                sources,
+                lambda pictures: self._accept(request_id, request, choices, turns, received_at, pictures),
+            )
+        else:
+            self._accept(request_id, request, choices, turns, received_at, [])
+
+    def _accept(
+        self,
+        request_id: int,
+        request: Generate,
+        choices: Choices,
+        turns: list[dict[str, Any]],
+        received_at: float,
+        pictures: list[Picture],
+    ) -> None:
+        apart = choices.rule is not None or choices.lane != PLAIN
+        guess = None if pictures else self.guesses.guess(choices.speculation, apart=apart)
         self._generator.check(choices.lane)
         if self.cache is None and request.options.get("cache_prompt") is True:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
         urgent = request.priority != "batch"
         reuse = Reuse(NAMESPACE, urgent=urgent) if self.cache is not None and choices.cache_prompt else None
-        cut = reuse is not None and self.cache is not None and self.cache.marked
-        prompt = self._build(request, choices, cut)
+        sight: Sight | None = None
+        if pictures:
+            prompt, sight = self._build_seeing(request.kind, turns, choices, pictures)
+            reuse = Reuse(sight.namespace, urgent=urgent) if reuse is not None else None
+        else:
+            cut = reuse is not None and self.cache is not None and self.cache.marked
+            prompt = self._build(request.kind, turns, choices, cut)
         if reuse is not None:
             reuse.cuts = prompt.cuts
         if choices.rule is not None and choices.thinking:
             prompt = self._prompts.open_thought(prompt)
         choices = self._fit(choices, prompt)
         text = self._text(choices, prompt)
-        running = Running(request_id, request, prompt, choices, text, received_at, reuse, guess=guess)
+        running = Running(request_id, request, prompt, choices, text, received_at, reuse, sight=sight, guess=guess)
         running.adapter = self.adapters.want(request.adapter) if request.adapter is not None else None
         if choices.rule is None:
             self._join(running)
@@ -225,15 +267,28 @@ class Engine:
         else:
             self._compiling[request_id] = running, compiled
 
-    def _build(self, request: Generate, choices: Choices, cut: bool) -> Prompt:
+    def _build_seeing(
+        self, kind: str, turns: list[dict[str, Any]], choices: Choices, pictures: list[Picture]
+    ) -> tuple[Prompt, Sight]:
+        assert self._loaded.vision is not None
+        vision, sights = self._loaded.vision, []
+
+        def expand(text: str) -> list[int]:
+            sights.append(vision.prepare(text, pictures, keep=choices.cache_prompt))
+            return sights[0].tokens
+
+        prompt = self._prompts.build(kind, turns, thinking=choices.thinking, encode=expand)
+        return prompt, sights[0]
+
+    def _build(self, kind: str, turns: list[dict[str, Any]], choices: Choices, cut: bool) -> Prompt:
         if choices.context_policy != "drop_oldest":
-            return self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut)
+            return self._prompts.build(kind, turns, thinking=choices.thinking, cut=cut)
         context = self._loaded.context_length
         wished = choices.max_tokens if choices.asked_tokens else min(choices.max_tokens, context // 4)
         room = min(wished, context // 2)
         if choices.rule is not None and choices.thinking:  # see open_thought
             room += len(self._loaded.tokenizer.think_start_tokens or ())
-        return shortened(self._prompts, request.kind, request.messages, thinking=choices.thinking, cut=cut, room=room)
+        return shortened(self._prompts, kind, turns, thinking=choices.thinking, cut=cut, room=room)
 
     def _text(self, choices: Choices, prompt: Prompt) -> TextStream:
         think = self._think if choices.rule is None or prompt.in_reasoning else None
@@ -273,13 +328,22 @@ class Engine:
         most = self._generator.fit(lane, length, choices.max_tokens, asked=choices.asked_tokens, rows=shared)
         processors = make_logits_processors(choices.logit_bias)
         urgent = running.request.priority != "batch"
-        uids = self._generator.add_all(
-            prompt.tokens, most, samplings, processors, self._stops, running.reuse, key=lane, urgent=urgent
-        )
-        self._running.update(zip(uids, rows, strict=True))
-        self._uids[running.id] = uids[0]
-        if len(rows) > 1:
-            self._several[running.id] = Answers(dict(enumerate(uids)))
+
+        def add(reuse: Reuse | None) -> int:
+            uids = self._generator.add_all(
+                prompt.tokens, most, samplings, processors, self._stops, reuse, key=lane, urgent=urgent
+            )
+            self._running.update(zip(uids, rows, strict=True))
+            self._uids[running.id] = uids[0]
+            if len(rows) > 1:
+                self._several[running.id] = Answers(dict(enumerate(uids)))
+            return uids[0]
+
+        if running.sight is not None and self._sights is not None:
+            self._sights.see(running.id, Seen(running.sight, prompt.tokens, running.reuse, add, running))
+            running.sight = None  # its images go as soon as they have served
+        else:
+            add(running.reuse)
 
     def _another(self, first: Running, number: int) -> Running:
         """A further answer to a request. It takes up nothing by itself: it shares the first one's prefill."""
@@ -316,6 +380,11 @@ class Engine:
             self._drop_all([uid], outcome)
         elif self._embedder.cancel(request_id):
             outcome.ended.append((request_id, Cancelled("the request was cancelled")))
+        elif self._sights is not None:
+            with contextlib.suppress(KeyError):
+                owner = self._sights.drop(request_id)
+                nothing = Generated(text="", finish_reason="cancelled", prompt_tokens=0, completion_tokens=0)
+                outcome.ended.append((request_id, nothing if owner is None else self._result(owner, "cancelled")))
         return outcome
 
     def adapt(self, request_id: int, request: Adapt) -> Outcome:
@@ -348,8 +417,14 @@ class Engine:
 
     def count(self, request: CountTokens) -> int:
         """Raises RpcError."""
+        turns = request.messages
+        if turns is not None:
+            turns, sources = take_images(turns, blind=self._loaded.blind)
+            if sources:
+                told = "tokens of images cannot be counted"
+                raise Unsupported(told, option="messages", field=sources[0].field)
         try:
-            return self._prompts.count(text=request.text, messages=request.messages)
+            return self._prompts.count(text=request.text, messages=turns)
         except Exception as error:
             raise _typed(error) from error
 
@@ -404,6 +479,8 @@ class Engine:
         outcome = Outcome()
         if self._adapting or self._keeping or self.adapters.pending:
             self._read_adapters(outcome)
+        if self._sights:
+            self._see(self._sights, outcome)
         if self._embedder.busy:
             self._embed(outcome)
             if not self._generating:
@@ -443,6 +520,14 @@ class Engine:
                 except Exception as error:
                     self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
             responses = self._generator.rest()
+
+    def _see(self, sights: Sights, outcome: Outcome) -> None:
+        """Go on with prompts that have images, as far as that goes between two decode steps."""
+        failed = sights.take_read(wait_s=0.0 if self._running else COMPILING_S)
+        lost = sights.step(self._generator)
+        for request_id, error in [*failed, *([lost] if lost is not None else [])]:
+            _check_alive(error)
+            outcome.ended.append((request_id, _typed(error)))
 
     def _embed(self, outcome: Outcome) -> None:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,17 +49,30 @@ class PromptBuilder:
         tokenizer: mlx_lm's TokenizerWrapper.
         context_length: in tokens; longer prompts are refused.
         vocabulary: how many rows the model's embeddings have.
+        parts: the template takes a turn's content as parts.
     """
 
-    def __init__(self, tokenizer: Any, context_length: int, vocabulary: int) -> None:
+    def __init__(self, tokenizer: Any, context_length: int, vocabulary: int, *, parts: bool = False) -> None:
         self._tokenizer = tokenizer
         self.context_length = context_length
         self._vocabulary = vocabulary
+        self._parts = parts
         # No token spells more bytes than this, so that huge texts are refused without tokenizing them.
         self._longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
 
-    def build(self, kind: str, messages: list[dict[str, Any]], *, thinking: bool, cut: bool = False) -> Prompt:
+    def build(
+        self,
+        kind: str,
+        messages: list[dict[str, Any]],
+        *,
+        thinking: bool,
+        cut: bool = False,
+        encode: Callable[[str], list[int]] | None = None,
+    ) -> Prompt:
         """The prompt for an answer to `messages`; with `cuts` if `cut`.
+
+        Args:
+            encode: makes tokens of the rendered text, where that takes more than the tokenizer.
 
         Raises:
             InvalidParams: no or malformed messages, or ones that the template refuses.
@@ -68,7 +81,7 @@ class PromptBuilder:
             ContextExceeded: too long to leave room for one token.
         """
         check_messages(messages)
-        source = next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), "")
+        source = next((_text(turn["content"]) for turn in reversed(messages) if turn["role"] == "user"), "")
         if not self._tokenizer.has_chat_template:
             if kind != "process":
                 raise Unsupported("this model has no chat template: it can process, not chat", option="messages")
@@ -78,7 +91,7 @@ class PromptBuilder:
             raise Unsupported("this model has no thinking mode", option="thinking")
         text = self._render(messages, thinking)
         opened = self._tokenizer.has_thinking and text.rstrip().endswith(self._tokenizer.think_start)
-        tokens = self._encode(text, special=False)
+        tokens = self._encode(text, special=False) if encode is None else self._checked(encode(text))
         return Prompt(tokens, source, opened, self._cuts(messages, thinking, text, tokens) if cut else ())
 
     def _cuts(self, messages: list[dict[str, Any]], thinking: bool, text: str, tokens: list[int]) -> tuple[int, ...]:
@@ -132,7 +145,9 @@ class PromptBuilder:
             least = len(self._tokenizer.encode(text[:PROBE_CHARACTERS], add_special_tokens=special)) - _CUT_TOKENS
             if least >= self.context_length:
                 raise self._too_long(least)
-        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
+        return self._checked(self._tokenizer.encode(text, add_special_tokens=special))
+
+    def _checked(self, tokens: list[int]) -> list[int]:
         if not tokens:
             raise InvalidParams("the prompt is empty", field="messages")
         if len(tokens) >= self.context_length:
@@ -165,6 +180,8 @@ class PromptBuilder:
         raise refusal
 
     def _apply(self, messages: list[dict[str, Any]], thinking: bool, *, answer: bool = True) -> str:
+        if self._parts:
+            messages = [{**turn, "content": _in_parts(turn["content"])} for turn in messages]
         with time_limit(TEMPLATE_LIMIT_S):
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=answer, enable_thinking=thinking
@@ -184,7 +201,8 @@ def _same(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 
 def check_messages(messages: list[dict[str, Any]]) -> None:
-    """Raises InvalidParams or Unsupported unless `messages` are turns of text that this engine can take."""
+    """Raises InvalidParams or Unsupported unless `messages` are turns that this engine can take. Their parts, where
+    content has any, were checked before."""
     if not messages:
         raise InvalidParams("there are no messages", field="messages")
     for index, turn in enumerate(messages):
@@ -193,11 +211,19 @@ def check_messages(messages: list[dict[str, Any]]) -> None:
             raise Unsupported("this engine cannot take tool turns yet", option="messages", field=f"{field}.role")
         if role not in ROLES:
             raise InvalidParams(f"a message's role is one of {', '.join(ROLES)}", field=f"{field}.role")
-        if not isinstance(turn.get("content", ""), str):
-            raise InvalidParams("a message's content is text", field=f"{field}.content")
+        if not isinstance(turn.get("content", ""), str | list):
+            raise InvalidParams("a message's content is text, or parts", field=f"{field}.content")
         if turn.get("tool_calls") or turn.get("tool_call_id"):
             raise Unsupported("this engine cannot take tool calls yet", option="messages", field=field)
         turn.setdefault("content", "")
+
+
+def _text(content: str | list[dict[str, Any]]) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _in_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _refusal(error: Exception) -> RpcError:
