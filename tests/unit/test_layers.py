@@ -25,10 +25,11 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.settings": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.core": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.store": ({"mlxd_client"}, {"msgspec"}),
+    "mlxd.promptfiles": ({"mlxd.store"}, {"msgspec"}),
     "mlxd.childside": ({"mlxd_client", "mlxd.childwire"}, {"msgspec"}),
     "mlxd.children": ({"mlxd_client", "mlxd.childwire"}, {"msgspec", "psutil"}),
     "mlxd.worker": (
-        {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.store"},
+        {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.promptfiles", "mlxd.store"},
         {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance"},
     ),
     "mlxd.fetch": (

@@ -7,6 +7,8 @@ Daemon → worker, requests (id, method, params), each answered once by a result
     load      LoadModel      → Loaded
     generate  Generate       → Generated        with `step` notifications on the way
     count     CountTokens    → {tokens}
+    prewarm   Prewarm        → Generated        of no text: the beginning of prompts with a system turn is kept then
+    clear     {}             → Cleared          what is kept of prompts, in memory and on disk
 Daemon → fetcher, requests; each answered once by a result or an error; one fetcher gets one of them:
     plan      PlanFetch      → FetchPlan
     fetch     Fetch          → Fetched          with `fetching` notifications on the way
@@ -64,12 +66,16 @@ class Ready(msgspec.Struct, omit_defaults=True):
 
 class PromptCacheStats(msgspec.Struct, omit_defaults=True):
     """What became of the prefix cache since the model was loaded: requests that found a prefix and that found none,
-    tokens that were not computed; `bytes` is what it holds now."""
+    tokens that were not computed; `bytes` is what it holds now. `disk_hits` requests took up `disk_tokens` from files;
+    `disk_failures` files could not be read or written."""
 
     hits: int = 0
     misses: int = 0
     saved_tokens: int = 0
     bytes: int = 0
+    disk_hits: int = 0
+    disk_tokens: int = 0
+    disk_failures: int = 0
 
 
 class Heartbeat(msgspec.Struct, omit_defaults=True):
@@ -84,13 +90,16 @@ class Heartbeat(msgspec.Struct, omit_defaults=True):
 
 class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     """`path` is a verified local folder. `max_batch` bounds how many requests decode together; `cache_bytes` what
-    their KV caches and the prefixes that are kept hold together, where 0 keeps none."""
+    their KV caches and the prefixes that are kept hold together, where 0 keeps none. `disk_cache` is the folder of all
+    models' prefixes on disk, `disk_cache_bytes` what they may hold together."""
 
     model: str
     path: str
     max_batch: int = 32
     prefill_step: int = 512
     cache_bytes: int = 0
+    disk_cache: str = ""
+    disk_cache_bytes: int = 0
 
 
 class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -136,6 +145,17 @@ class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):
 
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
+
+
+class Prewarm(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """The text of a system turn."""
+
+    system: str
+
+
+class Cleared(msgspec.Struct, omit_defaults=True, kw_only=True):
+    memory_bytes: int = 0
+    disk_bytes: int = 0
 
 
 class Step(msgspec.Struct, omit_defaults=True):

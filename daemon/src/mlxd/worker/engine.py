@@ -14,9 +14,10 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mlxd_client.errors import InternalError, ModelInvalid, RpcError, Unsupported
 
-from ..childwire import CountTokens, Generate, Generated, WorkerTimings
+from ..childwire import CountTokens, Generate, Generated, Prewarm, PromptCacheStats, WorkerTimings
 from .batch import NOT_FINITE, RowFailure, RowGenerator
 from .constraint import Constraint
+from .diskcache import DiskCache, Fetched
 from .grammar import Compiled, Compiler
 from .kvcache import PromptCache, RowView
 from .load import LoadedModel
@@ -28,6 +29,8 @@ from .waits import LEAST, Reuse
 
 # What shares prefixes: all that the base model computes.
 NAMESPACE = b""
+# The kind of a request that is of this worker's own: its prompt is to be kept, its answer is of no use.
+PREWARM = "prewarm"
 # After this many failed steps in a row, no further batch is tried.
 MAX_FAILED_STEPS = 2
 # How long a step waits where all there is to wait for is a rule that is being compiled.
@@ -109,13 +112,16 @@ class Engine:
         self._failed_steps = 0
         self._compiler = Compiler(tokenizer, loaded.vocabulary, self._eos)
         self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
+        self.disk: DiskCache | None = None
+        self._fetching: dict[int, tuple[Running, Future[Fetched | None]]] = {}  # by request id
 
     # --- requests
 
     @property
     def busy(self) -> bool:
         """There is something left to do for `step`."""
-        return bool(self._running or self._compiling) or (self.cache is not None and self.cache.pending)
+        pending = self.cache is not None and self.cache.pending
+        return bool(self._running or self._compiling or self._fetching) or pending
 
     @property
     def active(self) -> int:
@@ -124,10 +130,11 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return self._generator.waiting + len(self._compiling)
+        return self._generator.waiting + len(self._compiling) + len(self._fetching)
 
     def submit(self, request_id: int, request: Generate) -> None:
-        """Take a request into the batch; it starts at the next step, or once its rule is compiled.
+        """Take a request into the batch; it starts at the next step, or once its rule is compiled and what disk has of
+        its prompt is read.
 
         Raises:
             RpcError: it cannot be honoured. Nothing of it remains.
@@ -148,15 +155,52 @@ class Engine:
             think = self._think if prompt.in_reasoning else None
         machine = make_machine(choices.stop, think, once=choices.rule is not None)
         text = TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
-        running = Running(request_id, request, prompt, choices, text, received_at, reuse)
-        if choices.rule is None:
+        self._fetch(Running(request_id, request, prompt, choices, text, received_at, reuse))
+
+    def prewarm(self, request_id: int, request: Prewarm) -> None:
+        """Have the beginning of prompts with a system turn kept; ends as a request without text.
+
+        Raises:
+            RpcError: it cannot be kept.
+        """
+        if self.cache is None:
+            raise Unsupported("no prompt caches are kept of this model", option="system")
+        choices = resolve("chat", {"max_tokens": 1, "temperature": 0.0}, self._loaded.defaults, self._loaded.vocabulary)
+        prompt = self._prompts.system(request.system, thinking=choices.thinking)
+        text = TextStream(self._loaded.tokenizer.detokenizer, make_machine((), None))
+        asked = Generate(kind=PREWARM, messages=[])
+        self._fetch(
+            Running(request_id, asked, prompt, choices, text, time.perf_counter(), Reuse(NAMESPACE, prompt.cuts))
+        )
+
+    def _is_warm(self, running: Running) -> bool:
+        """Whether what was asked to be kept is kept."""
+        assert self.cache is not None
+        assert running.reuse is not None
+        self._generator.settle()
+        (cut,) = running.prompt.cuts
+        return self.cache.tree.peek(running.reuse.namespace, running.prompt.tokens[:cut], cut) == cut
+
+    def _fetch(self, running: Running) -> None:
+        """Begin with a request, or have what disk has of its prompt read first."""
+        reading = None
+        if self.disk is not None and running.reuse is not None:
+            reading = self.disk.fetch(running.reuse.namespace, running.prompt.tokens)
+        if reading is not None:
+            self._fetching[running.id] = running, reading
+        else:
+            self._begin(running)
+
+    def _begin(self, running: Running) -> None:
+        rule = running.choices.rule
+        if rule is None:
             self._join(running)
             return
-        compiled = self._compiler.compile(choices.rule)
+        compiled = self._compiler.compile(rule)
         if compiled.done():
             self._join(running, compiled.result())
         else:
-            self._compiling[request_id] = running, compiled
+            self._compiling[running.id] = running, compiled
 
     def _join(self, running: Running, compiled: Compiled | None = None) -> None:
         choices, prompt = running.choices, running.prompt
@@ -177,8 +221,9 @@ class Engine:
         """End a request now, with the text it has. One that has ended already, or never was, changes nothing."""
         outcome = Outcome()
         uid = self._uids.get(request_id)
-        if request_id in self._compiling:
-            running, _ = self._compiling.pop(request_id)
+        pending: Any = self._fetching if request_id in self._fetching else self._compiling
+        if request_id in pending:
+            running, _ = pending.pop(request_id)
             outcome.ended.append((request_id, self._result(running, "cancelled")))
         elif uid is not None:
             self._keep(self._running[uid], *self._generator.drop(uid))
@@ -197,7 +242,11 @@ class Engine:
             EngineLost: no further step can work; every request in flight is lost with the process.
         """
         outcome = Outcome()
-        if self._compiling and not self._join_compiled(outcome):
+        if self._fetching:
+            self._begin_fetched(outcome)
+        if self._compiling:
+            self._join_compiled(outcome)
+        if not self._running and (self._compiling or self._fetching):
             return outcome
         try:
             self._generator.settle()
@@ -222,8 +271,23 @@ class Engine:
                 self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
         return outcome
 
-    def _join_compiled(self, outcome: Outcome) -> bool:
-        """Requests whose rule is compiled by now join the batch. Returns whether there is a batch."""
+    def _begin_fetched(self, outcome: Outcome) -> None:
+        """Requests go on for which what disk had was read by now."""
+        assert self.disk is not None
+        if not self._running and not self._compiling:
+            wait([reading for _, reading in self._fetching.values()], COMPILING_S, "FIRST_COMPLETED")
+        for request_id, (running, reading) in list(self._fetching.items()):
+            if reading.done():
+                del self._fetching[request_id]
+                with mx.stream(self._generator.stream):
+                    self.disk.take_up(reading)
+                try:
+                    self._begin(running)
+                except Exception as error:
+                    outcome.ended.append((request_id, _typed(error)))
+
+    def _join_compiled(self, outcome: Outcome) -> None:
+        """Requests whose rule is compiled by now join the batch."""
         if not self._running:
             wait([compiled for _, compiled in self._compiling.values()], COMPILING_S, "FIRST_COMPLETED")
         for request_id, (running, compiled) in list(self._compiling.items()):
@@ -233,7 +297,6 @@ class Engine:
                     self._join(running, compiled.result())
                 except Exception as error:
                     outcome.ended.append((request_id, _typed(error)))
-        return bool(self._running)
 
     def _advance(self, running: Running, response: Any, now: float, outcome: Outcome) -> None:
         token, note = response.token, response.logprobs
@@ -268,6 +331,8 @@ class Engine:
             text, reasoning = running.text.finish()
             if (text or reasoning) and running.request.stream:
                 outcome.pieces.append((running.id, text, reasoning))
+            if running.request.kind == PREWARM and reason != "cancelled" and not self._is_warm(running):
+                raise Unsupported("the prompt cache has no room for this system turn", option="system")
             outcome.ended.append((running.id, self._result(running, reason)))
         except Exception as error:
             outcome.ended.append((running.id, _typed(error)))
@@ -363,18 +428,45 @@ class Engine:
         mx.clear_cache()
         return outcome
 
-    def warm_up(self) -> None:
-        """Compile what the first request would otherwise wait for. Raises what the model raises."""
+    def warm_up(self) -> RowView | None:
+        """Compile what the first request would otherwise wait for. Returns what caches hold for a prompt.
+
+        Raises what the model raises.
+        """
         sampling = Sampling(temperature=0.7, top_p=0.8, repetition=1.15)
         room = self._loaded.context_length
         prompt = [min(1, self._loaded.vocabulary - 1)] * max(1, min(8, room - 2))
         started = time.perf_counter()
+        row = None
         for choice in (sampling, Sampling()):
             self._generator.add(prompt, 2, choice, [], StopSequences())
             while self._generator.active or self._generator.waiting:
-                self._generator.next()
+                for response in self._generator.next()[1]:
+                    row = response.prompt_cache or row
             if time.perf_counter() - started > 1.0:  # a large model on a slow device: the rest can wait
-                return
+                break
+        return row
+
+    # --- what is kept
+
+    def cache_stats(self) -> PromptCacheStats | None:
+        """What became of the prompt cache; None where nothing is kept."""
+        if self.cache is None:
+            return None
+        stats = self.cache.stats()
+        if self.disk is not None:
+            disk = self.disk
+            stats.disk_hits, stats.disk_tokens, stats.disk_failures = disk.hits, disk.saved_tokens, disk.failures
+        return stats
+
+    def clear_cache(self) -> tuple[int, int]:
+        """Keep nothing of what is kept now. Returns the bytes that this freed in memory and on disk. Raises OSError."""
+        if self.cache is None:
+            return 0, 0
+        freed = self.cache.nbytes
+        self.cache.clear()
+        mx.clear_cache()
+        return freed, self.disk.clear() if self.disk is not None else 0
 
 
 def _typed(error: Exception) -> RpcError:

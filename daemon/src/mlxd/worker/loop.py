@@ -5,20 +5,36 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import msgspec
 
-from mlxd_client.errors import InvalidParams, InvalidRequest, LoadFailed, MethodNotFound, ModelInvalid, RpcError
+from mlxd_client.errors import (
+    InvalidParams,
+    InvalidRequest,
+    LoadFailed,
+    MethodNotFound,
+    ModelInvalid,
+    PermissionDenied,
+    RpcError,
+)
 
 from ..childside import Pipe, Pulse, Stopped
-from ..childwire import CountTokens, Generate, Generated, Heartbeat, Loaded, LoadModel
+from ..childwire import Cleared, CountTokens, Generate, Generated, Heartbeat, Loaded, LoadModel, Prewarm
+from ..promptfiles import identity
+from .diskcache import open_disk
 from .engine import Engine, Outcome
 from .load import load
 
 # MLX keeps freed memory for reuse; a worker that was idle this long gives it back.
 IDLE_TRIM_S = 5.0
+# Prefixes go to disk once a worker was idle for so long, some at a time, so that no request waits for long.
+SAVE_IDLE_S = 0.5
+SAVE_STEP_S = 0.03
+# What one that has to go may still write. The daemon's patience ends later, except where it ends itself.
+SAVE_LAST_S = 1.5
 
 T = TypeVar("T")
 
@@ -37,22 +53,45 @@ class Worker:
             "load": self._load,
             "generate": self._generate,
             "count": self._count,
+            "prewarm": self._prewarm,
+            "clear": self._clear,
         }
 
     def run(self) -> None:
         while True:
-            engine = self._engine
-            busy = engine is not None and engine.busy
-            for message in self._receive(0.0 if busy else self._pulse.rest_s):
+            for message in self._receive(self._patience_s()):
                 self._handle(message)
             if self._engine is not None and self._engine.busy:
                 self._send(self._engine.step())
                 self._busy_at, self._trimmed = time.monotonic(), False
-            elif not self._trimmed and time.monotonic() - self._busy_at > IDLE_TRIM_S:
-                mx.clear_cache()
-                self._trimmed = True
+            else:
+                self._rest()
             self._pulse.beat()
             self._pipe.flush()
+
+    def _patience_s(self) -> float:
+        """How long to wait for a message, in seconds."""
+        engine = self._engine
+        if engine is None:
+            return self._pulse.rest_s
+        if engine.busy:
+            return 0.0
+        if engine.disk is not None and engine.disk.due:
+            return min(self._pulse.rest_s, max(0.0, self._busy_at + SAVE_IDLE_S - time.monotonic()))
+        return self._pulse.rest_s
+
+    def _rest(self) -> None:
+        """What is done where there is nothing to do."""
+        idle_s = time.monotonic() - self._busy_at
+        if idle_s >= SAVE_IDLE_S:
+            self._save(SAVE_STEP_S)
+        if not self._trimmed and idle_s > IDLE_TRIM_S:
+            mx.clear_cache()
+            self._trimmed = True
+
+    def _save(self, limit_s: float) -> None:
+        if self._engine is not None and self._engine.disk is not None and self._engine.disk.due:
+            self._engine.disk.save(limit_s)
 
     def _receive(self, timeout_s: float) -> list[dict[str, Any]]:
         if self._early:
@@ -64,12 +103,11 @@ class Worker:
         engine = self._engine
         if engine is None:
             return Heartbeat(memory_bytes=mx.get_active_memory())
-        cache = engine.cache
         return Heartbeat(
             active=engine.active,
             waiting=engine.waiting,
             memory_bytes=mx.get_active_memory(),
-            prompt_cache=cache.stats() if cache is not None else None,
+            prompt_cache=engine.cache_stats(),
         )
 
     # --- messages
@@ -89,6 +127,7 @@ class Worker:
 
     def _notified(self, method: Any, params: Any) -> None:
         if method == "stop":
+            self._save(SAVE_LAST_S)
             raise Stopped
         if method == "cancel" and self._engine is not None and isinstance(params, dict):
             self._send(self._engine.cancel(params.get("id", -1)))
@@ -98,6 +137,7 @@ class Worker:
         if self._engine is not None:
             raise InvalidRequest("a worker loads one model in its life")
         started = time.perf_counter()
+        facts = _identity(request)
         loaded = load(request.path, self._progress)
         engine = Engine(
             loaded,
@@ -106,10 +146,15 @@ class Worker:
             guard=find_guard() if loaded.faithful else None,
         )
         try:
-            engine.warm_up()
+            row = engine.warm_up()
         except Exception as error:
             raise ModelInvalid(f"the model loads but does not run: {type(error).__name__}: {error}") from error
         mx.clear_cache()
+        if facts is not None and engine.cache is not None:
+            engine.disk = open_disk(
+                engine.cache, row, root=request.disk_cache, model=request.model, path=request.path, identity=facts,
+                budget_bytes=request.disk_cache_bytes,
+            )  # fmt: skip
         self._engine = engine
         result = Loaded(
             context_length=loaded.context_length,
@@ -138,6 +183,16 @@ class Worker:
             raise InvalidParams("count takes either text or messages", field="text")
         self._pipe.reply(request_id, {"tokens": self._loaded().count(request)})
 
+    def _prewarm(self, request_id: int, params: Any) -> None:
+        self._loaded().prewarm(request_id, _convert(params, Prewarm))
+
+    def _clear(self, request_id: int, _params: Any) -> None:
+        try:
+            memory, disk = self._loaded().clear_cache()
+        except OSError as error:
+            raise PermissionDenied(f"the prompt cache could not be removed: {error.strerror or error}") from None
+        self._pipe.reply(request_id, Cleared(memory_bytes=memory, disk_bytes=disk))
+
     def _loaded(self) -> Engine:
         if self._engine is None:
             raise LoadFailed("no model is loaded in this worker")
@@ -151,6 +206,16 @@ class Worker:
                 self._pipe.reply(request_id, end)
             else:
                 self._pipe.fail(request_id, end)
+
+
+def _identity(request: LoadModel) -> bytes | None:
+    """Which weights the folder holds now; None where nobody needs to know, or where it cannot be told."""
+    if not request.disk_cache or request.disk_cache_bytes <= 0:
+        return None
+    try:
+        return identity(Path(request.path))
+    except OSError:
+        return None
 
 
 def limits(wished: LoadModel) -> dict[str, int]:
