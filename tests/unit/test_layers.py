@@ -50,9 +50,13 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
          "mlxd.settings", "mlxd.store"},
         set(),
     ),
+    "mlxd.prompts": (
+        {"mlxd_client", "mlxd.childwire", "mlxd.promptfiles", "mlxd.server", "mlxd.settings", "mlxd.workers"},
+        {"msgspec"},
+    ),
     "mlxd.runtime": (
         {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.generation",
-         "mlxd.library", "mlxd.logs", "mlxd.server", "mlxd.settings", "mlxd.store", "mlxd.workers"},
+         "mlxd.library", "mlxd.logs", "mlxd.prompts", "mlxd.server", "mlxd.settings", "mlxd.store", "mlxd.workers"},
         {"msgspec", "psutil"},
     ),
     "mlxd.app": (

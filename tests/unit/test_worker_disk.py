@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlxd import promptfiles
-from mlxd.childwire import Generate, Generated, Prewarm
-from mlxd.worker.diskcache import DiskCache, open_disk
+from mlxd.childwire import Generate, Generated
+from mlxd.worker.diskcache import open_disk
 from mlxd.worker.engine import Engine
 from mlxd.worker.load import LoadedModel, load
-from mlxd_client.errors import Unsupported
 from support import tiny_model
 from support.families import FAMILIES
 
@@ -36,7 +33,9 @@ class Home:
         self.loaded: LoadedModel = load(str(folder), lambda fraction: None)
         self.loaded.tokenizer.eos_token_ids = []  # answers have the length that is asked for
 
-    def engine(self, budget_bytes: int = AMPLE, *, disk: bool = True, model: str = "org/m", memory: int = AMPLE) -> Engine:
+    def engine(
+        self, budget_bytes: int = AMPLE, *, disk: bool = True, model: str = "org/m", memory: int = AMPLE
+    ) -> Engine:
         engine = Engine(self.loaded, max_batch=8, prefill_step=64, prefill_joins=1, cache_bytes=memory)
         facts = promptfiles.identity(self.folder)
         row = engine.warm_up()
@@ -101,7 +100,14 @@ def test_another_engine_goes_on_with_a_conversation(tmp_path: Path, models: dict
     again, plain = home.engine(), home.engine(disk=False)
     got, wanted = answer(again, messages), answer(plain, messages)
     assert again.disk is not None
-    print(family, first.prompt_tokens, got.cached_tokens, got.prompt_tokens, len(home.entries()), [p.name for p in home.entries()])
+    print(
+        family,
+        first.prompt_tokens,
+        got.cached_tokens,
+        got.prompt_tokens,
+        len(home.entries()),
+        [p.name for p in home.entries()],
+    )
     assert got.text == wanted.text
     assert wanted.cached_tokens == 0
     assert got.cached_tokens >= first.prompt_tokens - 12 - 64

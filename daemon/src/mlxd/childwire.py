@@ -8,6 +8,7 @@ Daemon → worker, requests (id, method, params), each answered once by a result
     generate  Generate       → Generated        with `step` notifications on the way
     count     CountTokens    → {tokens}
     prewarm   Prewarm        → Generated        of no text: the beginning of prompts with a system turn is kept then
+    cache     {}             → PromptCacheStats, or {} where nothing is kept
     clear     {}             → Cleared          what is kept of prompts, in memory and on disk
 Daemon → fetcher, requests; each answered once by a result or an error; one fetcher gets one of them:
     plan      PlanFetch      → FetchPlan

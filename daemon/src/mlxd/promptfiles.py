@@ -3,7 +3,7 @@
     <root>/.lock                  held by whoever writes; removing needs no lock
     <root>/<model>-<key>/about    which model this is, as JSON
                          NAME.kv  one entry; its modification time is when it was last of use
-                         NAME.new being written; without the lock's holder nobody finishes it, so that the next sweeps it
+                         NAME.new being written; whoever has the lock next sweeps it
 
 `<model>` is a hash of the model's id, `<key>` one of all that must be alike for an entry to be of use. An entry:
 
@@ -303,7 +303,7 @@ def make_private(folder: Path) -> None:
 
 
 def trim(root: Path, budget_bytes: int) -> int:
-    """Sweep what was left half-written, and keep to the budget. Returns the bytes that are held then. Raises OSError."""
+    """Sweep what was left half-written, and keep to the budget. Returns the bytes that are held. Raises OSError."""
     if not root.is_dir():
         return 0
     if budget_bytes == 0:

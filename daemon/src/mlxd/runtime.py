@@ -29,6 +29,7 @@ from .core.core import Core, Limits
 from .fetchers import Fetchers
 from .generation import Generation, completion, count_params, refuse_unsupported, with_text, worker_params
 from .library import Library
+from .prompts import Prompts, ask
 from .server.events import EventLog
 from .workers import WorkerLink
 
@@ -88,6 +89,7 @@ class Runtime:
         self._job_waiters: dict[str, list[asyncio.Future[types.Job]]] = {}
         self._watchers: dict[str, list[Callable[[float | None], None]]] = {}  # of downloads that requests wait for
         self._links: dict[int, WorkerLink] = {}
+        self._prompts = Prompts(settings, self._links.values, log, loop)
         self._memory: dict[int, int] = {}  # by worker, as last told to the core
         self._resolving: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -98,7 +100,7 @@ class Runtime:
             do.StartWorker: self._start_worker, do.StopWorker: self._stop_worker, do.Dispatch: self._dispatch,
             do.CancelOnWorker: self._cancel_on_worker, do.Deliver: self._deliver, do.Answer: self._answer,
             do.Fail: self._fail, do.Publish: self._publish, do.StartFetcher: downloads.start,
-            do.StopFetcher: downloads.stop, do.DeleteFiles: downloads.delete, do.DiscardPartial: downloads.discard,
+            do.StopFetcher: downloads.stop, do.DeleteFiles: self._delete_files, do.DiscardPartial: downloads.discard,
             do.Prune: downloads.prune, do.Started: lambda action: self._reached(action.rid, action.job),
             do.Deleted: lambda action: self._reached(action.rid, action.freed_bytes),
         }  # fmt: skip
@@ -146,7 +148,8 @@ class Runtime:
         settings = self._settings
         load = wire.LoadModel(
             model=action.model, path=self._library.paths[action.model], max_batch=settings.max_batch,
-            cache_bytes=settings.prompt_cache_bytes,
+            cache_bytes=settings.prompt_cache_bytes, disk_cache=str(self._prompts.root),
+            disk_cache_bytes=self._prompts.budget_bytes,
         )  # fmt: skip
         link = WorkerLink(action.worker, load, self, load_s=settings.load_s)
         self._links[action.worker] = link
@@ -158,6 +161,10 @@ class Runtime:
         child = self._links[action.worker].child
         assert child is not None
         child.stop()
+
+    def _delete_files(self, action: do.DeleteFiles) -> None:
+        self._downloads.delete(action)
+        self._prompts.forget(action.model)
 
     def _dispatch(self, action: do.Dispatch) -> None:
         request = self._open[action.rid]
@@ -260,6 +267,10 @@ class Runtime:
             self._memory[worker] = memory_bytes
             self.tell(ev.MemoryReport(worker, memory_bytes))
 
+    def worker_cache_failed(self, worker: int, failures: int) -> None:
+        model = self._links[worker].model
+        self._log.warning("files of the prompt cache could not be read or written", model=model, failures=failures)
+
     def worker_exited(self, worker: int, death: Death) -> None:
         link = self._links.pop(worker)
         self._memory.pop(worker, None)
@@ -275,6 +286,7 @@ class Runtime:
 
     async def begin(self) -> None:
         """Learn what is there, and go on with what an earlier daemon had begun."""
+        self._prompts.begin()
         left = await self._downloads.begin()
         await self.scan()
         for one in left:
@@ -301,10 +313,20 @@ class Runtime:
         for option in ("adapter", "draft_model"):
             if getattr(params, option) is not UNSET:
                 raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
+        if params.system is not UNSET and not self._settings.prompt_cache_bytes:
+            raise errors.Unsupported("no prompts are kept, by the setting `prompt_cache_bytes`", option="system")
         model = await self._have(params.model)
         keep_alive = None if params.keep_alive is UNSET else params.keep_alive
-        view: types.Model = await self._reach(lambda rid: ev.Ensure(rid, client, model, keep_alive_s=keep_alive))
-        return view
+        if params.system is UNSET:
+            view: types.Model = await self._reach(lambda rid: ev.Ensure(rid, client, model, keep_alive_s=keep_alive))
+            return view
+        lease = await self._acquire(client, model, keep_alive)
+        try:
+            link = self._link(lease.model.id)
+            await ask(link, "prewarm", wire.Prewarm(system=params.system), len(params.system))
+        finally:
+            self.tell(ev.Release(client, lease.lease))
+        return self.core.view(model)
 
     async def unload(self, ref: str) -> types.Model:
         model = await self._library.resolve(ref)
@@ -312,10 +334,12 @@ class Runtime:
         return view
 
     async def acquire(self, client: int, ref: str) -> types.Lease:
-        model = await self._have(ref)
+        return await self._acquire(client, await self._have(ref), None)
+
+    async def _acquire(self, client: int, model: str, keep_alive_s: float | None) -> types.Lease:
         lease = f"{self.epoch[:6]}-{next(self._leases)}"
         try:
-            view = await self._reach(lambda rid: ev.Ensure(rid, client, model, lease=lease))
+            view = await self._reach(lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive_s))
         except asyncio.CancelledError:
             self.tell(ev.Release(client, lease))
             raise
@@ -548,15 +572,36 @@ class Runtime:
         ref = self._settings.default_model if params.model is UNSET else params.model
         lease = await self.acquire(client, ref)  # so that the model cannot go between loading and counting
         try:
-            worker = self.core.models[lease.model.id].worker
-            link = None if worker is None else self._links.get(worker)
-            if link is None:
-                raise errors.WorkerDied("the model's worker went away", cause="exit")
+            link = self._link(lease.model.id)
             counted: asyncio.Future[int] = self.loop.create_future()
             link.count(count_params(params), lambda answer: settle(counted, answer))
             return types.TokensResult(tokens=await counted)
         finally:
             self.tell(ev.Release(client, lease.lease))
+
+    def _link(self, model: str) -> WorkerLink:
+        """The worker of a loaded model. Raises WorkerDied."""
+        worker = self.core.models[model].worker
+        link = None if worker is None else self._links.get(worker)
+        if link is None:
+            raise errors.WorkerDied("the model's worker went away", cause="exit")
+        return link
+
+    # --- what is kept of prompts ----------------------------------------------------------------------------------
+
+    async def caches(self) -> types.CacheResult:
+        return await self._prompts.list()
+
+    async def clear_caches(self, ref: str | None) -> types.ClearCacheResult:
+        if ref is None:
+            return await self._prompts.clear(None)
+        try:
+            model = await self._library.resolve(ref)
+        except (errors.ModelNotFound, errors.ModelInvalid):
+            if not await self._prompts.has(ref):  # what it left behind can be cleared all the same
+                raise
+            model = ref
+        return await self._prompts.clear(model)
 
     # --- clients, status, the end ---------------------------------------------------------------------------------
 
@@ -618,6 +663,7 @@ class Runtime:
         if self._timer is not None:
             self._timer.cancel()
         self._library.close()
+        self._prompts.close()
 
 
 def settle(future: asyncio.Future[int], answer: int | errors.RpcError) -> None:

@@ -76,6 +76,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         memory_budget_bytes: bounds all loaded models together.
         prompt_cache_bytes: what prompts and answers that are kept, for requests that begin alike, may hold in one model
             together with those that run; 0 keeps none.
+        prompt_disk_cache_bytes: what is kept of prompts on disk, over all models, for after a model was unloaded; never
+            more than a tenth of the free disk; 0 keeps none.
         max_batch: how many requests decode together in one model.
         queue_limit: how many requests may wait, over all models.
         requests_in_flight: how many requests one connection may have open.
@@ -109,6 +111,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keep_alive: dict[Name, KeepAlive] = {}
     memory_budget_bytes: Annotated[int, Meta(ge=1)] = msgspec.field(default_factory=memory_budget)
     prompt_cache_bytes: Annotated[int, Meta(ge=0, le=2**53)] = msgspec.field(default_factory=prompt_cache_budget)
+    prompt_disk_cache_bytes: Annotated[int, Meta(ge=0, le=2**53)] = 4 * 1024**3
     max_batch: Annotated[int, Meta(ge=1, le=1024)] = 32
     queue_limit: Count = 512
     requests_in_flight: Count = 1024

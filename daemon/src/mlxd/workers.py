@@ -31,10 +31,11 @@ class WorkerEvents(Protocol):
     def worker_piece(self, rid: int, text: str, reasoning: str) -> None: ...
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None: ...
     def worker_memory(self, worker: int, memory_bytes: int) -> None: ...
+    def worker_cache_failed(self, worker: int, failures: int) -> None: ...
     def worker_exited(self, worker: int, death: Death) -> None: ...
 
 
-Counted = Callable[[int | errors.RpcError], None]
+Answer = Callable[[Any], None]
 
 
 class WorkerLink:
@@ -52,6 +53,7 @@ class WorkerLink:
         self.child: Child | None = None
         self.loaded: wire.Loaded | None = None
         self.ready_at: float | None = None
+        self.prompt_cache: wire.PromptCacheStats | None = None  # as it said last
         self._load = load
         self._load_s = load_s
         self._events = events
@@ -59,7 +61,7 @@ class WorkerLink:
         self._load_timer: asyncio.TimerHandle | None = None
         self._rids: dict[int, int] = {}  # the child's request id → rid
         self._ids: dict[int, int] = {}  # and back
-        self._counts: dict[int, Counted] = {}
+        self._asked: dict[int, Answer] = {}
         self._reading: dict[int, float] = {}  # requests with long texts, and the seconds that reading each may take
 
     # --- what the runtime does ------------------------------------------------------------------------------------
@@ -75,13 +77,30 @@ class WorkerLink:
         if self.child is not None and rid in self._ids:
             self.child.notify("cancel", {"id": self._ids[rid]})
 
-    def count(self, params: wire.CountTokens, answer: Counted) -> None:
+    def count(self, params: wire.CountTokens, answer: Callable[[int | errors.RpcError], None]) -> None:
         """Count tokens; `answer` is called once, with the number or an error."""
-        assert self.child is not None
-        request_id = self.child.request("count", params)
-        self._counts[request_id] = answer
         turns = params.messages or ()
-        self._expect_reading(request_id, len(params.text or "") + sum(len(turn.get("content", "")) for turn in turns))
+        characters = len(params.text or "") + sum(len(turn.get("content", "")) for turn in turns)
+        self.ask("count", params, lambda told: answer(told["tokens"] if isinstance(told, dict) else told), characters)
+
+    def ask(self, method: str, params: Any, answer: Answer, characters: int = 0) -> int:
+        """Ask the worker something; `answer` is called once, with the result as a dict or with an error.
+
+        Args:
+            characters: of the text that it has to read for that.
+
+        Returns: the number of the request, for `give_up`.
+        """
+        assert self.child is not None
+        request_id = self.child.request(method, params)
+        self._asked[request_id] = answer
+        self._expect_reading(request_id, characters)
+        return request_id
+
+    def give_up(self, request_id: int) -> None:
+        """Nobody waits for what was asked any more."""
+        if self.child is not None and request_id in self._asked:
+            self.child.notify("cancel", {"id": request_id})
 
     def _expect_reading(self, request_id: int, characters: int) -> None:
         """A tokenizer gives no sign of life before it has read its whole text: bear with it in proportion."""
@@ -102,7 +121,11 @@ class WorkerLink:
 
     def on_heartbeat(self, child: Child, heartbeat: wire.Heartbeat, /) -> None:
         if self.loaded is not None:
+            before, self.prompt_cache = self.prompt_cache, heartbeat.prompt_cache
             self._events.worker_memory(self.worker, heartbeat.memory_bytes)
+            failures = heartbeat.prompt_cache.disk_failures if heartbeat.prompt_cache is not None else 0
+            if failures > (before.disk_failures if before is not None else 0):
+                self._events.worker_cache_failed(self.worker, failures)
 
     def on_message(self, child: Child, message: dict[str, Any], /) -> None:
         method = message.get("method")
@@ -118,8 +141,8 @@ class WorkerLink:
 
     def on_exit(self, child: Child, death: Death, /) -> None:
         self._load_ended()
-        counts, self._counts = self._counts, {}
-        for answer in counts.values():
+        asked, self._asked = self._asked, {}
+        for answer in asked.values():
             answer(death.to_error())
         self._events.worker_exited(self.worker, death)
 
@@ -146,8 +169,8 @@ class WorkerLink:
             else:
                 self.loaded = msgspec.convert(message["result"], wire.Loaded)
                 self._events.worker_loaded(self.worker, self.loaded)
-        elif (answer := self._counts.pop(request_id, None)) is not None:
-            answer(failed if failed is not None else int(message["result"]["tokens"]))
+        elif (answer := self._asked.pop(request_id, None)) is not None:
+            answer(failed if failed is not None else message["result"])
         elif (rid := self._rids.pop(request_id, None)) is not None:
             del self._ids[rid]
             outcome = failed if failed is not None else msgspec.convert(message["result"], wire.Generated)

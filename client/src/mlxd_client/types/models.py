@@ -48,9 +48,12 @@ class OptionalModelParams(Params, kw_only=True):
 
 
 class LoadParams(Params, kw_only=True):
-    """`keep_alive` in seconds: -1 never unloads, 0 unloads at once when idle."""
+    """`keep_alive` in seconds: -1 never unloads, 0 unloads at once when idle. `system`: what prompts with this system
+    turn begin with is computed, too, and kept, so that the first of them need not; `unsupported` where nothing can be
+    kept."""
 
     model: ModelRef
+    system: Annotated[str, Meta(min_length=1)] | UnsetType = UNSET
     keep_alive: KeepAlive | UnsetType = UNSET
     adapter: ModelRef | UnsetType = UNSET
     draft_model: ModelRef | UnsetType = UNSET

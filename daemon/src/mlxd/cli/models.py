@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .common import Commands, add_command, connect, duration, model_ref
-from .exits import OK
+from .exits import OK, USAGE
 
 if TYPE_CHECKING:
     from mlxd_client.types import Model
@@ -27,6 +27,10 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--keep-alive", type=duration, metavar="TIME", help="unload when unused for so long: 90, 5m, 2h, forever"
     )
+
+    system = parser.add_mutually_exclusive_group()
+    system.add_argument("--system", metavar="TEXT", help="have the prompts with these instructions begin at once, too")
+    system.add_argument("--system-file", metavar="FILE", help="the same, with the instructions in a file")
 
     parser = add_command(commands, "unload", unload, "unload a model and free its memory")
     parser.add_argument("model", type=model_ref, help="an id, an alias or a folder")
@@ -126,11 +130,19 @@ def _stays(model: Model) -> str:
 def load(args: argparse.Namespace, output: Output) -> int:
     from .output import bytes_text, seconds_text
 
+    system = args.system
+    if args.system_file is not None:
+        try:
+            with open(args.system_file, encoding="utf-8") as file:
+                system = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            output.note(f"{args.system_file} cannot be read: {getattr(error, 'strerror', None) or error}")
+            return USAGE
     began = time.monotonic()
     output.progress(f"loading {args.model}")
     try:
         with connect(args) as client:
-            model = client.load(args.model, keep_alive=args.keep_alive)
+            model = client.load(args.model, keep_alive=args.keep_alive, system=system)
     finally:
         output.progress(None)
     if output.json:

@@ -27,10 +27,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
 from .. import promptfiles as files
-from .kvcache import KvPart, PromptCache, RowView, StateMark, make_rotating
+from .kvcache import KvPart, PromptCache, RowView, StateMark
+from .layout import Layout, Raw, layout_of
 from .prefix import Node
 from .waits import LEAST
 
@@ -44,94 +44,7 @@ MARKS = 4
 # After a failure to write, nothing is tried for so long.
 REST_S = 60.0
 
-_UINTS: dict[int, tuple[Any, Any]] = {
-    1: (mx.uint8, np.uint8), 2: (mx.uint16, np.uint16), 4: (mx.uint32, np.uint32), 8: (mx.uint64, np.uint64),
-}  # fmt: skip
-
-
 _NAME = re.compile(r"[0-9a-f]{32}(-[0-9]{2}-[0-9a-f]{32})?\Z")
-
-
-# --- arrays as bytes ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """The shape of an array but for its rows and tokens, and the type of its elements."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.itemsize
-
-    @property
-    def itemsize(self) -> int:
-        return int(getattr(mx, self.dtype).size)
-
-    def as_bytes(self, held: mx.array) -> memoryview:
-        return memoryview(np.array(held.view(_UINTS[self.itemsize][0]))).cast("B")
-
-    def as_rows(self, data: memoryview, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        return np.frombuffer(data, _UINTS[self.itemsize][1]).reshape(shape)
-
-    def as_array(self, rows: np.ndarray[Any, Any]) -> mx.array:
-        return mx.array(rows)[None].view(getattr(mx, self.dtype))
-
-
-Pair = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What one row's caches are made of: keys and values of layers that can be cut; then, of each other layer, a
-    window (its length, keys and values), or the arrays of a state."""
-
-    pairs: tuple[Pair, ...]
-    states: tuple[tuple[int, Pair] | tuple[Tensor, ...], ...]
-
-    @property
-    def token_bytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self.pairs)
-
-    def state_bytes(self, length: int) -> int:
-        """What the states after `length` tokens hold."""
-        total = 0
-        for state in self.states:
-            if _is_window(state):
-                size, (keys, values) = state
-                total += min(size, length) * (keys.nbytes + values.nbytes)
-            else:
-                total += sum(each.nbytes for each in state)  # type: ignore[union-attr]
-        return total
-
-
-def _is_window(state: Any) -> Any:
-    return isinstance(state[0], int)
-
-
-def layout_of(row: RowView) -> Layout | None:
-    """None where a state holds nothing, so that what it may hold cannot be told."""
-    states: list[Any] = []
-    for state in row.states:
-        if type(state) is RotatingKVCache:
-            states.append((state.max_size, (_tensor(state.keys), _tensor(state.values))))
-        elif not state.cache or any(held is None for held in state.cache):
-            return None
-        else:
-            states.append(tuple(Tensor(tuple(held.shape[1:]), _dtype(held)) for held in state.cache))
-    pairs = tuple((_tensor(keys), _tensor(values)) for keys, values in row.pairs)
-    return Layout(pairs, tuple(states)) if pairs or states else None
-
-
-def _tensor(held: mx.array) -> Tensor:
-    _, heads, _, width = held.shape
-    return Tensor((heads, width), _dtype(held))
-
-
-def _dtype(held: mx.array) -> str:
-    return str(held.dtype).rpartition(".")[2]
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -160,15 +73,15 @@ def _hex(digest: bytes) -> str:
 class Fetched:
     """A sequence as files had it: KV from token `start` on, and states after the last one; a Row for the tree.
 
-    `pairs` are [heads, tokens, width], `states` in the layout's order, both as raw integers.
+    `pairs` are keys and values of one layer after the other, each [heads, tokens, width].
     """
 
     layout: Layout
     namespace: bytes
     tokens: array[int]
     start: int
-    pairs: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
-    states: list[np.ndarray[Any, Any]]
+    pairs: list[Raw]
+    states: list[Raw]
 
     @property
     def token_bytes(self) -> int:
@@ -182,30 +95,12 @@ class Fetched:
         if start < self.start:
             raise LookupError("what came before is not kept any more")
         cut = slice(start - self.start, end - self.start)
-        pairs = [
-            (keys.as_array(held[0][:, cut]), values.as_array(held[1][:, cut]))
-            for (keys, values), held in zip(self.layout.pairs, self.pairs, strict=True)
-        ]
-        mx.eval(pairs)
-        return KvPart(pairs)
+        made = [tensor.as_array(raw[:, cut]) for tensor, raw in zip(self.layout.tensors(), self.pairs, strict=True)]
+        mx.eval(made)
+        return KvPart(list(zip(made[::2], made[1::2], strict=True)))
 
     def mark(self) -> StateMark:
-        raw = iter(self.states)
-        states: list[Any] = []
-        for state in self.layout.states:
-            if _is_window(state):
-                size, (keys, values) = state
-                rotating = make_rotating(
-                    size, len(self.tokens), keys.as_array(next(raw)), values.as_array(next(raw))  # type: ignore[union-attr]
-                )
-                mx.eval(rotating.keys, rotating.values)
-                states.append(rotating)
-            else:
-                made = ArraysCache(len(state))
-                made.cache = [each.as_array(next(raw)) for each in state]  # type: ignore[union-attr]
-                mx.eval(made.cache)
-                states.append(made)
-        return StateMark(states, len(self.tokens))
+        return self.layout.make_mark(self.states, len(self.tokens))
 
 
 # --- what is written ------------------------------------------------------------------------------------------------
@@ -340,45 +235,21 @@ class DiskCache:
     ) -> Fetched:
         """Raises _Unreadable: one of the entries is none; it is not known any more."""
         layout, whole = self._layout, len(tokens) // BLOCK
-        held: list[list[np.ndarray[Any, Any]]] = []
-        if layout.pairs:
-            for at in range(start // BLOCK, whole):
-                expected = self._header("block", namespace, tokens, at * BLOCK, (at + 1) * BLOCK, digests[at])
-                data = self._read_one(_hex(digests[at + 1]), expected, BLOCK * layout.token_bytes)
-                held.append(self._cut_pairs(data, BLOCK)[0])
-        states: list[np.ndarray[Any, Any]] = []
+        held: list[list[Raw]] = []
+        for at in range(start // BLOCK, whole if layout.pairs else 0):
+            expected = self._header("block", namespace, tokens, at * BLOCK, (at + 1) * BLOCK, digests[at])
+            data = self._read_one(_hex(digests[at + 1]), expected, BLOCK * layout.token_bytes)
+            held.append(layout.cut_pairs(data, BLOCK)[0])
+        states: list[Raw] = []
         if mark is not None:
             rest = len(tokens) - whole * BLOCK
             expected = self._header("mark", namespace, tokens, whole * BLOCK, len(tokens), digests[whole])
             data = self._read_one(mark, expected, rest * layout.token_bytes + layout.state_bytes(len(tokens)))
-            tail, data = self._cut_pairs(data, rest)
-            if layout.pairs and rest:
-                held.append(tail)
-            states = self._cut_states(data, len(tokens))
-        joined = [np.concatenate(pieces, axis=1) for pieces in zip(*held, strict=True)]
-        pairs = list(zip(joined[::2], joined[1::2], strict=True))
-        if not pairs:  # all of it is here already, or there is none
-            pairs = [(np.empty(0), np.empty(0)) for _ in layout.pairs]
+            tail, data = layout.cut_pairs(data, rest)
+            held.append(tail)
+            states = layout.cut_states(data, len(tokens))
+        pairs = [np.concatenate(pieces, axis=1) for pieces in zip(*held, strict=True)]
         return Fetched(layout, namespace, tokens, start, pairs, states)
-
-    def _cut_pairs(self, data: memoryview, tokens: int) -> tuple[list[np.ndarray[Any, Any]], memoryview]:
-        rows = []
-        for tensor in (each for pair in self._layout.pairs for each in pair):
-            size = tokens * tensor.nbytes
-            rows.append(tensor.as_rows(data[:size], (tensor.shape[0], tokens, tensor.shape[1])))
-            data = data[size:]
-        return rows, data
-
-    def _cut_states(self, data: memoryview, length: int) -> list[np.ndarray[Any, Any]]:
-        rows = []
-        for state in self._layout.states:
-            tensors, held = (state[1], min(state[0], length)) if _is_window(state) else (state, 0)
-            for tensor in tensors:
-                shape = (tensor.shape[0], held, tensor.shape[1]) if _is_window(state) else tensor.shape
-                size = int(np.prod(shape, dtype=np.int64)) * tensor.itemsize
-                rows.append(tensor.as_rows(data[:size], shape))
-                data = data[size:]
-        return rows
 
     def _read_one(self, name: str, expected: files.Header, payload_bytes: int) -> memoryview:
         path = self._folder / (name + files.SUFFIX)
@@ -504,22 +375,15 @@ class DiskCache:
         return self._times[min(bisect.bisect_left(self._times, (used, 0)), len(self._times) - 1)][1]
 
     def _payload(self, job: Job) -> list[memoryview]:
-        length = job.end
-        arrays: list[tuple[Tensor, mx.array]] = []
-        for layer, pair in enumerate(self._layout.pairs if job.end > job.start else ()):
-            for side, tensor in enumerate(pair):
-                arrays.append((tensor, _stretch(job.path, layer, side, job.start, job.end)))
+        tensors = list(self._layout.tensors()) if job.end > job.start else []
+        arrays = [_stretch(job.path, at // 2, at % 2, job.start, job.end) for at in range(len(tensors))]
         if job.mark is not None:
             for state, kept in zip(self._layout.states, job.mark.states, strict=True):
-                if _is_window(state):
-                    size, pair = state
-                    window = min(size, length)
-                    arrays += [(pair[0], kept.keys[:, :, :window]), (pair[1], kept.values[:, :, :window])]
-                else:
-                    arrays += zip(state, kept.cache, strict=True)
-        made = [mx.contiguous(held) for _, held in arrays]
-        mx.eval(made)
-        return [tensor.as_bytes(held) for (tensor, _), held in zip(arrays, made, strict=True)]
+                tensors += state.tensors(job.end)
+                arrays += state.arrays(kept, job.end)
+        arrays = [mx.contiguous(held) for held in arrays]
+        mx.eval(arrays)
+        return [tensor.as_bytes(held) for tensor, held in zip(tensors, arrays, strict=True)]
 
     def clear(self) -> int:
         """Remove all entries of this model. Returns the bytes that this freed. Raises OSError."""

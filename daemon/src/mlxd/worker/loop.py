@@ -54,6 +54,7 @@ class Worker:
             "generate": self._generate,
             "count": self._count,
             "prewarm": self._prewarm,
+            "cache": self._cache,
             "clear": self._clear,
         }
 
@@ -185,6 +186,9 @@ class Worker:
 
     def _prewarm(self, request_id: int, params: Any) -> None:
         self._loaded().prewarm(request_id, _convert(params, Prewarm))
+
+    def _cache(self, request_id: int, _params: Any) -> None:
+        self._pipe.reply(request_id, self._loaded().cache_stats() or {})
 
     def _clear(self, request_id: int, _params: Any) -> None:
         try:
