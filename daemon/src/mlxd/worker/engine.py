@@ -184,7 +184,8 @@ class Engine:
     def _fetch(self, running: Running) -> None:
         """Begin with a request, or have what disk has of its prompt read first."""
         reading = None
-        if self.disk is not None and running.reuse is not None:
+        if self.disk is not None and self.cache is not None and running.reuse is not None:
+            self.cache.tree.fit(self._generator.live_bytes())
             reading = self.disk.fetch(running.reuse.namespace, running.prompt.tokens)
         if reading is not None:
             self._fetching[running.id] = running, reading
@@ -274,11 +275,13 @@ class Engine:
     def _begin_fetched(self, outcome: Outcome) -> None:
         """Requests go on for which what disk had was read by now."""
         assert self.disk is not None
+        assert self.cache is not None
         if not self._running and not self._compiling:
             wait([reading for _, reading in self._fetching.values()], COMPILING_S, "FIRST_COMPLETED")
         for request_id, (running, reading) in list(self._fetching.items()):
             if reading.done():
                 del self._fetching[request_id]
+                self.cache.tree.fit(self._generator.live_bytes())
                 with mx.stream(self._generator.stream):
                     self.disk.take_up(reading)
                 try:
