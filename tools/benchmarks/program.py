@@ -20,7 +20,7 @@ NAMES = (
     "ping",
     "pipelined",
     "download",
-    *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "schema", "http", "prefix")),
+    *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "schema", "http", "prefix", "restart")),
 )
 
 
@@ -99,3 +99,5 @@ def generation(
         if f"prefix/{model}" in wanted:
             yield from prefix_rows.prefix_rows(label, daemon, path, scale)
         client.unload(str(path))
+    if f"restart/{model}" in wanted:
+        yield from prefix_rows.restart_rows(label, path, scale)
