@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -438,6 +439,8 @@ class Engine:
         """
         sampling = Sampling(temperature=0.7, top_p=0.8, repetition=1.15)
         room = self._loaded.context_length
+        with contextlib.suppress(RpcError):  # whom it refuses, it tells
+            self._prompts.build("chat", [{"role": "user", "content": "x"}], thinking=False)
         prompt = [min(1, self._loaded.vocabulary - 1)] * max(1, min(8, room - 2))
         started = time.perf_counter()
         row = None
