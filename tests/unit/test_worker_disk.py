@@ -346,8 +346,31 @@ def test_a_cancelled_request_while_files_are_read(home: Home) -> None:
     assert number == 1
     assert isinstance(ended, Generated)
     assert ended.finish_reason == "cancelled"
-    assert not engine.busy
+    assert engine.cancel(1).ended == []
+    while engine.busy:
+        assert engine.step().ended == []
+    assert told(engine) == (1, 0)  # the next one need not wait for it
     assert answer(engine, turns(QUESTION)).cached_tokens > 0
+
+
+def test_several_that_begin_alike_read_it_once(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(home, turns(QUESTION))
+    engine, read = home.engine(), []
+    plain = promptfiles.read
+
+    def counting(path: Path, *rest: Any) -> memoryview:
+        read.append(path)
+        return plain(path, *rest)
+
+    monkeypatch.setattr(promptfiles, "read", counting)
+    for number in range(4):
+        asked = turns(QUESTION, "words", f"and then {number}")
+        engine.submit(number, Generate(kind="chat", messages=asked, options=GREEDY))
+    ends: dict[int, Any] = {}
+    while engine.busy:
+        ends.update(engine.step().ended)
+    assert all(end.cached_tokens >= 4 * BLOCK for end in ends.values())
+    assert len(read) == len(set(read))
 
 
 def test_a_system_turn_that_cannot_be_kept(home: Home) -> None:

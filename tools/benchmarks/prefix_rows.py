@@ -16,10 +16,12 @@ from mlxd_client import Client
 
 from .effort import Scale
 from .generation_rows import GREEDY, Messages
-from .processes import Daemon
+from .processes import PATIENCE_S, Daemon
 from .table import Row, paired
 
 ANSWER = 8
+# How many tokens an entry on disk holds.
+BLOCK = 64
 
 
 def prefix_rows(label: str, daemon: Daemon, model: Path, scale: Scale) -> Iterator[Row]:
@@ -39,12 +41,22 @@ def restart_rows(label: str, model: Path, scale: Scale) -> Iterator[Row]:
             seconds = []
             for _ in range(scale.prefix_rounds):
                 seconds.append(second_turn(client, model, conversation(client, model, scale.prefix_tokens, source)))
+            wait_until_written(client, scale.prefix_rounds * (scale.prefix_tokens // BLOCK))
         daemon.restart()
         with daemon.client() as client:
             client.load(str(model))
             pairs = [pair(client, model, messages) for messages in seconds]
     what = f"{label}: first token of a second turn after {scale.prefix_tokens} tokens and a restart; without a cache"
     yield paired(f"restart/{model.name}", what, pairs, "ms", ("<=", 0.2))
+
+
+def wait_until_written(client: Client, entries: int) -> None:
+    """A worker writes where it has nothing to do."""
+    until = time.monotonic() + PATIENCE_S
+    while sum(one.disk.entries for one in client.cache().models if one.disk is not None) < entries:
+        if time.monotonic() > until:
+            raise RuntimeError("what was computed does not come to the disk")
+        time.sleep(0.2)
 
 
 def conversation(client: Client, model: Path, tokens: int, source: random.Random) -> Messages:

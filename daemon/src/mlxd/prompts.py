@@ -136,8 +136,8 @@ class Prompts:
     async def _clear(self, link: WorkerLink) -> wire.Cleared | None:
         try:
             return msgspec.convert(await ask(link, "clear", {}), wire.Cleared)
-        except errors.WorkerDied:
-            return None  # with all that it kept in memory
+        except (errors.WorkerDied, errors.MethodNotFound):
+            return None  # gone with all that it kept in memory, or one that keeps nothing
 
     async def has(self, model: str) -> bool:
         """Whether disk keeps anything of a model, which itself may be gone."""

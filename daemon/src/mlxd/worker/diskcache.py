@@ -43,6 +43,8 @@ LONG = 256
 MARKS = 4
 # After a failure to write, nothing is tried for so long.
 REST_S = 60.0
+# While another worker writes, this long.
+WAIT_S = 1.0
 
 _NAME = re.compile(r"[0-9a-f]{32}(-[0-9]{2}-[0-9a-f]{32})?\Z")
 
@@ -153,6 +155,8 @@ class DiskCache:
             if _NAME.match(name):
                 self._note(name, used_ns)
         self._reader = ThreadPoolExecutor(1, "mlxd-prompts")
+        # By what it ends with: what is being read, and its bytes.
+        self._reading: dict[str, tuple[Future[Fetched | None], int]] = {}
         self._work: Iterator[Job] | None = None
         self._planned: tuple[int, int] | None = None
         self._times: list[tuple[int, int]] = []  # (uses of the tree, when), oldest first
@@ -176,14 +180,22 @@ class DiskCache:
             return None
         packed = array("I", tokens)
         have = self._tree.peek(namespace, packed, limit)
-        if limit - have < LEAST or self._find(namespace, packed, limit)[0] - have < LEAST:
+        if limit - have < LEAST:
             return None
-        start = self._tree.alike(namespace, packed) // BLOCK * BLOCK
-        room = self._tree.budget_bytes - self._tree.live_bytes
-        return self._reader.submit(self._fetch, namespace, packed, limit, have, start, room)
+        length, mark, digests = self._find(namespace, packed, limit)
+        if length - have < LEAST:
+            return None
+        name = mark or _hex(digests[length // BLOCK])
+        if name not in self._reading:
+            start = self._tree.alike(namespace, packed) // BLOCK * BLOCK
+            room = self._tree.budget_bytes - self._tree.live_bytes - sum(size for _, size in self._reading.values())
+            future = self._reader.submit(self._fetch, namespace, packed, limit, have, start, room)
+            self._reading[name] = future, (length - start) * self._layout.token_bytes + self._layout.state_bytes(length)
+        return self._reading[name][0]  # several may begin alike
 
     def take_up(self, reading: Future[Fetched | None]) -> None:
         """Have memory keep what was read."""
+        self._reading = {name: one for name, one in self._reading.items() if one[0] is not reading}
         try:
             fetched = reading.result()
             if fetched is None:
@@ -288,7 +300,7 @@ class DiskCache:
             if job is not None:
                 with files.session(self._root, self._budget_bytes) as held:
                     job = self._write_all(held, job, until)
-        except OSError:
+        except (OSError, RuntimeError, ValueError):
             self.failures += 1
             job = None
             self._rest_until = time.monotonic() + REST_S
@@ -303,10 +315,12 @@ class DiskCache:
         self._work = self._jobs()
 
     def _write_all(self, held: files.Session | None, job: Job | None, until: float) -> Job | None:
-        """Returns the job that was under way when the time was over; None where nothing is left that can be written."""
-        if held is None or not held.prepare(self._folder, self._model):
-            self._rest_until = time.monotonic() + 1.0  # another worker writes
+        """Returns the last job that was done when the time was over; None where nothing is left that can be written."""
+        if held is None:  # another worker writes
+            self._rest_until = time.monotonic() + WAIT_S
             self._planned = None
+            return None
+        if not held.prepare(self._folder, self._model):
             return None
         written = False
         while job is not None:

@@ -114,7 +114,8 @@ class Engine:
         self._compiler = Compiler(tokenizer, loaded.vocabulary, self._eos)
         self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
         self.disk: DiskCache | None = None
-        self._fetching: dict[int, tuple[Running, Future[Fetched | None]]] = {}  # by request id
+        # By request id; without a request where that was cancelled.
+        self._fetching: dict[int, tuple[Running | None, Future[Fetched | None]]] = {}
 
     # --- requests
 
@@ -131,7 +132,8 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return self._generator.waiting + len(self._compiling) + len(self._fetching)
+        fetching = sum(running is not None for running, _ in self._fetching.values())
+        return self._generator.waiting + len(self._compiling) + fetching
 
     def submit(self, request_id: int, request: Generate) -> None:
         """Take a request into the batch; it starts at the next step, or once its rule is compiled and what disk has of
@@ -223,9 +225,13 @@ class Engine:
         """End a request now, with the text it has. One that has ended already, or never was, changes nothing."""
         outcome = Outcome()
         uid = self._uids.get(request_id)
-        pending: Any = self._fetching if request_id in self._fetching else self._compiling
-        if request_id in pending:
-            running, _ = pending.pop(request_id)
+        if request_id in self._fetching:
+            waiting, reading = self._fetching[request_id]
+            if waiting is not None:
+                self._fetching[request_id] = None, reading  # the next one may be glad of it
+                outcome.ended.append((request_id, self._result(waiting, "cancelled")))
+        elif request_id in self._compiling:
+            running, _ = self._compiling.pop(request_id)
             outcome.ended.append((request_id, self._result(running, "cancelled")))
         elif uid is not None:
             self._keep(self._running[uid], *self._generator.drop(uid))
@@ -286,7 +292,8 @@ class Engine:
                 with mx.stream(self._generator.stream):
                     self.disk.take_up(reading)
                 try:
-                    self._begin(running)
+                    if running is not None:
+                        self._begin(running)
                 except Exception as error:
                     outcome.ended.append((request_id, _typed(error)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +34,8 @@ IDLE_TRIM_S = 5.0
 # Prefixes go to disk once a worker was idle for so long, some at a time, so that no request waits for long.
 SAVE_IDLE_S = 0.5
 SAVE_STEP_S = 0.03
-# What one that has to go may still write. The daemon's patience ends later, except where it ends itself.
-SAVE_LAST_S = 1.5
+# How long one that has to go may still write; then the daemon's patience, where that ends itself, is not over yet.
+SAVE_LAST_S = 1.2
 
 T = TypeVar("T")
 
@@ -128,6 +129,7 @@ class Worker:
 
     def _notified(self, method: Any, params: Any) -> None:
         if method == "stop":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it says the same, while this has a limit of its own
             self._save(SAVE_LAST_S)
             raise Stopped
         if method == "cancel" and self._engine is not None and isinstance(params, dict):
