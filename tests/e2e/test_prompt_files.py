@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from mlxd import promptfiles
 from mlxd_client import Client, errors, types
 from mlxd_client.types import Completion, ModelCache
 from support import tiny_model
 from support.daemon import Daemon
+from support.hubcache import commit, model_files, publish
 
 pytestmark = pytest.mark.model
 
@@ -135,6 +137,24 @@ def test_other_weights_never_match(tmp_path: Path) -> None:
         assert got.usage.cached_tokens == 0
         assert not set(before) & set(entries(daemon))  # nothing can ever use them again
         assert got.text == chat(client, model, second(first), cache_prompt=False).text
+
+
+def test_a_deleted_model_leaves_nothing_of_its_prompts() -> None:
+    with Daemon() as daemon, daemon.client() as client:
+        root = daemon.home / "cache" / "prompts"
+        for name in ("org/m", "org/other"):
+            publish(daemon.home / "hub", name, model_files(), commit("a"), "main")
+            with promptfiles.session(root, 1 << 20) as held:
+                assert held is not None
+                folder = root / promptfiles.folder_name(name, b"k" * 32)
+                assert held.prepare(folder, name)
+                assert held.put(folder, "0" * 32, [b"x"], 0)
+        assert [one.model for one in client.cache().models] == ["org/m", "org/other"]
+        client.delete("org/m")
+        assert [one.model for one in client.cache().models] == ["org/other"]
+        shutil.rmtree(daemon.home / "hub")
+        assert client.clear_cache("org/other").disk_bytes > 0  # what is gone otherwise
+        assert client.cache().models == []
 
 
 # --- having a system turn ready ---------------------------------------------------------------------------------------

@@ -84,6 +84,8 @@ def generation(
     label = model if model == "cleanup" else f"{models.parameters(path) / 1e6:.0f} M, 4-bit"
     if not any(name.endswith(f"/{model}") for name in wanted):
         return
+    if f"restart/{model}" in wanted:
+        yield from prefix_rows.restart_rows(label, path, scale)
     with daemon.client() as client:
         client.load(str(path), keep_alive=-1)
         if {f"stream/{model}", f"batch/{model}"} & set(wanted):
@@ -99,5 +101,3 @@ def generation(
         if f"prefix/{model}" in wanted:
             yield from prefix_rows.prefix_rows(label, daemon, path, scale)
         client.unload(str(path))
-    if f"restart/{model}" in wanted:
-        yield from prefix_rows.restart_rows(label, path, scale)
