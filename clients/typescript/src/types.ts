@@ -120,6 +120,8 @@ export interface Completion {
   structured?: unknown;
   logprobs?: TokenLogprob[];
   invented?: string[];
+  speculation?: Speculation;
+  alone?: boolean;
 }
 
 export interface DeleteResult {
@@ -257,6 +259,7 @@ export interface Model {
   waiting?: number;
   leases?: number;
   idle_unload_at?: number;
+  draft_model?: string;
 }
 
 export interface ModelCache {
@@ -343,6 +346,12 @@ export interface Snapshot {
   models?: Model[];
   jobs?: Job[];
   stopping?: boolean;
+}
+
+export interface Speculation {
+  kind: "draft" | "lookup";
+  drafted_tokens: number;
+  accepted_tokens: number;
 }
 
 export interface Status {

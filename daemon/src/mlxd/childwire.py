@@ -5,6 +5,7 @@ socketpair whose child end is file descriptor number `--fd`. The daemon asks, th
 
 Daemon → worker, requests (id, method, params), each answered once by a result or an error:
     load      LoadModel      → Loaded
+    attach    Attach         → Attached         a draft model for the loaded one, in place of the one it has
     generate  Generate       → Generated        with `step` notifications on the way
     count     CountTokens    → {tokens}
     prewarm   Prewarm        → Generated        of no text: the beginning of prompts with a system turn is kept then
@@ -16,6 +17,7 @@ Daemon → fetcher, requests; each answered once by a result or an error; one fe
     verify    Verify         → Verified
     latest    {repos}        → {commits: {repo: commit}}, of those that the hub knows
 Daemon → child, notifications:
+    allow     {kv_bytes}     see LoadModel; from now on
     cancel    {id}           the request of that id ends at the next step, with finish_reason "cancelled"
     stop      {}             finish nothing, exit 0
 Child → daemon, notifications:
@@ -48,10 +50,6 @@ NOT_YET = (
     "n",
     "adapter",
     "draft_model",
-    "speculation",
-    "context_policy",
-    "kv_bits",
-    "deterministic",
     "xtc_probability",
     "xtc_threshold",
 )
@@ -89,10 +87,19 @@ class Heartbeat(msgspec.Struct, omit_defaults=True):
     prompt_cache: PromptCacheStats | None = None
 
 
+class Attach(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`draft` is a model, `path` its verified local folder."""
+
+    draft: str
+    path: str
+
+
 class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     """`path` is a verified local folder. `max_batch` bounds how many requests decode together; `cache_bytes` what
-    their KV caches and the prefixes that are kept hold together, where 0 keeps none. `disk_cache` is the folder of all
-    models' prefixes on disk, `disk_cache_bytes` what they may hold together."""
+    their KV caches and the prefixes that are kept hold together, where 0 keeps none. `kv_bytes` is what they may hold
+    at all: requests wait, or are refused, so that it is enough; 0 is no bound. `kv_bits` is for requests that say
+    nothing; 0 leaves their KV caches as they are. The model is loaded also where `draft` cannot be its draft model.
+    `disk_cache` is the folder of all models' prefixes on disk, `disk_cache_bytes` what they may hold together."""
 
     model: str
     path: str
@@ -101,23 +108,37 @@ class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     cache_bytes: int = 0
     disk_cache: str = ""
     disk_cache_bytes: int = 0
+    draft: Attach | None = None
+    kv_bytes: int = 0
+    kv_bits: int = 0
 
 
 class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`no_draft` says why the model has no draft model, where one was wished."""
+
     context_length: int
     memory_bytes: int
     load_s: float
     capabilities: list[str] = []
+    no_draft: str | None = None
+
+
+class Attached(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`memory_bytes` is what the worker holds now, as MLX counts it."""
+
+    memory_bytes: int
 
 
 class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
     """One request. `messages` are chat turns as on the public wire; `options` the sampling options that were set,
-    under the public wire's names; what is not set falls to the model's defaults, then the worker's."""
+    under the public wire's names; what is not set falls to the model's defaults, then the worker's. `priority` as on
+    the public wire: where requests wait inside the worker, interactive ones go first."""
 
     kind: str  # "process" | "chat"
     messages: list[dict[str, Any]]
     options: dict[str, Any] = {}
     stream: bool = False
+    priority: str = "interactive"
 
 
 class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -129,6 +150,9 @@ class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`alone`: it was served by itself, as what it asked for wants it. `speculation` is missing where nothing was
+    guessed."""
+
     text: str
     finish_reason: str  # stop | length | cancelled
     prompt_tokens: int
@@ -139,6 +163,8 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     logprobs: list[dict[str, Any]] | None = None
     invented: list[str] | None = None
     structured: Any = None
+    speculation: types.Speculation | None = None
+    alone: bool = False
 
 
 class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -82,7 +82,7 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
     return types.Completion(
         model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
         usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented, logprobs=logprobs,
-        structured=made.structured,
+        structured=made.structured, alone=made.alone, speculation=made.speculation,
     )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def worker_params(kind: str, params: types.GenerateParams) -> wire.Generate:
         messages = [] if params.system is UNSET else [{"role": "system", "content": params.system}]
         messages.append({"role": "user", "content": params.prompt})
     options = {name: value for name in _SAMPLING if (value := getattr(params, name)) is not UNSET}
-    return wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream)
+    return wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority)
 
 
 def count_params(params: types.TokensParams) -> wire.CountTokens:

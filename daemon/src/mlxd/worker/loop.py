@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,12 +23,23 @@ from mlxd_client.errors import (
     RpcError,
 )
 
-from ..childside import Pipe, Pulse, Stopped
-from ..childwire import Cleared, CountTokens, Generate, Generated, Heartbeat, Loaded, LoadModel, Prewarm
+from ..childside import Pipe, PipeClosed, Pulse, Stopped
+from ..childwire import (
+    Attach,
+    Attached,
+    Cleared,
+    CountTokens,
+    Generate,
+    Generated,
+    Heartbeat,
+    Loaded,
+    LoadModel,
+    Prewarm,
+)
 from ..promptfiles import identity
 from .diskcache import open_disk
-from .engine import Engine, Outcome
-from .load import load
+from .engine import Engine, EngineLost, Outcome
+from .load import LoadedModel, load
 
 # MLX keeps freed memory for reuse; a worker that was idle this long gives it back.
 IDLE_TRIM_S = 5.0
@@ -50,8 +62,10 @@ class Worker:
         self._early: list[dict[str, Any]] = []  # messages that came while a model was being loaded
         self._busy_at = time.monotonic()
         self._trimmed = True
+        self._attaches: deque[tuple[int, Attach, Engine]] = deque()
         self._methods: dict[str, Callable[[int, Any], None]] = {
             "load": self._load,
+            "attach": self._attach,
             "generate": self._generate,
             "count": self._count,
             "prewarm": self._prewarm,
@@ -61,26 +75,32 @@ class Worker:
 
     def run(self) -> None:
         while True:
-            for message in self._receive(self._patience_s()):
-                self._handle(message)
-            if self._engine is not None and self._engine.busy:
-                self._send(self._engine.step())
-                self._busy_at, self._trimmed = time.monotonic(), False
-            else:
-                self._rest()
-            self._pulse.beat()
-            self._pipe.flush()
+            self._turn(self._pulse.rest_s)
+            if self._attaches:
+                self._attach_next()
 
-    def _patience_s(self) -> float:
+    def _turn(self, patience_s: float) -> None:
+        """Take in what has arrived, waiting for it so long where there is nothing else to do; then one step."""
+        for message in self._receive(self._patience_s(patience_s)):
+            self._handle(message)
+        if self._engine is not None and self._engine.busy:
+            self._send(self._engine.step())
+            self._busy_at, self._trimmed = time.monotonic(), False
+        else:
+            self._rest()
+        self._pulse.beat()
+        self._pipe.flush()
+
+    def _patience_s(self, most_s: float) -> float:
         """How long to wait for a message, in seconds."""
         engine = self._engine
         if engine is None:
-            return self._pulse.rest_s
+            return most_s
         if engine.busy:
             return 0.0
         if engine.disk is not None and engine.disk.due:
-            return min(self._pulse.rest_s, max(0.0, self._busy_at + SAVE_IDLE_S - time.monotonic()))
-        return self._pulse.rest_s
+            return min(most_s, max(0.0, self._busy_at + SAVE_IDLE_S - time.monotonic()))
+        return most_s
 
     def _rest(self) -> None:
         """What is done where there is nothing to do."""
@@ -134,6 +154,8 @@ class Worker:
             raise Stopped
         if method == "cancel" and self._engine is not None and isinstance(params, dict):
             self._send(self._engine.cancel(params.get("id", -1)))
+        if method == "allow" and self._engine is not None and isinstance(params, dict):
+            self._engine.allow(int(params["kv_bytes"]))
 
     def _load(self, request_id: int, params: Any) -> None:
         request = _convert(params, LoadModel)
@@ -146,8 +168,11 @@ class Worker:
             loaded,
             **limits(request),
             cache_bytes=request.cache_bytes,
+            kv_bytes=request.kv_bytes,
+            kv_bits=request.kv_bits,
             guard=find_guard() if loaded.faithful else None,
         )
+        no_draft = self._begin_with(engine, request.draft) if request.draft is not None else None
         try:
             row = engine.warm_up()
         except Exception as error:
@@ -164,8 +189,50 @@ class Worker:
             memory_bytes=mx.get_active_memory(),
             load_s=time.perf_counter() - started,
             capabilities=loaded.capabilities,
+            no_draft=no_draft,
         )
         self._pipe.reply(request_id, result)
+
+    def _begin_with(self, engine: Engine, wished: Attach) -> str | None:
+        """Load a draft model with its model. Returns why it is not, where it is not: the model goes without."""
+        try:
+            engine.attach(wished.draft, load(wished.path, self._progress))
+        except RpcError as error:
+            return error.message
+        return None
+
+    def _attach(self, request_id: int, params: Any) -> None:
+        self._attaches.append((request_id, _convert(params, Attach), self._loaded()))
+
+    def _attach_next(self) -> None:
+        """Load a draft model. What is running goes on between two parts of it."""
+        request_id, request, engine = self._attaches.popleft()
+        old = engine.guesses.draft
+        try:
+            if old is None or old.name != request.draft or old.closed:
+                engine.attach(request.draft, self._load_draft(request))
+            self._pipe.reply(request_id, Attached(memory_bytes=mx.get_active_memory()))
+        except ModelInvalid as error:
+            told = f"{request.draft} cannot be a draft model: {error.message}"
+            self._pipe.fail(request_id, InvalidParams(told, **error.details | {"field": "draft_model"}))
+        except RpcError as error:
+            self._pipe.fail(request_id, error)
+        mx.clear_cache()
+
+    def _load_draft(self, request: Attach) -> LoadedModel:
+        lost: list[EngineLost] = []
+
+        def between(fraction: float) -> None:
+            try:
+                self._turn(0.0)
+            except EngineLost as error:  # `load` takes what it does not know for a fault of the folder
+                lost.append(error)
+                raise PipeClosed("the engine is lost") from error
+
+        try:
+            return load(request.path, between)
+        except PipeClosed:
+            raise (lost[0] if lost else PipeClosed("the daemon is gone")) from None
 
     def _progress(self, fraction: float) -> None:
         """Between two parts of a load: say how far it got, and notice whether it is still wanted."""
