@@ -223,15 +223,10 @@ class Engine:
 
     def _fetch(self, running: Running) -> None:
         """Begin with a request, or have what disk has of its prompt read first."""
-        reading = None
-        if (
-            self.disk is not None
-            and self.cache is not None
-            and running.reuse is not None
-            and running.choices.lane == PLAIN
-        ):
+        reading, reuse = None, running.reuse if running.choices.lane == PLAIN else None
+        if self.disk is not None and self.cache is not None and reuse is not None:
             self.cache.tree.fit(self._generator.live_bytes())
-            reading = self.disk.fetch(running.reuse.namespace, running.prompt.tokens)
+            reading = self.disk.fetch(reuse.namespace, running.prompt.tokens)
         if reading is not None:
             self._fetching[running.id] = running, reading
         else:
