@@ -206,7 +206,8 @@ def test_params_of_chat(client: Client, params: dict, field: str) -> None:
     ("method", "params", "option"),
     [
         ("chat", ASK | {"tools": [{"name": "clock"}]}, "tools"),
-        ("chat", ASK | {"tool_choice": "auto"}, "tool_choice"),
+        ("chat", ASK | {"tools": [{"name": "clock"}], "tool_choice": "auto"}, "tools"),
+        ("chat", ASK | {"tools": [], "thinking_budget": 5}, "thinking_budget"),
         ("chat", {"messages": [{"role": "tool", "content": "3 PM"}]}, "messages"),
         ("chat", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages"),
         ("models.load", {"model": CLEANUP, "adapter": "org/lora"}, "adapter"),

@@ -29,7 +29,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.children": ({"mlxd_client", "mlxd.childwire"}, {"msgspec", "psutil"}),
     "mlxd.worker": (
         {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.store"},
-        {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance"},
+        {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance", "jsonschema",
+         "referencing"},
     ),
     "mlxd.fetch": (
         {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.store"},

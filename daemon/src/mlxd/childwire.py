@@ -37,11 +37,10 @@ MAX_FRAME_BYTES = types.MAX_FRAME_BYTES + 65_536
 MAX_DEPTH = types.MAX_DEPTH + 4
 # A schema, as JSON, or a grammar may be this long: compiling takes time and memory.
 MAX_RULE_BYTES = 256 * 1024
+# So may the tools of a request, as JSON: each schema is checked, and all are in the prompt.
+MAX_TOOLS, MAX_TOOLS_BYTES = 128, 256 * 1024
 # Options of the wire that no worker honours yet: refused before anything is loaded for them.
 NOT_YET = (
-    "tools",
-    "tool_choice",
-    "thinking_budget",
     "n",
     "adapter",
     "draft_model",
@@ -101,13 +100,16 @@ class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """One request. `messages` are chat turns as on the public wire; `options` the sampling options that were set,
-    under the public wire's names; what is not set falls to the model's defaults, then the worker's."""
+    """One request. `messages` are chat turns as on the public wire, as are `tools` and `tool_choice`; `options` the
+    sampling options that were set, under the public wire's names; what is not set falls to the model's defaults, then
+    the worker's."""
 
     kind: str  # "process" | "chat"
     messages: list[dict[str, Any]]
     options: dict[str, Any] = {}
     stream: bool = False
+    tools: list[dict[str, Any]] = []
+    tool_choice: str | dict[str, Any] | None = None
 
 
 class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -120,7 +122,7 @@ class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     text: str
-    finish_reason: str  # stop | length | cancelled
+    finish_reason: str  # stop | length | tool_calls | cancelled
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
@@ -129,19 +131,33 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     logprobs: list[dict[str, Any]] | None = None
     invented: list[str] | None = None
     structured: Any = None
+    reasoning_tokens: int = 0
+    tool_calls: list[types.ToolCall] | None = None
+    malformed_tool_calls: list[types.MalformedToolCall] | None = None
 
 
 class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """Either plain `text`, or `messages` through the chat template."""
+    """Either plain `text`, or `messages` and `tools` through the chat template."""
 
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] = []
+
+
+class Calls(msgspec.Struct, omit_defaults=True):
+    """The tool calls that one decode step completed for the streaming request `id`."""
+
+    id: int
+    tool_calls: list[types.ToolCall] = []
+    malformed_tool_calls: list[types.MalformedToolCall] = []
 
 
 class Step(msgspec.Struct, omit_defaults=True):
-    """`pieces` holds (request id, text, reasoning) for each streaming request that got new text."""
+    """`pieces` holds (request id, text, reasoning) for each streaming request that got new text; `calls` is of those
+    that completed tool calls."""
 
     pieces: list[tuple[int, str, str]] = []
+    calls: list[Calls] = []
 
 
 # --- fetchers -----------------------------------------------------------------------------------------------------

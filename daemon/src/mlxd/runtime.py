@@ -27,7 +27,7 @@ from .core import actions as do
 from .core import events as ev
 from .core.core import Core, Limits
 from .fetchers import Fetchers
-from .generation import Generation, completion, count_params, refuse_unsupported, with_text, worker_params
+from .generation import Generation, check_tools, completion, count_params, refuse_unsupported, with_text, worker_params
 from .library import Library
 from .server.events import EventLog
 from .workers import WorkerLink
@@ -246,6 +246,11 @@ class Runtime:
         request = self._open.get(rid)
         if request is not None:
             request.sink.piece(text, reasoning)
+
+    def worker_calls(self, rid: int, calls: list[types.ToolCall], malformed: list[types.MalformedToolCall]) -> None:
+        request = self._open.get(rid)
+        if request is not None:
+            request.sink.calls(calls, malformed)
 
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None:
         request = self._open.get(rid)
@@ -545,6 +550,7 @@ class Runtime:
     async def count_tokens(self, client: int, params: types.TokensParams) -> types.TokensResult:
         if (params.text is UNSET) == (params.messages is UNSET):
             raise errors.InvalidParams("give either text or messages", field="text")
+        check_tools(params.tools)
         ref = self._settings.default_model if params.model is UNSET else params.model
         lease = await self.acquire(client, ref)  # so that the model cannot go between loading and counting
         try:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from mlxd_client import errors
+from mlxd_client import errors, types
 
 from . import childwire as wire
 from .children.child import Child
@@ -29,6 +29,7 @@ class WorkerEvents(Protocol):
     def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None: ...
     def worker_load_failed(self, worker: int, error: errors.RpcError) -> None: ...
     def worker_piece(self, rid: int, text: str, reasoning: str) -> None: ...
+    def worker_calls(self, rid: int, calls: list[types.ToolCall], malformed: list[types.MalformedToolCall]) -> None: ...
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None: ...
     def worker_memory(self, worker: int, memory_bytes: int) -> None: ...
     def worker_exited(self, worker: int, death: Death) -> None: ...
@@ -67,7 +68,7 @@ class WorkerLink:
     def generate(self, rid: int, params: wire.Generate) -> None:
         assert self.child is not None
         request_id = self.child.request("generate", params)
-        self._expect_reading(request_id, sum(len(turn.get("content", "")) for turn in params.messages))
+        self._expect_reading(request_id, _characters(params.messages, params.tools))
         self._rids[request_id] = rid
         self._ids[rid] = request_id
 
@@ -80,8 +81,7 @@ class WorkerLink:
         assert self.child is not None
         request_id = self.child.request("count", params)
         self._counts[request_id] = answer
-        turns = params.messages or ()
-        self._expect_reading(request_id, len(params.text or "") + sum(len(turn.get("content", "")) for turn in turns))
+        self._expect_reading(request_id, len(params.text or "") + _characters(params.messages or [], params.tools))
 
     def _expect_reading(self, request_id: int, characters: int) -> None:
         """A tokenizer gives no sign of life before it has read its whole text: bear with it in proportion."""
@@ -111,10 +111,18 @@ class WorkerLink:
                 rid = self._rids.get(request_id)
                 if rid is not None:
                     self._events.worker_piece(rid, text, reasoning)
+            if "calls" in message["params"]:
+                self._on_calls(message["params"]["calls"])
         elif method == "progress":
             self._events.worker_progress(self.worker, min(1.0, max(0.0, float(message["params"]["progress"]))))
         elif "id" in message:
             self._on_answer(child, message)
+
+    def _on_calls(self, raw: Any) -> None:
+        for made in msgspec.convert(raw, list[wire.Calls]):
+            rid = self._rids.get(made.id)
+            if rid is not None:
+                self._events.worker_calls(rid, made.tool_calls, made.malformed_tool_calls)
 
     def on_exit(self, child: Child, death: Death, /) -> None:
         self._load_ended()
@@ -152,3 +160,9 @@ class WorkerLink:
             del self._ids[rid]
             outcome = failed if failed is not None else msgspec.convert(message["result"], wire.Generated)
             self._events.worker_answered(rid, outcome)
+
+
+def _characters(turns: list[dict[str, Any]], tools: list[dict[str, Any]]) -> int:
+    """How long the prompt will be, about."""
+    others = [tools, *(turn["tool_calls"] for turn in turns if turn.get("tool_calls"))]
+    return sum(len(turn.get("content", "")) for turn in turns) + sum(len(msgspec.json.encode(o)) for o in others if o)

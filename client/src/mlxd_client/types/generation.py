@@ -13,7 +13,12 @@ Text = str
 
 
 class Message(Params, kw_only=True):
-    """One turn. `content` is text; tool fields belong to assistant and tool turns."""
+    """One turn. `content` is text.
+
+    `tool_calls` are an assistant turn's: {id, name, arguments}, as a Completion has them, or {id, type: "function",
+    function: {name, arguments}}, whose arguments may be JSON text. A `tool` turn brings what one of them returned:
+    `tool_call_id` says which. Such turns follow the assistant turn that made the calls.
+    """
 
     role: Role
     content: Text = ""
@@ -31,7 +36,8 @@ class GenerateParams(Params, kw_only=True):
     `schema` makes the answer JSON that fits a JSON Schema; true stands for any JSON. `grammar` makes it fit a grammar
     in the dialect of Lark that llguidance reads. They are enforced token by token; at most one of them can be given.
 
-    `thinking_budget` bounds the thought, in tokens, and turns thinking on. `n` answers are made from one prompt.
+    `thinking_budget` bounds the thought, in tokens, and turns thinking on: a thought that has used it up is ended, and
+    the answer begins. `n` answers are made from one prompt.
     `adapter` is a LoRA or DoRA folder, absolute, or the id of one from the hub. `speculation`: `auto` guesses ahead
     where that pays, by the model's draft model if it has one, else by looking up what the prompt says; neither changes
     the answer. `context_policy` says what becomes of a prompt that is too long: `refuse` (the default), `drop_oldest`
@@ -82,15 +88,24 @@ class ProcessParams(GenerateParams, kw_only=True):
 
 
 class ChatParams(GenerateParams, kw_only=True):
+    """`tools` are the functions that the model may call: {type: "function", function: {name, description, parameters}},
+    where `parameters` is a JSON Schema of an object. `tool_choice` is `auto` (the default), `none`, `required`, or the
+    one to call: {name} or {type: "function", function: {name}}. The last two are enforced token by token; with them
+    there can be no `schema` or `grammar`.
+    """
+
     messages: Annotated[list[Message], Meta(min_length=1, max_length=10_000)]
     tools: list[dict[str, Any]] | UnsetType = UNSET
     tool_choice: str | dict[str, Any] | UnsetType = UNSET
 
 
 class Usage(Result, kw_only=True):
+    """`reasoning_tokens` of `completion_tokens` were the thought's, its markers not counted."""
+
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 class Timings(Result, kw_only=True):
@@ -105,9 +120,21 @@ class Timings(Result, kw_only=True):
 
 
 class ToolCall(Result, kw_only=True):
+    """A whole call of one of the request's tools; `arguments` fit the tool's `parameters`. `id` is unique among the
+    calls of one answer."""
+
     id: str
     name: str
     arguments: dict[str, Any]
+
+
+class MalformedToolCall(Result, kw_only=True):
+    """What the model wrote where a call was to be: no call, an unknown tool, arguments that do not fit, or a call that
+    was cut short. `text` is what it wrote, without the markers."""
+
+    text: str
+    reason: str
+    name: str | None = None
 
 
 class TokenLogprob(Result, kw_only=True):
@@ -123,7 +150,8 @@ class Completion(Result, kw_only=True):
     """`invented` names the words of the answer that its prompt does not account for; only models that promise to
     rewrite faithfully (see `guard` in their mlxd.json) are checked. Whoever needs certainty keeps the prompt then.
     `structured` is the parsed answer where a `schema` was asked and the answer is whole; null, and what the wire cannot
-    carry, are in `text` only."""
+    carry, are in `text` only. `finish_reason` is `tool_calls` where the answer ended by itself with whole calls in it.
+    """
 
     model: str
     text: str
@@ -132,27 +160,33 @@ class Completion(Result, kw_only=True):
     timings: Timings
     reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
+    malformed_tool_calls: list[MalformedToolCall] | None = None
     structured: Any = None
     logprobs: list[TokenLogprob] | None = None
     invented: list[str] | None = None
 
 
 class Stream(Result, kw_only=True):
-    """A `stream` notification: the next piece of the answer to request `id`. `seq` counts from 0 without gaps."""
+    """A `stream` notification: the next piece of the answer to request `id`. `seq` counts from 0 without gaps. A tool
+    call is in the piece in which it was completed."""
 
     id: int | str
     seq: int
     text: str | None = None
     reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
+    malformed_tool_calls: list[MalformedToolCall] | None = None
     phase: Literal["queued", "downloading", "loading", "prompt"] | None = None
     progress: float | None = None
 
 
 class TokensParams(Params, kw_only=True):
+    """Either `text`, or `messages` with the `tools` that `chat` would get with them."""
+
     model: ModelRef | UnsetType = UNSET
     text: str | UnsetType = UNSET
     messages: Annotated[list[Message], Meta(min_length=1, max_length=10_000)] | UnsetType = UNSET
+    tools: list[dict[str, Any]] | UnsetType = UNSET
 
 
 class TokensResult(Result, kw_only=True):

@@ -5,6 +5,11 @@
     load       a folder becomes a LoadedModel, or a typed error
     options    what a request asks for, what the model defaults to, what is refused
     prompt     messages become tokens, through the model's chat template
+    turns      the turns of a conversation, checked
+    patience   how long code may run that is not ours
+    tools      the tools of a request, checked
+    toolsyntax how families of models spell calls
+    calls      tool calls out of what a model wrote
     engine     the requests in flight and how each ends
     batch      mlx_lm's BatchGenerator with sampling for all rows in one call
     prefix      which prefixes of prompts are kept, and which go first

@@ -12,11 +12,12 @@ import mlx.core as mx
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import make_logits_processors
 
-from mlxd_client.errors import InternalError, ModelInvalid, RpcError, Unsupported
+from mlxd_client.errors import InternalError, InvalidParams, ModelInvalid, RpcError, Unsupported
 
-from ..childwire import CountTokens, Generate, Generated, WorkerTimings
+from ..childwire import Calls, CountTokens, Generate, Generated, WorkerTimings
 from .batch import NOT_FINITE, RowFailure, RowGenerator
-from .constraint import Constraint
+from .calls import Toolbox, ToolUse, news
+from .constraint import Constraint, Thought
 from .grammar import Compiled, Compiler
 from .kvcache import PromptCache, RowView
 from .load import LoadedModel
@@ -55,14 +56,16 @@ class Running:
     prompt_at: float = 0.0
     first_at: float = 0.0
     constraint: Constraint | None = None
+    tools: ToolUse | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What one step brought: `pieces` as in childwire.Step, and the requests that ended."""
+    """What one step brought: `pieces` and `calls` as in childwire.Step, and the requests that ended."""
 
     pieces: list[tuple[int, str, str]] = field(default_factory=list)
+    calls: list[Calls] = field(default_factory=list)
     ended: list[tuple[int, Generated | RpcError]] = field(default_factory=list)
 
 
@@ -108,6 +111,7 @@ class Engine:
         self._uids: dict[int, int] = {}  # request id → uid
         self._failed_steps = 0
         self._compiler = Compiler(tokenizer, loaded.vocabulary, self._eos)
+        self._toolbox = Toolbox(tokenizer, self._eos)
         self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
 
     # --- requests
@@ -136,19 +140,28 @@ class Engine:
         choices = resolve(request.kind, request.options, self._loaded.defaults, self._loaded.vocabulary)
         if self.cache is None and request.options.get("cache_prompt") is True:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
+        tools = self._toolbox.use(request)
+        choices = self._complete(choices, tools)
         reuse = Reuse(NAMESPACE) if self.cache is not None and choices.cache_prompt else None
         cut = reuse is not None and self.cache is not None and self.cache.marked
-        prompt = self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut)
+        shown = tools.tools.shown if tools is not None else None
+        prompt = self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut, tools=shown)
         if reuse is not None:
             reuse.cuts = prompt.cuts
-        think = self._think
-        if choices.rule is not None:
+        think, once = self._think, choices.rule is not None or choices.thinking_budget is not None
+        if once:
             if choices.thinking:
                 prompt = self._prompts.open_thought(prompt)
             think = self._think if prompt.in_reasoning else None
-        machine = make_machine(choices.stop, think, once=choices.rule is not None)
-        text = TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
-        running = Running(request_id, request, prompt, choices, text, received_at, reuse)
+        call = tools.syntax.markers if tools is not None else None
+        machine = make_machine(choices.stop, think, once=once, call=call, thought_calls=choices.rule is None)
+        text = TextStream(
+            self._loaded.tokenizer.detokenizer,
+            machine,
+            in_reasoning=prompt.in_reasoning,
+            marker_tokens=len(self._loaded.tokenizer.think_end_tokens or (0,)),
+        )
+        running = Running(request_id, request, prompt, choices, text, received_at, reuse, tools=tools)
         if choices.rule is None:
             self._join(running)
             return
@@ -161,9 +174,11 @@ class Engine:
     def _join(self, running: Running, compiled: Compiled | None = None) -> None:
         choices, prompt = running.choices, running.prompt
         sampling = choices.sampling
-        if compiled is not None:
-            thought = self._loaded.tokenizer.think_end if prompt.in_reasoning else None
-            running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
+        if compiled is not None or choices.thinking_budget is not None:
+            thought = self._thought(running, compiled) if prompt.in_reasoning else None
+            running.constraint = Constraint(
+                compiled, eos=self._eos, thought=thought, vocabulary=self._loaded.vocabulary
+            )
             sampling = replace(sampling, constraint=running.constraint)
         room = self._loaded.context_length - len(prompt.tokens)
         processors = make_logits_processors(choices.logit_bias)
@@ -172,6 +187,37 @@ class Engine:
         )
         self._running[uid] = running
         self._uids[running.id] = uid
+
+    def _complete(self, choices: Choices, tools: ToolUse | None) -> Choices:
+        """What a request's tools and its thought's bound change in its options. Raises InvalidParams, Unsupported."""
+        tokenizer = self._loaded.tokenizer
+        if choices.thinking_budget is not None:
+            close = tokenizer.think_end_tokens if tokenizer.has_chat_template else None
+            if not close or max(close) >= self._loaded.vocabulary:
+                raise Unsupported("this model has no thinking mode", option="thinking_budget")
+        if tools is None:
+            return choices
+        if choices.rule is not None and (tools.rule is not None or (choices.rule.kind == "schema" and tools.may_call)):
+            told = f"give either {choices.rule.kind} or tools to call: an answer follows one rule"
+            raise InvalidParams(told, field="tool_choice" if tools.rule is not None else choices.rule.kind)
+        bias = choices.logit_bias
+        if tools.banned is not None and tools.banned < self._loaded.vocabulary:
+            bias = {**(bias or {}), tools.banned: -1000.0}
+        return replace(choices, rule=tools.rule or choices.rule, logit_bias=bias)
+
+    def _thought(self, running: Running, compiled: Compiled | None) -> Thought:
+        tokenizer = self._loaded.tokenizer
+        ends = [tokenizer.think_end]
+        if running.tools is not None and compiled is None:
+            ends.append(running.tools.syntax.markers[0])
+        return Thought(
+            (lambda token: bytes(compiled.tokenizer.decode_bytes([token])))
+            if compiled is not None
+            else (lambda token: str(tokenizer.decode([token])).encode()),
+            ends,
+            close=tokenizer.think_end_tokens,
+            budget=running.choices.thinking_budget,
+        )
 
     def cancel(self, request_id: int) -> Outcome:
         """End a request now, with the text it has. One that has ended already, or never was, changes nothing."""
@@ -186,7 +232,8 @@ class Engine:
         return outcome
 
     def count(self, request: CountTokens) -> int:
-        return self._prompts.count(text=request.text, messages=request.messages)
+        shown = self._toolbox.read(request.tools).shown if request.tools else None
+        return self._prompts.count(text=request.text, messages=request.messages, tools=shown)
 
     # --- steps
 
@@ -252,6 +299,8 @@ class Engine:
             text, reasoning = running.text.add(token)
             if (text or reasoning) and running.request.stream:
                 outcome.pieces.append((running.id, text, reasoning))
+            if running.text.calls:
+                self._take_calls(running, outcome)
         stopped = running.text.stopped or (running.constraint is not None and running.constraint.finished)
         if response.finish_reason is not None:
             self._keep(running, response.prompt_cache, response.all_tokens)
@@ -259,6 +308,15 @@ class Engine:
         elif stopped:
             self._keep(running, *self._generator.drop(response.uid))
             self._end(response.uid, "stop", outcome)
+
+    def _take_calls(self, running: Running, outcome: Outcome, reason: str | None = None) -> None:
+        """Read the tool calls that have ended now, as all have with the answer, whose `reason` to end that is."""
+        texts, running.text.calls = running.text.calls, []
+        assert running.tools is not None
+        for text, whole in texts:
+            told = news(running.id, *running.tools.take(text, whole, reason))
+            if told is not None and running.request.stream:
+                outcome.calls.append(told)
 
     def _end(self, uid: int, reason: str, outcome: Outcome) -> None:
         """Say how a request ended. It has left the batch already."""
@@ -268,6 +326,8 @@ class Engine:
             text, reasoning = running.text.finish()
             if (text or reasoning) and running.request.stream:
                 outcome.pieces.append((running.id, text, reasoning))
+            if running.text.calls:
+                self._take_calls(running, outcome, reason)
             outcome.ended.append((running.id, self._result(running, reason)))
         except Exception as error:
             outcome.ended.append((running.id, _typed(error)))
@@ -275,17 +335,19 @@ class Engine:
     def _result(self, running: Running, reason: str) -> Generated:
         text = "".join(running.text.text)
         invented = None
-        rewritten = running.request.kind == "process" and running.constraint is None  # a rule has words of its own
+        rewritten = running.request.kind == "process" and running.choices.rule is None  # a rule has words of its own
         if self._guard is not None and self._loaded.faithful and rewritten:
             invented = list(self._guard(running.prompt.source, text)) or None
         structured = None
         if running.constraint is not None and reason == "stop" and not running.text.stopped:
             structured = running.constraint.value(text)
+        calls = running.tools.calls if running.tools is not None else []
+        malformed = running.tools.malformed if running.tools is not None else []
         now = time.perf_counter()
         start, first = running.received_at, running.first_at
         return Generated(
             text=text,
-            finish_reason=reason,
+            finish_reason="tool_calls" if calls and reason == "stop" else reason,
             prompt_tokens=len(running.prompt.tokens),
             completion_tokens=running.tokens,
             cached_tokens=running.reuse.cached if running.reuse is not None else 0,
@@ -298,6 +360,9 @@ class Engine:
             logprobs=running.logprobs if running.choices.sampling.logprobs >= 0 else None,
             invented=invented,
             structured=structured,
+            reasoning_tokens=running.text.reasoning_tokens,
+            tool_calls=calls or None,
+            malformed_tool_calls=malformed or None,
         )
 
     def _report(self, count: int, token: int, note: tuple[mx.array, mx.array, mx.array]) -> dict[str, Any]:

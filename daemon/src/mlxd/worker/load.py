@@ -24,6 +24,7 @@ from mlxd_client.errors import LoadFailed, ModelInvalid, RpcError
 
 from ..childside import PipeClosed
 from ..store.safetensors import SafetensorsError, check_safetensors
+from .calls import can_call
 from .early import start_early
 from .grammar import can_constrain
 from .options import check_defaults
@@ -81,6 +82,8 @@ class LoadedModel:
             found.append("faithful")
         if can_constrain(self.tokenizer):
             found += ["structured", "grammar"]
+        if can_call(self.tokenizer):
+            found.append("tools")
         return found
 
 

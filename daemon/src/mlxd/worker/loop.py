@@ -13,7 +13,7 @@ import msgspec
 from mlxd_client.errors import InvalidParams, InvalidRequest, LoadFailed, MethodNotFound, ModelInvalid, RpcError
 
 from ..childside import Pipe, Pulse, Stopped
-from ..childwire import CountTokens, Generate, Generated, Heartbeat, Loaded, LoadModel
+from ..childwire import CountTokens, Generate, Generated, Heartbeat, Loaded, LoadModel, Step
 from .engine import Engine, Outcome
 from .load import load
 
@@ -144,7 +144,9 @@ class Worker:
         return self._engine
 
     def _send(self, outcome: Outcome) -> None:
-        if outcome.pieces:
+        if outcome.calls:
+            self._pipe.notify("step", Step(outcome.pieces, outcome.calls))
+        elif outcome.pieces:
             self._pipe.notify("step", {"pieces": outcome.pieces})
         for request_id, end in outcome.ended:
             if isinstance(end, Generated):

@@ -34,6 +34,7 @@ class Choices:
     stop: tuple[str, ...] = ()
     logit_bias: Mapping[int, float] | None = None
     thinking: bool = False
+    thinking_budget: int | None = None
     cache_prompt: bool = True
     rule: Rule | None = None
 
@@ -59,6 +60,8 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
         params = msgspec.convert(given, GenerateParams)
     except msgspec.ValidationError as error:
         raise InvalidParams(str(error), **_field(error)) from None
+    if params.thinking is False and params.thinking_budget is not UNSET:
+        raise InvalidParams("a thinking_budget turns thinking on; give no `thinking`", field="thinking_budget")
     return Choices(
         sampling=Sampling(
             temperature=_or(params.temperature, 0.0),
@@ -74,7 +77,8 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
         max_tokens=_or(params.max_tokens, DEFAULT_MAX_TOKENS[kind]),
         stop=tuple(_or(params.stop, [])),
         logit_bias=_bias(_or(params.logit_bias, {}), vocabulary),
-        thinking=_or(params.thinking, False),
+        thinking=_or(params.thinking, params.thinking_budget is not UNSET),
+        thinking_budget=_or(params.thinking_budget, None),
         cache_prompt=_or(params.cache_prompt, True),
         rule=read_rule(_or(params.schema, None), _or(params.grammar, None)),
     )
