@@ -125,6 +125,7 @@ FAMILIES: dict[str, tuple[str, str, list[tuple[str, bool]]]] = {
     "glm47": ("llama", GLM, [("<tool_call>", True), ("</tool_call>", True)]),
     "function_gemma": ("gemma3_text", FUNCTION_GEMMA, [("<start_function_call>", True), ("<end_function_call>", True)]),
     "gemma4": ("gemma3_text", GEMMA4, [("<|tool_call>", True), ("<tool_call|>", True)]),
+    "gemma4_thinking": ("gemma3_text", GEMMA4, [("<|channel>", True), ("<channel|>", True)]),
     "pythonic": ("llama", LFM2, [("<|tool_call_start|>", True), ("<|tool_call_end|>", True)]),
 }  # fmt: skip
 
@@ -137,6 +138,9 @@ def build(folder: Path, name: str, *, context: int = 4096) -> Path:
     tiny_model.build(folder, family=family, context=context, vocabulary=420, chat_template=template)
     tiny_model.write_tokenizer(folder, 400, template)  # leaves room for the markers
     file = str(folder / "tokenizer.json")
+    if name == "gemma4_thinking":  # its thoughts have markers of their own
+        text = Path(file).read_text()
+        Path(file).write_text(text.replace('"<think>"', '"<thunk>"').replace('"</think>"', '"</thunk>"'))
     tokenizer = Tokenizer.from_file(file)
     for text, special in markers:
         token = AddedToken(text, special=special, normalized=False)
