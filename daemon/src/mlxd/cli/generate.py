@@ -31,6 +31,7 @@ _NUMBERS: tuple[tuple[str, type, str], ...] = (
     ("presence_penalty", float, "lower the score of tokens that occurred"),
     ("frequency_penalty", float, "lower the score of tokens by how often they occurred"),
     ("seed", int, "the same seed, prompt and options give the same answer"),
+    ("thinking_budget", int, "let the model reason, for so many tokens at most"),
     ("logprobs", int, "with --json: each token's log probability, and of so many alternatives"),
 )
 _OTHERS = ("model", "stop", "logit_bias", "schema", "grammar", "thinking", "keep_alive", "timeout_s", "priority")
@@ -189,6 +190,8 @@ def told(stream: Stream, output: Output) -> Iterator[types.Stream]:
                 output.progress(None)
             if piece.reasoning:
                 show_reasoning(piece.reasoning, output)
+            if (piece.tool_calls or piece.malformed_tool_calls) and not output.json:
+                show_calls(piece, output)
             yield piece
     finally:
         if waiting:
@@ -210,6 +213,16 @@ def show_reasoning(text: str, output: Output) -> None:
 
         output.out.write(f"\x1b[2m{safe(text)}\x1b[0m")
         output.out.flush()
+
+
+def show_calls(piece: types.Stream, output: Output) -> None:
+    """Tool calls, one to a line: nobody here runs them."""
+    import msgspec
+
+    for call in piece.tool_calls or ():
+        output.line(msgspec.json.encode(call).decode())
+    for malformed in piece.malformed_tool_calls or ():
+        output.note(f"a call of {malformed.name or 'a tool'} was malformed: {malformed.reason}")
 
 
 def show_stats(completion: Completion, output: Output) -> None:

@@ -13,7 +13,7 @@ import msgspec
 from mlxd_client.errors import InvalidParams, InvalidRequest, LoadFailed, MethodNotFound, ModelInvalid, RpcError
 
 from ..childside import Pipe, Pulse, Stopped
-from ..childwire import CountTokens, Generate, Generated, Heartbeat, Loaded, LoadModel, Step
+from ..childwire import CountTokens, Generate, Generated, Heartbeat, Loaded, LoadModel
 from .engine import Engine, Outcome
 from .load import load
 
@@ -145,7 +145,7 @@ class Worker:
 
     def _send(self, outcome: Outcome) -> None:
         if outcome.calls:
-            self._pipe.notify("step", Step(outcome.pieces, outcome.calls))
+            self._pipe.notify("step", {"pieces": outcome.pieces, "calls": outcome.calls})
         elif outcome.pieces:
             self._pipe.notify("step", {"pieces": outcome.pieces})
         for request_id, end in outcome.ended:
