@@ -112,6 +112,26 @@ GEMMA4 = _plain(
 )
 LFM2 = _plain(r"""{{- '<|tool_call_start|>[' + call.function.name + '()]<|tool_call_end|>' }}""")
 
+MINIMAX = _plain(
+    r"""{{- '<minimax:tool_call>\n<invoke name="' + call.function.name + '">\n' }}
+    {%- for name, value in call.function.arguments | items %}
+        {{- '<parameter name="' + name + '">' + (value | string) + '</parameter>\n' }}
+    {%- endfor %}{{- '</invoke>\n</minimax:tool_call>' }}"""
+)
+LONGCAT = _plain(
+    r"""{{- '<longcat_tool_call>' + call.function.name + '\n' }}
+    {%- for name, value in call.function.arguments | items %}
+        {{- '<longcat_arg_key>' + name + '</longcat_arg_key>\n' }}
+        {{- '<longcat_arg_value>' + (value | string) + '</longcat_arg_value>\n' }}
+    {%- endfor %}{{- '</longcat_tool_call>' }}"""
+)
+MINICPM5 = _plain(
+    r"""{{- '<function name="' + call.function.name + '">' }}
+    {%- for name, value in call.function.arguments | items %}
+        {{- '<param name="' + name + '">' + (value | string) + '</param>' }}
+    {%- endfor %}{{- '</function>' }}"""
+)
+
 # The markers that each family's tokenizer has as tokens, and whether those are special.
 FAMILIES: dict[str, tuple[str, str, list[tuple[str, bool]]]] = {
     "json_tools": ("qwen3", HERMES, [("<tool_call>", False), ("</tool_call>", False)]),
@@ -122,9 +142,16 @@ FAMILIES: dict[str, tuple[str, str, list[tuple[str, bool]]]] = {
         ("<|tool_call_argument_begin|>", True), ("<|tool_call_end|>", True),
     ]),
     "qwen3_coder": ("qwen3", QWEN3_CODER, [("<tool_call>", False), ("</tool_call>", False)]),
-    "glm47": ("llama", GLM, [("<tool_call>", True), ("</tool_call>", True)]),
-    "function_gemma": ("gemma3_text", FUNCTION_GEMMA, [("<start_function_call>", True), ("<end_function_call>", True)]),
-    "gemma4": ("gemma3_text", GEMMA4, [("<|tool_call>", True), ("<tool_call|>", True)]),
+    "glm47": ("llama", GLM, [
+        ("<tool_call>", True), ("</tool_call>", True), ("<arg_key>", False), ("</arg_value>", False),
+    ]),
+    "function_gemma": ("gemma3_text", FUNCTION_GEMMA, [
+        ("<start_function_call>", True), ("<end_function_call>", True), ("<escape>", True),
+    ]),
+    "gemma4": ("gemma3_text", GEMMA4, [("<|tool_call>", True), ("<tool_call|>", True), ('<|"|>', True)]),
+    "minimax_m2": ("llama", MINIMAX, [("<minimax:tool_call>", True), ("</minimax:tool_call>", True)]),
+    "longcat": ("llama", LONGCAT, []),
+    "minicpm5": ("llama", MINICPM5, []),
     "gemma4_thinking": ("gemma3_text", GEMMA4, [("<|channel>", True), ("<channel|>", True)]),
     "pythonic": ("llama", LFM2, [("<|tool_call_start|>", True), ("<|tool_call_end|>", True)]),
 }  # fmt: skip

@@ -9,6 +9,7 @@
     patience   how long code may run that is not ours
     tools      the tools of a request, checked
     toolsyntax how families of models spell calls
+    toolflat   those that spell argument by argument
     calls      tool calls out of what a model wrote
     engine     the requests in flight and how each ends
     batch      mlx_lm's BatchGenerator with sampling for all rows in one call

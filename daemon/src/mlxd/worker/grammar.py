@@ -179,14 +179,14 @@ def can_constrain(tokenizer: Any) -> bool:
     """Whether llguidance can tell which bytes each token of mlx_lm's `tokenizer` stands for: byte-level tokenizers,
     and those that fall back to bytes, as sentencepiece's do."""
     try:
-        decoder = json.loads(_backend(tokenizer).decoder.__getstate__())
+        decoder = json.loads(backend(tokenizer).decoder.__getstate__())
     except (AttributeError, TypeError, ValueError):
         return False
     parts = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else []
     return decoder.get("type") == "ByteLevel" or any(part.get("type") == "ByteFallback" for part in parts)
 
 
-def _backend(tokenizer: Any) -> Any:
+def backend(tokenizer: Any) -> Any:
     """The tokenizer of the `tokenizers` library that mlx_lm's wraps; None where it wraps another kind."""
     return getattr(getattr(tokenizer, "_tokenizer", tokenizer), "backend_tokenizer", None)
 
@@ -202,7 +202,7 @@ class Compiler:
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: set[int]) -> None:
         self._usable = can_constrain(tokenizer)
-        self._source = _backend(tokenizer)
+        self._source = backend(tokenizer)
         self._vocabulary = vocabulary
         self._eos = sorted(eos)
         self._tokenizer: LLTokenizer | None = None
