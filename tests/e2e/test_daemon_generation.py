@@ -129,6 +129,22 @@ def test_pipelined_msgpack_requests_are_all_answered(daemon: Daemon, client: Cli
     assert answers == {n: wanted[n % 4] for n in range(40)}
 
 
+def test_deadlines_that_are_over_at_once_are_kept_one_by_one(daemon: Daemon, client: Client) -> None:
+    """Each is due before the loop turns, while the next request is read already."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(PATIENCE_S)
+        sock.connect(str(daemon.socket))
+        params = {"prompt": SAID[0], "timeout_s": 1e-6}
+        requests = [{"jsonrpc": "2.0", "id": n, "method": "process", "params": params} for n in range(20)]
+        sock.sendall(b"".join(encode(request) for request in requests))
+        decoder, kinds = Decoder(), []
+        while len(kinds) < len(requests):
+            decoder.feed(sock.recv(65_536))
+            kinds += [message["error"]["data"]["kind"] for message in decoder]
+    assert set(kinds) == {"deadline_exceeded"}
+    assert client.process(SAID[1], temperature=0).text
+
+
 def test_stopping_in_the_middle_leaves_the_others_alone(client: Client) -> None:
     alone = client.process(SAID[6], temperature=0).text
     long = client.stream_chat("Tell me everything.", max_tokens=2000, temperature=5.0, top_p=1.0)

@@ -173,12 +173,13 @@ class World(RuleBasedStateMachine):
         model=NAMES,
         priority=st.sampled_from(["interactive", "batch"]),
         timeout=st.sampled_from([None, None, 1.0, 20.0]),
+        waited=st.sampled_from([0.0, 0.0, 0.5, 30.0]),
         keep_alive=KEEP_ALIVE,
         times=st.integers(1, 6),
     )
-    def submit(self, client, model, priority, timeout, keep_alive, times) -> None:
+    def submit(self, client, model, priority, timeout, waited, keep_alive, times) -> None:
         for _ in range(times):
-            self.tell(ev.Submit(self.new_rid(), client, model, priority, timeout, keep_alive))
+            self.tell(ev.Submit(self.new_rid(), client, model, priority, timeout, keep_alive, waited))
 
     @rule(client=CLIENTS, model=NAMES, lease=st.booleans(), keep_alive=KEEP_ALIVE)
     def ensure(self, client: int, model: str, lease: bool, keep_alive: float | None) -> None:

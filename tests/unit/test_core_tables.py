@@ -165,6 +165,13 @@ def test_what_may_happen_while_something_else_does(situation: Callable[[Bench], 
     assert tuple(found) == PAIRS[situation]
 
 
+def test_what_a_request_waited_before_it_was_submitted_counts() -> None:
+    bench = Bench()
+    loading(bench)
+    bench.ask(lambda rid: ev.Submit(rid, 1, MODEL, timeout_s=10.0, waited_s=4.0))
+    assert bench.core.next_deadline() == bench.now + 6.0
+
+
 def outcome(bench: Bench, rid: int, jobs: set[str]) -> str:
     said = [action for action in bench.said if getattr(action, "rid", None) == rid]
     match [action for action in said if not isinstance(action, do.Dispatch | do.Publish)]:

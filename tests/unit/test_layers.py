@@ -55,12 +55,19 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
          "mlxd.library", "mlxd.logs", "mlxd.server", "mlxd.settings", "mlxd.store", "mlxd.workers"},
         {"msgspec", "psutil"},
     ),
+    "mlxd.notify": (set(), set()),
+    "mlxd.sidecar": (set(), set()),
+    "mlxd.service": ({"mlxd_client", "mlxd.settings", "mlxd.server"}, {"msgspec"}),
     "mlxd.app": (
-        {"mlxd_client", "mlxd.children", "mlxd.logs", "mlxd.runtime", "mlxd.server", "mlxd.settings",
-         "mlxd.store"},
+        {"mlxd_client", "mlxd.children", "mlxd.logs", "mlxd.notify", "mlxd.runtime", "mlxd.server", "mlxd.settings",
+         "mlxd.sidecar", "mlxd.store"},
         {"uvloop", "msgspec"},
     ),
-    "mlxd.cli": ({"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.settings"}, {"msgspec", "rich"}),
+    "mlxd.cli": (
+        {"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.server", "mlxd.service", "mlxd.settings",
+         "mlxd.sidecar"},
+        {"msgspec", "rich"},
+    ),
     "mlxd.__main__": ({"mlxd.cli"}, set()),
 }  # fmt: skip
 

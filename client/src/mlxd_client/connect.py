@@ -18,7 +18,17 @@ from typing import Any, Protocol
 from .errors import ConnectFailed
 from .paths import check_socket_path, socket_path
 
-__all__ = ["RECONNECT_S", "START_DEADLINE_S", "Backoff", "NobodyListens", "Start", "dial", "open_socket", "peer_uid"]
+__all__ = [
+    "RECONNECT_S",
+    "START_DEADLINE_S",
+    "Backoff",
+    "NobodyListens",
+    "Start",
+    "dial",
+    "open_socket",
+    "peer_uid",
+    "reach",
+]
 
 # How a client may start the daemon: False never, True by finding `mlxd`, a command line, or a function that does it.
 Start = bool | Sequence[str] | Callable[[], Awaitable[object] | object]
@@ -157,6 +167,20 @@ def dial(
             reason = "the caller's time limit has passed"
         if reason is not None:
             raise ConnectFailed(f"{last}: {reason}") from None
+
+
+def reach(path: str | os.PathLike[str] | None = None, start: bool | Sequence[str] = True) -> socket.socket:
+    """A connected socket, the daemon being started where none runs; blocks meanwhile.
+
+    Raises ConnectFailed, with the reason; SocketPathTooLong.
+    """
+    steps = dial(resolve(path), start, again=False)
+    while True:
+        try:
+            time.sleep(next(steps))
+        except StopIteration as reached:
+            made: socket.socket = reached.value
+            return made
 
 
 class _Process(Protocol):

@@ -7,25 +7,34 @@ import contextlib
 import ctypes
 import resource
 import signal
+import socket
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
 
 from . import logs
+from .children.exitwatch import ExitWatch
 from .children.interface import ChildSettings
 from .children.supervisor import Supervisor
+from .notify import Notifier
 from .runtime import Runtime
+from .server.activation import handed_over
 from .server.limits import ServerLimits
-from .server.listen import AlreadyRunning, Listener, ListenError, listen
+from .server.listen import AlreadyRunning, Listener, ListenError, adopt, listen
 from .server.server import Server
 from .settings import Settings
+from .sidecar import Bridge
 from .store import Store
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_ALREADY_RUNNING = 8
 
+# How long the last answers may take to reach standard output.
+_LAST_WORDS_S = 1.0
 # How long children get to go by themselves once the daemon has to end; then SIGTERM, then SIGKILL.
 _LAST_GRACE_S = 0.5
 _TERM_GRACE_S = 1.0
@@ -35,28 +44,67 @@ _OPEN_FILES = 10_240
 _OWN_FILES = 96
 
 
-def serve(settings: Settings) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """Who started the daemon, and what that means for its end.
+
+    Attributes:
+        managed: a service manager, which would start it again after a failure.
+        stdio: an app, which speaks on standard input and output as on a connection; the daemon ends with it.
+        parent_pid: a process, with which the daemon ends.
+    """
+
+    managed: bool = False
+    stdio: bool = False
+    parent_pid: int | None = None
+
+
+def serve(settings: Settings, launch: Launch | None = None) -> int:
     """Run a daemon until it is told to stop. Returns the process's exit status.
 
     The socket is there as soon as requests are answered; whoever starts a daemon may wait for it.
     """
+    launch = launch or Launch()
+    notifier = Notifier()
+    sock = None
     try:
-        listener = listen(Path(settings.home), Path(settings.socket))
-    except AlreadyRunning as error:
-        print(f"mlxd: {error}", file=sys.stderr)
-        return EXIT_ALREADY_RUNNING
+        sock = handed_over()
+        home = Path(settings.home)
+        listener = listen(home, Path(settings.socket)) if sock is None else adopt(sock, home)
     except ListenError as error:
+        if launch.managed:
+            return give_up(str(error), notifier, sock)
         print(f"mlxd: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return EXIT_ALREADY_RUNNING if isinstance(error, AlreadyRunning) else EXIT_FAILED
     limits = server_limits(settings, _allow_many_files())
     _return_large_blocks()
     installed = logs.configure(settings.log_file, level=settings.log_level, prompts=settings.log_prompts)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Daemon(settings, limits, listener).run())
+            runner.run(_Daemon(settings, limits, listener, notifier, launch).run())
     finally:
         listener.close()
         installed.close()
+    return EXIT_OK
+
+
+def give_up(reason: str, notifier: Notifier | None = None, sock: socket.socket | None = None) -> int:
+    """End in good order where starting again would change nothing, as with a wrong configuration.
+
+    The manager is told that all went well, for it would try again and again; and those who wait on its socket are hung
+    up on, for each of them would be a reason to start again.
+    """
+    print(f"mlxd: {reason}", file=sys.stderr, flush=True)
+    notifier = notifier or Notifier()
+    notifier.ready()
+    notifier.status(f"not running: {reason}")
+    with contextlib.suppress(OSError, ListenError):
+        sock = sock or handed_over()
+        if sock is not None:
+            sock.setblocking(False)
+            while True:
+                sock.accept()[0].close()
+    notifier.stopping()
     return EXIT_OK
 
 
@@ -86,10 +134,14 @@ def _return_large_blocks() -> None:
 class _Daemon:
     """The parts of one running daemon."""
 
-    def __init__(self, settings: Settings, limits: ServerLimits, listener: Listener) -> None:
+    def __init__(
+        self, settings: Settings, limits: ServerLimits, listener: Listener, notifier: Notifier, launch: Launch
+    ) -> None:
         self._settings = settings
+        self._launch = launch
         self._limits = limits
         self._listener = listener
+        self._notifier = notifier
         self._log = logs.get("mlxd")
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -115,9 +167,53 @@ class _Daemon:
         await supervisor.sweep()
         await runtime.begin()
         await server.start(self._listener)
+        if self._listener.path is None and settings.idle_exit_s > 0:
+            _IdleExit(server, runtime, settings.idle_exit_s, self._stop.set)
         self._log.info("daemon started", version=runtime.version, epoch=runtime.epoch, socket=settings.socket)
+        self._notifier.ready()
+        bridge = await self._open_stdio(server) if self._launch.stdio else None
+        watch = self._watch_parent(self._launch.parent_pid) if self._launch.parent_pid is not None else None
+        signs = loop.create_task(self._give_signs(runtime)) if self._notifier.watchdog_s else None
         await self._stop.wait()
+        self._notifier.stopping()
         await self._end(server, runtime)
+        if signs is not None:
+            signs.cancel()
+        if watch is not None:
+            loop.remove_reader(watch.fileno)
+            watch.close()
+        if bridge is not None:
+            bridge.finish(_LAST_WORDS_S)
+
+    async def _open_stdio(self, server: Server) -> Bridge:
+        """Serve whoever started this process on its standard input and output."""
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        await server.take(ours)
+        return Bridge(theirs, lambda: loop.call_soon_threadsafe(self._stop.set))
+
+    def _watch_parent(self, pid: int) -> ExitWatch | None:
+        """Stop when a process ends that is not ours to wait for."""
+        try:
+            watch = ExitWatch(pid)
+        except OSError as error:  # it is gone already
+            self._log.warning("the parent cannot be watched", pid=pid, reason=str(error))
+            self._stop.set()
+            return None
+        asyncio.get_running_loop().add_reader(watch.fileno, self._parent_gone, pid)
+        return watch
+
+    def _parent_gone(self, pid: int) -> None:
+        self._log.info("the parent has ended", pid=pid)
+        self._stop.set()
+
+    async def _give_signs(self, runtime: Runtime) -> None:
+        """Signs of life for the service manager, from the loop that does the work."""
+        assert self._notifier.watchdog_s is not None
+        while True:
+            self._notifier.alive()
+            self._notifier.status(_status_line(runtime))
+            await asyncio.sleep(self._notifier.watchdog_s / 2)
 
     def _on_signal(self, name: str) -> None:
         """The first asks for a drain, the next one cuts it short."""
@@ -136,6 +232,38 @@ class _Daemon:
         runtime.abort()
         await asyncio.gather(server.close(), runtime.close(_LAST_GRACE_S))
         self._log.info("daemon stopped")
+
+
+class _IdleExit:
+    """Ends a daemon that nobody needs, where a service manager holds its socket and starts it for the next client.
+
+    Looks whenever a client comes or goes and whenever the core has settled; between those nothing runs.
+    """
+
+    def __init__(self, server: Server, runtime: Runtime, idle_s: float, stop: Callable[[], object]) -> None:
+        self._server, self._runtime, self._idle_s, self._stop = server, runtime, idle_s, stop
+        self._timer: asyncio.TimerHandle | None = None
+        server.on_clients = runtime.on_settled = self._look
+        self._look()
+
+    def _look(self) -> None:
+        if not (self._server.deserted and self._runtime.idle):
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._idle_s, self._leave)
+
+    def _leave(self) -> None:
+        """Whoever connects from here on waits in the manager's socket for the next daemon."""
+        self._server.stop_accepting()
+        self._stop()
+
+
+def _status_line(runtime: Runtime) -> str:
+    core = runtime.core
+    loaded = sum(model.lifecycle.state == "Ready" for model in core.models.values())
+    return f"{loaded} models loaded, {core.running} requests running, {core.waiting} waiting"
 
 
 def server_limits(settings: Settings, files: int) -> ServerLimits:

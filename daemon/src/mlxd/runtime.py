@@ -64,6 +64,7 @@ class Runtime:
         self.loop = loop
         self.epoch = secrets.token_hex(8)
         self.on_shutdown: Callable[[], None] = lambda: None
+        self.on_settled: Callable[[], None] = lambda: None  # all that followed from an event is done
         self._settings = settings
         self._supervisor = supervisor
         self._log = log
@@ -90,7 +91,8 @@ class Runtime:
         self._links: dict[int, WorkerLink] = {}
         self._memory: dict[int, int] = {}  # by worker, as last told to the core
         self._resolving: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._due: float | None = None
         self._quiet: asyncio.Event = asyncio.Event()
         self._inbox: list[ev.Event] = []
         self._performing = False
@@ -120,6 +122,7 @@ class Runtime:
         self._set_timer()
         if self.core.draining and self.core.quiet:
             self._quiet.set()
+        self.on_settled()
 
     def _do(self, action: do.Action) -> None:
         try:
@@ -129,11 +132,12 @@ class Runtime:
 
     def _set_timer(self) -> None:
         due = self.core.next_deadline()
-        timer = self._timer
-        if timer is not None:
-            if due is not None and timer.when() == due:
+        if self._timer is not None:
+            if due == self._due:
                 return
-            timer.cancel()
+            self._timer.cancel()
+        # What is due at once is no timer to uvloop, and could not be asked when it is due.
+        self._due = due
         self._timer = None if due is None else self.loop.call_at(due, self._on_timer)
 
     def _on_timer(self) -> None:
@@ -532,15 +536,12 @@ class Runtime:
             return
         params = request.params
         request.model = model
-        left = None if params.timeout_s is UNSET else params.timeout_s
-        waited = time.monotonic() - request.accepted_at
-        if left is not None and waited > 1.0:  # for a download
-            left = max(0.001, left - waited)
         loading = self.core.models[model].lifecycle.state != "Ready"
         self.tell(
             ev.Submit(
                 request.rid, request.client, model, params.priority,
-                timeout_s=left,
+                timeout_s=None if params.timeout_s is UNSET else params.timeout_s,
+                waited_s=time.monotonic() - request.accepted_at,
                 keep_alive_s=None if params.keep_alive is UNSET else params.keep_alive,
             )
         )  # fmt: skip
@@ -599,6 +600,13 @@ class Runtime:
             breaker=core.breakers.state(model, now).value,
             retry_at=None if retry_at is None else retry_at + core.wall,
         )  # fmt: skip
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is loaded, under way or waited for."""
+        if self._open or self._goals or self._resolving or self._links:
+            return False
+        return all(job.ended_at is not None for job in self.core.jobs.values())
 
     def request_shutdown(self) -> None:
         self.on_shutdown()

@@ -102,7 +102,8 @@ class Child:
         self._silence_s = 0.0
         self._watch_timer: asyncio.TimerHandle | None = None  # for readiness, heartbeats and unread bytes
         self._watch_due = 0.0
-        self._stop_timer: asyncio.TimerHandle | None = None  # for the next step of the escalation
+        self._stop_timer: asyncio.Handle | None = None  # for the next step of the escalation
+        self._stop_at = 0.0  # when the first of them is due
         self._poll_timer: asyncio.TimerHandle | None = None  # where there is no exit watch
 
     def __repr__(self) -> str:
@@ -162,13 +163,14 @@ class Child:
             self._stopping = True
             self._pipe.send(_STOP_FRAME)
             self._pipe.finish()
-        elif self._stop_timer is not None and self._stop_timer.when() <= self._loop.time() + grace_s:
+        elif self._stop_timer is not None and self._stop_at <= self._loop.time() + grace_s:
             return
         if self._stop_timer is not None:
             self._stop_timer.cancel()
         if grace_s <= 0:
             self._terminate()
         else:
+            self._stop_at = self._loop.time() + grace_s
             self._stop_timer = self._loop.call_later(grace_s, self._on_grace_over)
 
     def kill(self) -> None:

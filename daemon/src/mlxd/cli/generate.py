@@ -31,10 +31,16 @@ _NUMBERS: tuple[tuple[str, type, str], ...] = (
     ("presence_penalty", float, "lower the score of tokens that occurred"),
     ("frequency_penalty", float, "lower the score of tokens by how often they occurred"),
     ("seed", int, "the same seed, prompt and options give the same answer"),
-    ("thinking_budget", int, "let the model reason, for so many tokens at most"),
+    ("xtc_probability", float, "how often to leave out the likeliest tokens, for variety"),
+    ("xtc_threshold", float, "but only tokens at least so likely"),
+    ("thinking_budget", int, "think in so many tokens at most"),
+    ("n", int, "make so many answers"),
     ("logprobs", int, "with --json: each token's log probability, and of so many alternatives"),
 )
-_OTHERS = ("model", "stop", "logit_bias", "schema", "grammar", "thinking", "keep_alive", "timeout_s", "priority")
+_OTHERS = (
+    "model", "stop", "logit_bias", "schema", "grammar", "thinking", "keep_alive", "timeout_s", "priority", "adapter",
+    "speculation", "context_policy", "kv_bits", "deterministic",
+)  # fmt: skip
 
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -72,6 +78,15 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--timeout", dest="timeout_s", type=float, metavar="SECONDS", help="fail if it takes longer")
     group.add_argument("--priority", choices=("interactive", "batch"), help="batch work makes way for the interactive")
+    group.add_argument("--adapter", type=model_ref, metavar="MODEL", help="a LoRA or DoRA folder, or one of the hub")
+    group.add_argument("--speculation", choices=("auto", "off", "lookup", "draft"), help="guess ahead, to be faster")
+    group.add_argument(
+        "--context-policy", choices=("refuse", "drop_oldest", "rotate"), help="what becomes of too long a prompt"
+    )
+    group.add_argument("--kv-bits", type=int, choices=(4, 8), help="keep the KV cache in so many bits")
+    group.add_argument(
+        "--deterministic", action="store_true", default=None, help="let nothing else that runs change the answer"
+    )
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:

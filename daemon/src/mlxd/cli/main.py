@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mlxd import __version__
 
-from . import chat, completion, generate, hub, jobs, models, service, watch
+from . import chat, completion, generate, hub, jobs, manage, models, service, watch
 from .common import HelpFormatter
 from .exits import BROKEN_PIPE, INTERRUPTED, code_of
 from .output import Output
@@ -17,7 +17,9 @@ from .output import Output
 __all__ = ["build_parser", "main"]
 
 _DESCRIPTION = "Local language models, ready for every app of yours."
-_EPILOG = "Every command but serve and stop starts the daemon if it is not running. See docs/cli.md for exit codes."
+_EPILOG = (
+    "Every command but serve, service and stop starts the daemon if it is not running. See docs/cli.md for exit codes."
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mlxd {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (generate, chat, models, hub, jobs, watch, service, completion):
+    for group in (generate, chat, models, hub, jobs, watch, service, manage, completion):
         group.register(commands)
     return parser
 

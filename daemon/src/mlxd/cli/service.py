@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .common import Commands, add_command, connect
-from .exits import FAILED, OK
+from .exits import FAILED, OK, USAGE
 
 if TYPE_CHECKING:
     from mlxd_client.types import Status
@@ -23,6 +23,21 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--log-prompts", action="store_true", default=None, help="log prompts and answers too")
     parser.add_argument(
+        "--stdio",
+        action="store_true",
+        help="also serve whoever started this, on standard input and output, and end with it",
+    )
+    parser.add_argument(
+        "--join",
+        action="store_true",
+        help="with --stdio: run no daemon, lead to the one of the user, which is started if need be",
+    )
+    parser.add_argument("--parent-pid", type=int, metavar="PID", help="end when this process does")
+    parser.add_argument(
+        "--managed", action="store_true",
+        help="started by launchd or systemd: exit with 0 where starting again would not help",
+    )  # fmt: skip
+    parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
         help="any setting of config.toml, e.g. --set keep_alive_s=60; may be repeated",
     )  # fmt: skip
@@ -34,26 +49,46 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def serve(args: argparse.Namespace, output: Output) -> int:
+    if args.join:
+        return _join(args, output)
     from mlxd import settings
+    from mlxd_client.errors import MlxdError
 
     flags: dict[str, Any] = {
         "home": args.home, "socket": args.socket, "log_level": args.log_level, "log_prompts": args.log_prompts,
     }  # fmt: skip
-    for text in args.settings:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise settings.SettingsError(f"--set {text} has no value: write --set {name}=VALUE")
-        flags[name.strip().replace("-", "_")] = value
-    loaded = settings.load(flags=flags)
-    for warning in loaded.warnings:
-        output.note(warning)
-    if loaded.settings.catalog:
-        from mlxd import catalog
-
-        catalog.load(loaded.settings.catalog)  # better now than when the first app asks for it
     from mlxd import app
 
-    return app.serve(loaded.settings)
+    try:
+        for text in args.settings:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise settings.SettingsError(f"--set {text} has no value: write --set {name}=VALUE")
+            flags[name.strip().replace("-", "_")] = value
+        loaded = settings.load(flags=flags)
+        if loaded.settings.catalog:
+            from mlxd import catalog
+
+            catalog.load(loaded.settings.catalog)  # better now than when the first app asks for it
+    except MlxdError as error:
+        if args.managed:
+            return app.give_up(str(error))
+        raise
+    for warning in loaded.warnings:
+        output.note(warning)
+    return app.serve(loaded.settings, app.Launch(managed=args.managed, stdio=args.stdio, parent_pid=args.parent_pid))
+
+
+def _join(args: argparse.Namespace, output: Output) -> int:
+    """Lead standard input and output to the user's daemon."""
+    from mlxd import sidecar
+    from mlxd_client.connect import reach
+
+    if not args.stdio:
+        output.note("--join goes with --stdio")
+        return USAGE
+    sidecar.join(reach(args.socket))
+    return OK
 
 
 def status(args: argparse.Namespace, output: Output) -> int:
@@ -104,7 +139,7 @@ def stop(args: argparse.Namespace, output: Output) -> int:
         else:
             output.line("mlxd is not running")
         return OK
-    if not _gone(path, pid, args.timeout):
+    if not gone(path, pid, args.timeout):
         output.note(f"mlxd (process {pid}) agreed to stop, but still runs after {args.timeout:g} s")
         return FAILED
     if output.json:
@@ -114,7 +149,7 @@ def stop(args: argparse.Namespace, output: Output) -> int:
     return OK
 
 
-def _gone(path: str, pid: int, timeout_s: float) -> bool:
+def gone(path: str, pid: int, timeout_s: float) -> bool:
     """Wait for the end of a process that is no child of ours, which only asking again and again can tell."""
     deadline = time.monotonic() + timeout_s
     while os.path.exists(path) or _runs(pid):

@@ -161,7 +161,7 @@ class Core:
             self._book.fail(event.rid, errors.QueueFull("too many requests wait already", retry_after_s=hint))
             return
         self._book.seq += 1
-        deadline = None if event.timeout_s is None else now + event.timeout_s
+        deadline = None if event.timeout_s is None else now - event.waited_s + event.timeout_s
         request = Request(event.rid, event.client, record.id, self._book.seq, event.priority, event.timeout_s, deadline)
         self.requests[event.rid] = request
         record.queue.put(request)

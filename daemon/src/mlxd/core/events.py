@@ -35,7 +35,8 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A request to generate. `timeout_s` counts from now; `keep_alive_s` changes the model's, where given."""
+    """A request to generate. `timeout_s` counts from when it was accepted, `waited_s` ago; `keep_alive_s` changes the
+    model's, where given."""
 
     rid: int
     client: int
@@ -43,6 +44,7 @@ class Submit:
     priority: Priority = "interactive"
     timeout_s: float | None = None
     keep_alive_s: float | None = None
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+from collections.abc import Callable
 
 from mlxd_client.errors import ShuttingDown
 
@@ -53,11 +55,17 @@ class Server:
         self._idle = asyncio.Event()
         self._idle.set()
         self._listener: asyncio.AbstractServer | None = None
+        self.on_clients: Callable[[], None] = lambda: None  # one came or went
 
     @property
     def clients(self) -> int:
         """Connections that are served."""
         return len(self._sessions)
+
+    @property
+    def deserted(self) -> bool:
+        """No connection is open, nor being closed."""
+        return not self._transports
 
     @property
     def subscribers(self) -> int:
@@ -74,6 +82,16 @@ class Server:
         self._listener = await loop.create_unix_server(
             self._make_session, sock=listener.sock, backlog=self.limits.backlog
         )
+
+    async def take(self, sock: socket.socket) -> None:
+        """Serve a connection that did not come through the listener."""
+        loop = asyncio.get_running_loop()
+        await loop.connect_accepted_socket(self._make_session, sock)
+
+    def stop_accepting(self) -> None:
+        """Leave connections that are not accepted yet to whoever else holds the socket."""
+        if self._listener is not None:
+            self._listener.close()
 
     def begin_drain(self) -> None:
         """Refuse new work with ShuttingDown. Connections are still accepted, so that clients learn why."""
@@ -94,8 +112,7 @@ class Server:
         Takes at most `limits.close_flush_s` for clients that do not read.
         """
         self.draining = True
-        if self._listener is not None:
-            self._listener.close()
+        self.stop_accepting()
         for session in list(self._sessions.values()):
             session.shut(ShuttingDown("the daemon is shutting down"))
         try:
@@ -121,6 +138,7 @@ class Server:
         self._transports.add(session)
         self._deserted.clear()
         self.log.debug("client_connected", client=session.client, pid=session.peer and session.peer.pid)
+        self.on_clients()
 
     def session_closed(self, session: Session) -> None:
         if self._sessions.pop(session.client, None) is None:
@@ -136,6 +154,7 @@ class Server:
         self._transports.discard(session)
         if not self._transports:
             self._deserted.set()
+            self.on_clients()
 
     def work_begins(self) -> None:
         self._working += 1

@@ -1,0 +1,453 @@
+// Written by tools/draw_typescript.py from the daemon's method table; what the fields mean: docs/wire.md.
+
+export interface BadFile {
+  file: string;
+  reason: string;
+}
+
+export interface CancelJobParams {
+  job: string;
+  discard?: boolean;
+}
+
+export interface CancelParams {
+  id: number | string;
+}
+
+export interface CancelResult {
+  cancelled: boolean;
+}
+
+export interface CatalogEntry {
+  model: string;
+  uses: string[];
+  size_bytes: number;
+  memory_bytes: number;
+  smallest_mac_gb: number;
+  name?: string;
+  note?: string;
+  default?: boolean;
+  state?: "Downloaded" | "Downloading" | "Loading" | "NotDownloaded" | "Ready";
+  fits?: boolean;
+}
+
+export interface CatalogResult {
+  entries: CatalogEntry[];
+  memory_bytes: number;
+}
+
+export interface ChatParams {
+  model?: string;
+  stream?: boolean;
+  max_tokens?: number;
+  temperature?: number;
+  top_p?: number;
+  top_k?: number;
+  min_p?: number;
+  repetition_penalty?: number;
+  presence_penalty?: number;
+  frequency_penalty?: number;
+  logit_bias?: Record<string, number>;
+  seed?: number;
+  stop?: string[];
+  logprobs?: number;
+  schema?: Record<string, unknown> | boolean;
+  grammar?: string;
+  thinking?: boolean;
+  keep_alive?: number;
+  timeout_s?: number;
+  priority?: "batch" | "interactive";
+  cache_prompt?: boolean;
+  xtc_probability?: number;
+  xtc_threshold?: number;
+  thinking_budget?: number;
+  n?: number;
+  adapter?: string;
+  speculation?: "auto" | "draft" | "lookup" | "off";
+  context_policy?: "drop_oldest" | "refuse" | "rotate";
+  kv_bits?: 4 | 8;
+  deterministic?: boolean;
+  messages: Message[];
+  tools?: Record<string, unknown>[];
+  tool_choice?: string | Record<string, unknown>;
+}
+
+export interface ClientInfo {
+  name: string;
+  version?: string;
+}
+
+export interface Completion {
+  model: string;
+  text: string;
+  finish_reason: "cancelled" | "length" | "stop" | "tool_calls";
+  usage: Usage;
+  timings: Timings;
+  reasoning?: string;
+  tool_calls?: ToolCall[];
+  malformed_tool_calls?: MalformedToolCall[];
+  structured?: unknown;
+  logprobs?: TokenLogprob[];
+  invented?: string[];
+}
+
+export interface DeleteResult {
+  freed_bytes: number;
+}
+
+export interface DownloadParams {
+  model: string;
+  revision?: string;
+  repair?: boolean;
+}
+
+export interface DownloadResult {
+  job: string;
+}
+
+export type Empty = Record<string, never>;
+
+export interface ErrorObject {
+  kind: string;
+  message: string;
+  details?: Record<string, unknown>;
+}
+
+export interface Event {
+  subscription: number;
+  rev: number;
+  name: string;
+  at: number;
+  model_id?: string;
+  progress?: number;
+  error?: ErrorObject;
+  model?: Model;
+  job?: Job;
+  request?: string;
+  details?: Record<string, unknown>;
+  dropped?: number;
+  snapshot?: Snapshot;
+}
+
+export interface HelloParams {
+  protocol: [number, number];
+  client: ClientInfo;
+}
+
+export interface HelloResult {
+  protocol: number;
+  server: ServerInfo;
+  epoch: string;
+  limits: Limits;
+  capabilities: string[];
+}
+
+export interface Job {
+  job: string;
+  kind: "batch" | "download" | "load";
+  state: "cancelled" | "done" | "failed" | "queued" | "running";
+  model?: string;
+  progress?: number;
+  attempts?: number;
+  phase?: string;
+  done_bytes?: number;
+  total_bytes?: number;
+  rate_bytes_s?: number;
+  revision?: string;
+  error?: ErrorObject;
+  started_at?: number;
+  ended_at?: number;
+}
+
+export interface JobParams {
+  job: string;
+}
+
+export interface JobsResult {
+  jobs: Job[];
+}
+
+export interface Lease {
+  lease: string;
+  model: Model;
+}
+
+export interface LeaseParams {
+  lease: string;
+}
+
+export interface Limits {
+  frame_bytes: number;
+  depth: number;
+  requests_in_flight: number;
+  queue: number;
+  subscriber_events: number;
+  subscriber_bytes: number;
+}
+
+export interface ListParams {
+  updates?: boolean;
+}
+
+export interface LoadParams {
+  model: string;
+  keep_alive?: number;
+  adapter?: string;
+  draft_model?: string;
+}
+
+export interface MalformedToolCall {
+  text: string;
+  reason: string;
+  name?: string;
+}
+
+export interface Memory {
+  budget_bytes: number;
+  used_bytes: number;
+}
+
+export interface Message {
+  role: "assistant" | "system" | "tool" | "user";
+  content?: string;
+  name?: string;
+  tool_calls?: Record<string, unknown>[];
+  tool_call_id?: string;
+}
+
+export interface Model {
+  id: string;
+  state: "Downloaded" | "Downloading" | "Loading" | "NotDownloaded" | "Ready";
+  source: "builtin" | "hub" | "path";
+  revision?: string;
+  latest_revision?: string;
+  size_bytes?: number;
+  phase?: string;
+  progress?: number;
+  error?: ErrorObject;
+  context_length?: number;
+  memory_bytes?: number;
+  active?: number;
+  waiting?: number;
+  leases?: number;
+  idle_unload_at?: number;
+}
+
+export interface ModelParams {
+  model: string;
+}
+
+export interface ModelsResult {
+  models: Model[];
+}
+
+export interface Plan {
+  model: string;
+  download_bytes: number;
+  disk_free_bytes: number;
+  weights_bytes: number;
+  kv_bytes: number;
+  memory_bytes: number;
+  memory_available_bytes: number;
+  fits: boolean;
+  revision?: string;
+  evicts?: string[];
+  load_s?: number;
+}
+
+export interface PlanParams {
+  model: string;
+  revision?: string;
+  context_length?: number;
+}
+
+export interface ProcessParams {
+  model?: string;
+  stream?: boolean;
+  max_tokens?: number;
+  temperature?: number;
+  top_p?: number;
+  top_k?: number;
+  min_p?: number;
+  repetition_penalty?: number;
+  presence_penalty?: number;
+  frequency_penalty?: number;
+  logit_bias?: Record<string, number>;
+  seed?: number;
+  stop?: string[];
+  logprobs?: number;
+  schema?: Record<string, unknown> | boolean;
+  grammar?: string;
+  thinking?: boolean;
+  keep_alive?: number;
+  timeout_s?: number;
+  priority?: "batch" | "interactive";
+  cache_prompt?: boolean;
+  xtc_probability?: number;
+  xtc_threshold?: number;
+  thinking_budget?: number;
+  n?: number;
+  adapter?: string;
+  speculation?: "auto" | "draft" | "lookup" | "off";
+  context_policy?: "drop_oldest" | "refuse" | "rotate";
+  kv_bits?: 4 | 8;
+  deterministic?: boolean;
+  prompt: string;
+  system?: string;
+}
+
+export interface ServerInfo {
+  name: string;
+  version: string;
+  pid: number;
+}
+
+export interface Since {
+  epoch: string;
+  rev: number;
+}
+
+export interface Snapshot {
+  models?: Model[];
+  jobs?: Job[];
+  stopping?: boolean;
+}
+
+export interface Status {
+  version: string;
+  pid: number;
+  uptime_s: number;
+  rss_bytes: number;
+  models: StatusModels;
+  queue: StatusQueue;
+  clients: number;
+  subscribers: number;
+  memory: Memory;
+  workers: WorkerHealth[];
+  draining?: boolean;
+}
+
+export interface StatusModels {
+  known: number;
+  loaded: number;
+}
+
+export interface StatusQueue {
+  waiting: number;
+  running: number;
+}
+
+export interface Stream {
+  id: number | string;
+  seq: number;
+  text?: string;
+  reasoning?: string;
+  tool_calls?: ToolCall[];
+  malformed_tool_calls?: MalformedToolCall[];
+  phase?: "downloading" | "loading" | "prompt" | "queued";
+  progress?: number;
+}
+
+export interface SubscribeParams {
+  topics?: string[];
+  models?: string[];
+  since?: Since;
+}
+
+export interface SubscribeResult {
+  subscription: number;
+  epoch: string;
+  rev: number;
+  snapshot?: Snapshot;
+  resync?: boolean;
+}
+
+export interface SubscriptionParams {
+  subscription: number;
+}
+
+export interface Timings {
+  queue_s?: number;
+  load_s?: number;
+  prompt_s?: number;
+  first_token_s?: number;
+  decode_s?: number;
+  total_s?: number;
+}
+
+export interface TokenLogprob {
+  token: string;
+  token_id: number;
+  logprob: number;
+  top?: [string, number][];
+}
+
+export interface TokensParams {
+  model?: string;
+  text?: string;
+  messages?: Message[];
+  tools?: Record<string, unknown>[];
+}
+
+export interface TokensResult {
+  tokens: number;
+}
+
+export interface ToolCall {
+  id: string;
+  name: string;
+  arguments: Record<string, unknown>;
+}
+
+export interface Usage {
+  prompt_tokens: number;
+  completion_tokens: number;
+  cached_tokens?: number;
+  reasoning_tokens?: number;
+}
+
+export interface VerifyResult {
+  ok: boolean;
+  bad_files?: BadFile[];
+}
+
+export interface WorkerHealth {
+  model: string;
+  deaths: number;
+  last_death?: ErrorObject;
+  breaker?: "closed" | "half_open" | "open";
+  retry_at?: number;
+}
+
+/** Every method, with what it takes and answers. */
+export interface Methods {
+  "hello": { params: { protocol: [number, number]; client: ClientInfo }; result: HelloResult };
+  "ping": { params: Record<string, never>; result: Empty };
+  "status": { params: Record<string, never>; result: Status };
+  "shutdown": { params: Record<string, never>; result: Empty };
+  "rpc.discover": { params: Record<string, never>; result: Record<string, unknown> };
+  "models.list": { params: { updates?: boolean }; result: ModelsResult };
+  "models.get": { params: { model: string }; result: Model };
+  "models.load": { params: { model: string; keep_alive?: number; adapter?: string; draft_model?: string }; result: Model };
+  "models.unload": { params: { model: string }; result: Model };
+  "models.acquire": { params: { model: string }; result: Lease };
+  "models.release": { params: { lease: string }; result: Empty };
+  "models.plan": { params: { model: string; revision?: string; context_length?: number }; result: Plan };
+  "models.download": { params: { model: string; revision?: string; repair?: boolean }; result: DownloadResult };
+  "models.delete": { params: { model: string }; result: DeleteResult };
+  "models.verify": { params: { model: string }; result: VerifyResult };
+  "models.catalog": { params: Record<string, never>; result: CatalogResult };
+  "jobs.list": { params: Record<string, never>; result: JobsResult };
+  "jobs.get": { params: { job: string }; result: Job };
+  "jobs.wait": { params: { job: string }; result: Job };
+  "jobs.cancel": { params: { job: string; discard?: boolean }; result: Job };
+  "process": { params: { prompt: string; model?: string; stream?: boolean; max_tokens?: number; temperature?: number; top_p?: number; top_k?: number; min_p?: number; repetition_penalty?: number; presence_penalty?: number; frequency_penalty?: number; logit_bias?: Record<string, number>; seed?: number; stop?: string[]; logprobs?: number; schema?: Record<string, unknown> | boolean; grammar?: string; thinking?: boolean; keep_alive?: number; timeout_s?: number; priority?: "batch" | "interactive"; cache_prompt?: boolean; xtc_probability?: number; xtc_threshold?: number; thinking_budget?: number; n?: number; adapter?: string; speculation?: "auto" | "draft" | "lookup" | "off"; context_policy?: "drop_oldest" | "refuse" | "rotate"; kv_bits?: 4 | 8; deterministic?: boolean; system?: string }; result: Completion };
+  "chat": { params: { messages: Message[]; model?: string; stream?: boolean; max_tokens?: number; temperature?: number; top_p?: number; top_k?: number; min_p?: number; repetition_penalty?: number; presence_penalty?: number; frequency_penalty?: number; logit_bias?: Record<string, number>; seed?: number; stop?: string[]; logprobs?: number; schema?: Record<string, unknown> | boolean; grammar?: string; thinking?: boolean; keep_alive?: number; timeout_s?: number; priority?: "batch" | "interactive"; cache_prompt?: boolean; xtc_probability?: number; xtc_threshold?: number; thinking_budget?: number; n?: number; adapter?: string; speculation?: "auto" | "draft" | "lookup" | "off"; context_policy?: "drop_oldest" | "refuse" | "rotate"; kv_bits?: 4 | 8; deterministic?: boolean; tools?: Record<string, unknown>[]; tool_choice?: string | Record<string, unknown> }; result: Completion };
+  "tokens.count": { params: { model?: string; text?: string; messages?: Message[]; tools?: Record<string, unknown>[] }; result: TokensResult };
+  "cancel": { params: { id: number | string }; result: CancelResult };
+  "events.subscribe": { params: { topics?: string[]; models?: string[]; since?: Since }; result: SubscribeResult };
+  "events.unsubscribe": { params: { subscription: number }; result: Empty };
+}
+
+/** The stable names of failures. */
+export type ErrorKind = "parse_error" | "invalid_request" | "method_not_found" | "invalid_params" | "internal_error" | "cancelled" | "model_not_found" | "model_invalid" | "model_busy" | "queue_full" | "insufficient_disk" | "insufficient_memory" | "worker_died" | "deadline_exceeded" | "unsupported" | "context_exceeded" | "load_failed" | "download_failed" | "verification_failed" | "shutting_down" | "not_found" | "permission_denied" | "model_not_downloaded";

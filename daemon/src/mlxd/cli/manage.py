@@ -1,0 +1,172 @@
+"""`mlxd service`: have launchd or systemd start the daemon for the first client, and take that back without a trace."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .common import Commands, add_command
+from .exits import FAILED, OK, USAGE
+
+if TYPE_CHECKING:
+    from mlxd.service.manager import Manager, ServiceState
+    from mlxd.settings import Settings
+
+    from .output import Output
+
+_ACTIONS = ("install", "uninstall", "start", "stop", "restart", "status", "logs")
+# What lies in a home folder; `config.toml` and `cache` outlive the service unless it is purged.
+_LEFTOVERS = ("logs", "run", "downloads.json", "mlxd.lock", "mlxd.sock")
+_PURGED = ("config.toml", "cache")
+_LINES = 50
+
+
+def register(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
+        commands, "service", service, "have the system start the daemon for the first client", daemon=False,
+        epilog="install and uninstall may be repeated. stop ends the daemon; the next client starts it again. What "
+               "this shell's MLXD_ and HF_ variables say is installed with it.",
+    )  # fmt: skip
+    parser.add_argument("action", choices=_ACTIONS)
+    parser.add_argument("--purge", action="store_true", help="with uninstall: also remove config.toml and caches")
+    parser.add_argument("-f", "--follow", action="store_true", help="with logs: go on as they grow")
+    parser.add_argument("-n", "--lines", type=int, default=_LINES, metavar="N", help=f"with logs (default: {_LINES})")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def service(args: argparse.Namespace, output: Output) -> int:
+    for given, option, action in ((args.purge, "--purge", "uninstall"), (args.follow, "--follow", "logs")):
+        if given and args.action != action:
+            output.note(f"{option} goes with `mlxd service {action}`")
+            return USAGE
+    from mlxd.service.manager import manager_for
+    from mlxd.service.spec import describe
+
+    settings = _settings(args.action, output)
+    if args.action == "logs":
+        return _logs(settings.log_file, args, output)
+    manager = manager_for(describe(settings))
+    if args.action == "status":
+        return _status(manager.state(), output)
+    done = _act(manager, args, output)
+    if output.json:
+        output.document({"service": manager.spec.name, "manager": manager.name, "done": done})
+    else:
+        output.line(done)
+    return OK
+
+
+def _settings(action: str, output: Output) -> Settings:
+    """Those of this shell. A wrong configuration must not keep anyone from looking at the service, or ending it."""
+    from mlxd import settings
+    from mlxd_client import paths
+
+    try:
+        return settings.load().settings
+    except settings.SettingsError as error:
+        if action == "install":
+            raise
+        output.note(f"the daemon will not run: {error}")
+        return settings.Settings(home=paths.home(), socket=paths.socket_path())
+
+
+def _act(manager: Manager, args: argparse.Namespace, output: Output) -> str:
+    """Do it, and say what was done."""
+    from mlxd.service.spec import ServiceError
+
+    spec = manager.spec
+    if args.action == "install":
+        from mlxd.server.listen import HomeError, prepare_home
+
+        try:
+            prepare_home(Path(spec.home))
+        except HomeError as error:
+            raise ServiceError(str(error)) from None
+        if not manager.state().listening:
+            _stop_daemon(spec.socket)  # one that was started by hand would hold the socket
+        changed = manager.install()
+        return f"mlxd is started by {manager.name} for the first client" + ("" if changed else ", as it was before")
+    if args.action == "uninstall":
+        changed = manager.uninstall()
+        _stop_daemon(spec.socket)
+        removed = _remove(Path(spec.home), purge=args.purge)
+        return "the service is uninstalled" if changed or removed else "there was no service"
+    if not manager.state().installed:
+        raise ServiceError("the service is not installed; `mlxd service install` does that")
+    {"start": manager.start, "stop": manager.stop, "restart": manager.restart}[args.action]()
+    return {"start": "mlxd runs", "stop": "mlxd has stopped", "restart": "mlxd was started anew"}[args.action]
+
+
+def _stop_daemon(socket: str) -> None:
+    """End a daemon that listens there, once what it does is done. None is fine."""
+    from mlxd_client import Client
+    from mlxd_client.errors import ClientError
+
+    from .service import gone
+
+    if not os.path.exists(socket):
+        return
+    try:
+        with Client(socket, name="mlxd-cli", start=False, reconnect=False) as client:
+            pid = client.status().pid
+            client.shutdown()
+    except ClientError:
+        return
+    gone(socket, pid, 60.0)
+
+
+def _remove(home: Path, *, purge: bool) -> bool:
+    """Take away what the daemon left in its home. What it did not make stays. Returns whether there was anything."""
+    removed = False
+    for name in (*_LEFTOVERS, *(_PURGED if purge else ())):
+        path = home / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+            removed = True
+        elif path.exists() or path.is_symlink():
+            path.unlink()
+            removed = True
+    try:
+        home.rmdir()
+    except OSError:
+        pass  # something is left in it, or it never was
+    return removed
+
+
+def _status(state: ServiceState, output: Output) -> int:
+    if output.json:
+        output.document(state)
+    else:
+        output.table((), _rows(state))
+    return OK if state.installed and state.listening and state.failed is None else FAILED
+
+
+def _rows(state: ServiceState) -> list[tuple[str, str]]:
+    if not state.installed:
+        return [("service", f"not installed ({state.manager})")]
+    rows = [("service", f"installed ({state.manager})")]
+    if not state.current:
+        rows.append(("", "with other settings than this shell's; `mlxd service install` brings it up to date"))
+    rows.append(("socket", "held: the first client starts the daemon" if state.listening else "not held; start it"))
+    rows.append(("daemon", f"runs as process {state.pid}" if state.pid else "does not run"))
+    if state.text:
+        rows.append(("", state.text))
+    if state.failed:
+        rows.append(("failed", f"{state.failed}; see `mlxd service logs`"))
+    return rows + [("file", file) for file in state.files]
+
+
+def _logs(path: Path, args: argparse.Namespace, output: Output) -> int:
+    if not path.exists():
+        output.note(f"there is no log yet: {path}")
+        return FAILED
+    output.out.flush()
+    if args.follow:
+        os.execvp("tail", ["tail", "-n", str(args.lines), "-F", str(path)])
+    with open(path, errors="replace") as file:
+        for line in file.readlines()[-args.lines :] if args.lines > 0 else ():
+            output.text(line)
+    return OK

@@ -1,0 +1,160 @@
+"""`mlxd service` with a real systemd: installed, started by the first client, stopped, gone without a trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxd_client import Client
+from support.systemd import PATIENCE_S, NoSystemd, UserSystemd
+
+
+@pytest.fixture(scope="module")
+def systemd() -> Iterator[UserSystemd]:
+    try:
+        made = UserSystemd()
+        made.__enter__()
+    except NoSystemd as error:
+        pytest.skip(str(error))
+    yield made
+    made.__exit__()
+
+
+def mlxd(systemd: UserSystemd, *words: str, ok: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mlxd", *words]
+    done = subprocess.run(
+        command, env=systemd.env | variables, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert (done.returncode == 0) == ok, done.stderr + done.stdout
+    return done
+
+
+def state(systemd: UserSystemd, ok: bool = True) -> dict[str, Any]:
+    return json.loads(mlxd(systemd, "service", "status", "--json", ok=ok).stdout)
+
+
+@pytest.fixture
+def installed(systemd: UserSystemd) -> Iterator[UserSystemd]:
+    mlxd(systemd, "service", "install", MLXD_IDLE_EXIT_S="3600")
+    yield systemd
+    mlxd(systemd, "service", "uninstall", "--purge")
+
+
+def client(systemd: UserSystemd) -> Client:
+    return Client(Path(systemd.env["MLXD_HOME"]) / "mlxd.sock", name="tests", start=False, timeout_s=PATIENCE_S)
+
+
+def units(systemd: UserSystemd) -> list[str]:
+    return sorted(str(path.relative_to(systemd.folder)) for path in (systemd.folder / "config").rglob("mlxd*"))
+
+
+def test_the_first_client_starts_it(installed: UserSystemd) -> None:
+    before = state(installed)
+    assert (before["installed"], before["listening"], before.get("pid")) == (True, True, None)
+    assert oct((Path(installed.env["MLXD_HOME"]) / "mlxd.sock").stat().st_mode & 0o777) == "0o600"
+    with client(installed) as one:
+        one.ping()
+        assert state(installed)["pid"] == one.status().pid
+        assert state(installed)["text"] == "0 models loaded, 0 requests running, 0 waiting"
+        assert one.process("all is well").text
+
+
+def test_installing_twice_changes_nothing(installed: UserSystemd) -> None:
+    with client(installed) as one:
+        one.ping()
+        pid = one.status().pid
+        told = mlxd(installed, "service", "install", MLXD_IDLE_EXIT_S="3600").stdout
+        assert "as it was before" in told
+        assert one.status().pid == pid
+    assert mlxd(installed, "service", "install", MLXD_IDLE_EXIT_S="60").stdout.count("before") == 0
+    assert state(installed).get("pid") is None  # other settings: the next client gets a daemon that has them
+
+
+def test_stopped_killed_and_restarted_it_is_there_for_the_next_client(installed: UserSystemd) -> None:
+    with client(installed) as one:
+        one.ping()
+        first = one.status().pid
+    mlxd(installed, "service", "stop")
+    assert state(installed).get("pid") is None
+    with client(installed) as one:
+        second = one.status().pid
+        os.kill(second, signal.SIGKILL)
+    with client(installed) as one:
+        third = one.status().pid
+    mlxd(installed, "service", "restart")
+    with client(installed) as one:
+        fourth = one.status().pid
+    mlxd(installed, "service", "start")
+    with client(installed) as one:
+        assert one.status().pid == fourth
+    assert len({first, second, third, fourth}) == 4
+
+
+def test_a_wrong_configuration_ends_in_one_sentence_and_no_loop(installed: UserSystemd) -> None:
+    config = Path(installed.env["MLXD_HOME"]) / "config.toml"
+    config.write_text("max_bacth = 3\n")
+    with pytest.raises(Exception, match=r"."), client(installed) as one:
+        one.ping()
+    while (now := state(installed)).get("pid"):
+        pass
+    assert (now["listening"], now.get("failed")) == (True, None)
+    (unit,) = [Path(file).name for file in now["files"] if file.endswith(".service")]
+    assert installed.ctl("show", "--property=NRestarts", "--value", unit).stdout.strip() == "0"
+    assert "max_bacth" in mlxd(installed, "service", "status").stderr
+    assert "max_bacth" in mlxd(installed, "service", "install", ok=False).stderr
+    config.unlink()
+    with client(installed) as one:
+        one.ping()
+
+
+def test_logs_are_at_hand(installed: UserSystemd) -> None:
+    with client(installed) as one:
+        one.ping()
+    assert '"daemon started"' in mlxd(installed, "service", "logs").stdout
+    assert mlxd(installed, "service", "logs", "-n", "1").stdout.count("\n") == 1
+
+
+def test_uninstalled_it_leaves_what_is_the_users(systemd: UserSystemd) -> None:
+    home = Path(systemd.env["MLXD_HOME"])
+    mlxd(systemd, "service", "install")
+    (home / "config.toml").write_text("max_batch = 3\n")
+    (home / "mine.txt").write_text("not the daemon's\n")
+    with client(systemd) as one:
+        one.ping()
+        pid = one.status().pid
+    assert len(units(systemd)) == 3  # two units, and the link that enables one
+    mlxd(systemd, "service", "uninstall")
+    assert units(systemd) == []
+    assert not Path(f"/proc/{pid}").exists()
+    assert sorted(path.name for path in home.iterdir()) == ["config.toml", "mine.txt"]
+    assert "no service" in mlxd(systemd, "service", "uninstall").stdout
+    (home / "mine.txt").unlink()
+    mlxd(systemd, "service", "uninstall", "--purge")
+    assert not home.exists()
+
+
+def test_a_daemon_that_was_started_by_hand_gives_way(systemd: UserSystemd) -> None:
+    mlxd(systemd, "status")  # starts one
+    with client(systemd) as one:
+        by_hand = one.status().pid
+    mlxd(systemd, "service", "install")
+    try:
+        with client(systemd) as one:
+            assert one.status().pid != by_hand
+        assert not Path(f"/proc/{by_hand}").exists()
+    finally:
+        mlxd(systemd, "service", "uninstall", "--purge")
+
+
+def test_what_is_not_installed_cannot_be_started(systemd: UserSystemd) -> None:
+    for action in ("start", "stop", "restart"):
+        assert "not installed" in mlxd(systemd, "service", action, ok=False).stderr
+    assert state(systemd, ok=False)["installed"] is False

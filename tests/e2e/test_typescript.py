@@ -1,0 +1,53 @@
+"""The TypeScript client: its types are the daemon's, and its own tests pass against a real daemon, where Node is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.daemon import Daemon
+
+ROOT = Path(__file__).resolve().parents[2]
+CLIENT = ROOT / "clients" / "typescript"
+
+
+def test_the_types_are_the_daemons() -> None:
+    command = [sys.executable, "-c", "import draw_typescript as d; print(d.FILE.read_text() == d.source())"]
+    told = subprocess.run(command, cwd=ROOT / "tools", capture_output=True, text=True, timeout=60, check=True).stdout
+    assert told == "True\n", "run tools/draw_typescript.py"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("npm") is None:
+        pytest.skip("there is no Node here")
+    folder = tmp_path_factory.mktemp("typescript") / "client"
+    shutil.copytree(CLIENT, folder, ignore=shutil.ignore_patterns("node_modules", "dist"))
+    npm("install", "--no-audit", "--no-fund", "--no-package-lock", folder=folder, optional=True)
+    npm("run", "build", folder=folder)
+    return folder
+
+
+def npm(*words: str, folder: Path, optional: bool = False) -> None:
+    done = subprocess.run(["npm", *words], cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    if optional and done.returncode and "network" in done.stderr:
+        pytest.skip("the compiler cannot be fetched here")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_its_tests_pass(built: Path) -> None:
+    with Daemon() as daemon:
+        command = built / "mlxd"
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} -m mlxd "$@"\n')
+        command.chmod(0o755)
+        env = os.environ | daemon.env | {"MLXD_SOCKET": str(daemon.socket), "MLXD_COMMAND": str(command)}
+        done = subprocess.run(
+            ["node", "--test", "test/"], cwd=built, env=env, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "# skipped 0" in done.stdout
