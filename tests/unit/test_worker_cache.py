@@ -74,7 +74,7 @@ def drain(engine: Engine, ends: dict[int, Any] | None = None) -> dict[int, Any]:
 
 def assert_within_budget(engine: Engine) -> None:
     if engine.cache is not None and engine.cache.tree.nbytes:
-        held = engine.cache.tree.nbytes + engine._generator.prompt_cache_nbytes
+        held = engine.cache.tree.nbytes + engine._generator.plain.prompt_cache_nbytes
         assert held <= engine.cache.tree.budget_bytes
 
 

@@ -294,7 +294,7 @@ def think(engine: Engine, spelled: list[int], **options: Any) -> tuple[Generated
         return logits if token is None else mx.full(logits.shape, -1000.0).at[:, token].add(1000.0)
 
     engine.submit(0, ask(thinking=True, **options, **GREEDY))
-    while not (pending := engine._generator._unprocessed_sequences):
+    while not (pending := engine._generator.plain._unprocessed_sequences):
         engine.step()
         if engine._running:
             break

@@ -206,7 +206,7 @@ def test_characters_of_several_tokens_arrive_whole(engine: Engine, loaded: Loade
 
     request = ask("say", max_tokens=200, **GREEDY)
     engine.submit(0, request)
-    pending = engine._generator._unprocessed_sequences
+    pending = engine._generator.plain._unprocessed_sequences
     pending[0] = (*pending[0][:6], (force,), pending[0][7])
     seen: list[str] = []
     ends: dict[int, Any] = {}
@@ -239,7 +239,7 @@ def test_a_thought_is_no_part_of_the_answer(loaded: LoadedModel) -> None:
         return mx.full(logits.shape, -1000.0).at[:, next(steps)].add(1000.0)
 
     engine.submit(0, ask("say", thinking=True, **GREEDY))
-    pending = engine._generator._unprocessed_sequences
+    pending = engine._generator.plain._unprocessed_sequences
     pending[0] = (*pending[0][:6], (force,), pending[0][7])
     thoughts, answers = [], []
     ends: dict[int, Any] = {}
@@ -369,8 +369,9 @@ def flawed(loaded: LoadedModel, engine: Engine) -> list[int]:
                 logits = logits.at[rows[0] :].add(float("nan"))
             return logits
 
-    engine._generator.model = engine._generator._prompt_batch.model = Flawed()
-    engine._generator._generation_batch.model = engine._generator.model
+    plain = engine._generator.plain
+    plain.model = plain._prompt_batch.model = Flawed()
+    plain._generation_batch.model = plain.model
     return rows
 
 
@@ -417,7 +418,7 @@ def test_a_processor_that_raises_costs_its_own_row(engine: Engine, loaded: Loade
 
     engine.submit(0, ask("hello", max_tokens=20, **GREEDY))
     engine.submit(1, ask("hello", max_tokens=20, **GREEDY))
-    pending = engine._generator._unprocessed_sequences
+    pending = engine._generator.plain._unprocessed_sequences
     pending[1] = (*pending[1][:6], (broken,), pending[1][7])
     ends = drain(engine)
     assert isinstance(ends[1], InternalError)

@@ -169,7 +169,7 @@ def test_once_it_is_over_nothing_is_watched(engine: Engine) -> None:
     watched = []
     while engine.busy:
         engine.step()
-        plan = engine._generator._generation_batch._plan
+        plan = engine._generator.plain._generation_batch._plan
         watched.append(bool(plan is not None and plan.constrained))
     assert watched.count(True) <= 6
     assert not any(watched[8:])
@@ -222,6 +222,15 @@ def test_a_marker_whose_text_is_not_its_tokens_ends_all_the_same() -> None:
     thought = Thought(lambda token: b"?", ["</think>"], close=[7, 8], budget=0)
     assert (thought.next, thought.take(7)) == (7, None)
     assert (thought.next, thought.take(8)) == (8, b"")
+
+
+def test_a_bounded_thought_is_not_guessed(engine: Engine) -> None:
+    plain = alone(engine, ask(thinking_budget=5, speculation="off"))
+    auto = alone(engine, ask(thinking_budget=5))
+    assert (auto.text, auto.speculation) == (plain.text, None)
+    with pytest.raises(Unsupported) as caught:
+        engine.submit(0, ask(thinking_budget=5, speculation="lookup"))
+    assert caught.value.details["option"] == "speculation"
 
 
 def test_refusals(engine: Engine, tmp_path: Path) -> None:

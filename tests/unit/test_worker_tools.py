@@ -81,7 +81,7 @@ def engine(engines: dict[str, Engine]) -> Engine:
 
 def ask(text: str = "what is the weather?", **more: Any) -> Generate:
     fields = {name: more.pop(name) for name in ("tool_choice", "messages", "stream") if name in more}
-    options = GREEDY | {"max_tokens": 600} | more
+    options = GREEDY | {"max_tokens": 600, "speculation": "off"} | more  # `force` counts the steps
     fields = {"messages": [{"role": "user", "content": text}], "tools": options.pop("tools", TOOLS)} | fields
     return Generate(kind="chat", options=options, **({"stream": True} | fields))
 
@@ -139,7 +139,7 @@ def force(engine: Engine, tokens: list[int]) -> None:
     for _, compiled in engine._compiling.values():
         compiled.result()
     engine._join_compiled(Outcome())
-    pending = engine._generator._unprocessed_sequences
+    pending = engine._generator.plain._unprocessed_sequences
     pending[-1] = (*pending[-1][:6], (processor,), pending[-1][7])
 
 

@@ -89,6 +89,8 @@ export interface Completion {
   structured?: unknown;
   logprobs?: TokenLogprob[];
   invented?: string[];
+  alone?: boolean;
+  speculation?: Speculation;
 }
 
 export interface DeleteResult {
@@ -231,6 +233,7 @@ export interface Model {
   waiting?: number;
   leases?: number;
   idle_unload_at?: number;
+  draft_model?: string;
 }
 
 export interface ModelParams {
@@ -311,6 +314,12 @@ export interface Snapshot {
   models?: Model[];
   jobs?: Job[];
   stopping?: boolean;
+}
+
+export interface Speculation {
+  kind: "draft" | "lookup";
+  drafted_tokens: number;
+  accepted_tokens: number;
 }
 
 export interface Status {

@@ -5,6 +5,7 @@ socketpair whose child end is file descriptor number `--fd`. The daemon asks, th
 
 Daemon → worker, requests (id, method, params), each answered once by a result or an error:
     load      LoadModel      → Loaded
+    attach    Attach         → Attached         a draft model for the loaded one, in place of the one it has
     generate  Generate       → Generated        with `step` notifications on the way
     count     CountTokens    → {tokens}
 Daemon → fetcher, requests; each answered once by a result or an error; one fetcher gets one of them:
@@ -13,6 +14,7 @@ Daemon → fetcher, requests; each answered once by a result or an error; one fe
     verify    Verify         → Verified
     latest    {repos}        → {commits: {repo: commit}}, of those that the hub knows
 Daemon → child, notifications:
+    allow     {kv_bytes}     see LoadModel; from now on
     cancel    {id}           the request of that id ends at the next step, with finish_reason "cancelled"
     stop      {}             finish nothing, exit 0
 Child → daemon, notifications:
@@ -44,10 +46,6 @@ NOT_YET = (
     "n",
     "adapter",
     "draft_model",
-    "speculation",
-    "context_policy",
-    "kv_bits",
-    "deterministic",
     "xtc_probability",
     "xtc_threshold",
 )
@@ -81,28 +79,49 @@ class Heartbeat(msgspec.Struct, omit_defaults=True):
     prompt_cache: PromptCacheStats | None = None
 
 
+class Attach(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`draft` is a model, `path` its verified local folder."""
+
+    draft: str
+    path: str
+
+
 class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     """`path` is a verified local folder. `max_batch` bounds how many requests decode together; `cache_bytes` what
-    their KV caches and the prefixes that are kept hold together, where 0 keeps none."""
+    their KV caches and the prefixes that are kept hold together, where 0 keeps none. `kv_bytes` is what they may hold
+    at all: requests wait, or are refused, so that it is enough; 0 is no bound. `kv_bits` is for requests that say
+    nothing; 0 leaves their KV caches as they are. The model is loaded also where `draft` cannot be its draft model."""
 
     model: str
     path: str
     max_batch: int = 32
     prefill_step: int = 512
     cache_bytes: int = 0
+    kv_bytes: int = 0
+    kv_bits: int = 0
+    draft: Attach | None = None
 
 
 class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`no_draft` says why the model has no draft model, where one was wished."""
+
     context_length: int
     memory_bytes: int
     load_s: float
     capabilities: list[str] = []
+    no_draft: str | None = None
+
+
+class Attached(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`memory_bytes` is what the worker holds now, as MLX counts it."""
+
+    memory_bytes: int
 
 
 class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
     """One request. `messages` are chat turns as on the public wire, as are `tools` and `tool_choice`; `options` the
     sampling options that were set, under the public wire's names; what is not set falls to the model's defaults, then
-    the worker's."""
+    the worker's. `priority` as on the public wire: where requests wait inside the worker, interactive ones go first."""
 
     kind: str  # "process" | "chat"
     messages: list[dict[str, Any]]
@@ -110,6 +129,7 @@ class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
     stream: bool = False
     tools: list[dict[str, Any]] = []
     tool_choice: str | dict[str, Any] | None = None
+    priority: str = "interactive"
 
 
 class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -121,6 +141,9 @@ class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`alone`: it was served by itself, as what it asked for wants it. `speculation` is missing where nothing was
+    guessed."""
+
     text: str
     finish_reason: str  # stop | length | tool_calls | cancelled
     prompt_tokens: int
@@ -134,6 +157,8 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     reasoning_tokens: int = 0
     tool_calls: list[types.ToolCall] | None = None
     malformed_tool_calls: list[types.MalformedToolCall] | None = None
+    alone: bool = False
+    speculation: types.Speculation | None = None
 
 
 class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):

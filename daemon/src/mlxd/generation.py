@@ -85,6 +85,7 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
         model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
         usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented, logprobs=logprobs,
         structured=made.structured, tool_calls=made.tool_calls, malformed_tool_calls=made.malformed_tool_calls,
+        alone=made.alone, speculation=made.speculation,
     )  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def worker_params(kind: str, params: types.GenerateParams) -> wire.Generate:
         messages = [] if params.system is UNSET else [{"role": "system", "content": params.system}]
         messages.append({"role": "user", "content": params.prompt})
     options = {name: value for name in _SAMPLING if (value := getattr(params, name)) is not UNSET}
-    made = wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream)
+    made = wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority)
     if isinstance(params, types.ChatParams) and params.tools:
         made.tools = params.tools
         made.tool_choice = None if params.tool_choice is UNSET else params.tool_choice

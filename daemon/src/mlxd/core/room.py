@@ -32,7 +32,7 @@ def plan_room(loaded: Iterable[ModelRecord], wanting: ModelRecord, budget_bytes:
     5. Then busy ones, least recently used first, once they served what they had accepted.
     6. Still not enough, because leases hold the rest: refuse.
     """
-    need = wanting.need_bytes
+    need = wanting.wanted_bytes
     holders = [m for m in loaded if m.reserved_bytes]
     free = budget_bytes - sum(m.reserved_bytes for m in holders)
     if need > budget_bytes:
@@ -70,10 +70,22 @@ def room_for(
     return available, room.refusal is None, [m.id for m in (*room.stop, *room.serve_out)]
 
 
+def shares(loaded: Iterable[ModelRecord], budget_bytes: int) -> dict[int, int]:
+    """What each worker may take beyond what its model needs, by worker, in bytes.
+
+    What is free is divided evenly among the models that stay; what one of them took already is its own. All of this
+    together is never more than the budget, as far as that holds what the workers report.
+    """
+    holders = [m for m in loaded if m.reserved_bytes]
+    staying = [m for m in holders if m.stopping is None]
+    free = max(0, budget_bytes - sum(m.reserved_bytes for m in holders))
+    return {m.worker: m.reserved_bytes - m.need_bytes + free // len(staying) for m in staying if m.worker is not None}
+
+
 def _refusal(wanting: ModelRecord, budget: int, available: int, leased: list[str]) -> RpcError:
     why = f"leases hold {', '.join(leased)}" if leased else "that is all the models may take together"
     return InsufficientMemory(
-        f"{wanting.id} needs {wanting.need_bytes / 1e9:.2f} GB and {available / 1e9:.2f} GB can be freed: {why}",
-        model=wanting.id, needed_bytes=wanting.need_bytes, available_bytes=available, budget_bytes=budget,
+        f"{wanting.id} needs {wanting.wanted_bytes / 1e9:.2f} GB and {available / 1e9:.2f} GB can be freed: {why}",
+        model=wanting.id, needed_bytes=wanting.wanted_bytes, available_bytes=available, budget_bytes=budget,
         leased=leased,
     )  # fmt: skip

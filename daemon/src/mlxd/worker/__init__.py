@@ -6,12 +6,16 @@
     options    what a request asks for, what the model defaults to, what is refused
     prompt     messages become tokens, through the model's chat template
     turns      the turns of a conversation, checked
-    patience   how long code may run that is not ours
+    timelimit  how long code may run that is not ours
     tools      the tools of a request, checked
     toolsyntax how families of models spell calls
     toolflat   those that spell argument by argument
     calls      tool calls out of what a model wrote
     engine     the requests in flight and how each ends
+    lanes      a batch for each kind of rows that cannot share one, and whose turn it is
+    lanecaches what rows decode on there, and what caches weigh
+    admission  rows wait, or are refused, so that their caches fit
+    patience   prompts that can wait step aside for those that cannot
     batch      mlx_lm's BatchGenerator with sampling for all rows in one call
     prefix      which prefixes of prompts are kept, and which go first
     kvcache     their arrays: out of a batch, and into another row
@@ -20,6 +24,10 @@
     trial      compiles in a process that may be lost
     constraint what one answer may go on with, as masks over a batch's logits
     sampling   penalties, filters and seeded draws, for a whole batch
+    speculation guesses ahead: whose they are, and what checking them takes
+    lookup     guesses by looking up what was said before
+    draft      guesses by a smaller model
+    pace       what passes take, and how many guesses are worth one
     text       tokens become text: whole characters, stop strings, reasoning apart
 
 Only this package imports mlx, and only inside a worker.

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +23,9 @@ from mlxd_client.errors import InternalError
 
 from .constraint import allows_any, apply_masks
 from .kvcache import PromptCache, RowView, foreseen_bytes, take
-from .sampling import Plan, Sampling
+from .patience import Patience
+from .sampling import PENALTY_WINDOW, Plan, Sampling
+from .speculation import Guess, can_take_back, prefixes, take_back
 from .waits import Reuse, Waits
 
 # What a row's `logprobs` are where the model computed no finite numbers for it.
@@ -39,6 +43,7 @@ MOST_PREFILLS = 8
 FIRST_PREFILL = 64
 # How many steps the batch may grow before it is looked at again how much it holds.
 LOOK_STEPS = 16
+_NOTHING: deque[Any] = deque(maxlen=0)
 
 
 class RowFailure:
@@ -52,6 +57,11 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
     """A GenerationBatch whose `samplers` are Sampling objects.
 
     Responses carry in `logprobs`: None, NOT_FINITE, a RowFailure, or (chosen, ids, values) for a row that asked.
+
+    Attributes:
+        may_guess: nobody waits for a place: a row that decodes alone may guess ahead. One pass then brings several
+            tokens, and each `next` says one of them; while any are `unsaid`, nothing is computed.
+        newest: the token that comes next, where its value is known already.
     """
 
     # What mlx_lm's class holds, as used here.
@@ -67,8 +77,77 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
     _next_mass: mx.array | None = None  # [rows, 1], log of the sum of exp(logits): not finite if any logit is not
     _steps_alone = 0
     _plain = False  # one row, on plain caches
+    _can_guess = False  # and these can be taken back
+    may_guess = False
+    newest: int | None = None
+    unsaid: deque[tuple[int, Any]] = _NOTHING  # tokens that are in the caches, and what is noted of them
 
     def _step(self) -> tuple[list[int], list[Any]]:
+        if self._can_guess:
+            if self.unsaid:
+                return self._say()
+            guess = self.samplers[0].guess
+            if guess is not None:
+                guess.begin()
+                if self.may_guess and self._check(guess):
+                    return self._say()
+            self.newest = None
+        return self._step_all()
+
+    def _check(self, guess: Guess) -> bool:
+        """Have what is guessed to come next checked in one pass, as far as anything is guessed. What would have been
+        chosen anyway is to be said then."""
+        row, tokens = self.samplers[0], self.tokens[0]
+        fed = guess.propose(self, self.max_tokens[0] - self._num_tokens[0] - 1)
+        if fed is None:
+            return False
+        inputs = mx.array(fed, dtype=mx.uint32) if isinstance(fed, list) else fed
+        count = inputs.shape[0]
+        values = fed if isinstance(fed, list) else [0] * count  # what is not known is not looked at
+        plan = Plan([row] * count, prefixes(tokens, values, PENALTY_WINDOW), inputs)
+        logits = self.model(inputs[None], cache=self.prompt_cache)[0]
+        for processor in self.logits_processors[0]:
+            logits = processor(None, logits)
+        logits = plan.penalise(inputs, logits)
+        mass = mx.logsumexp(logits, axis=-1, keepdims=True)
+        logprobs = logits - mass
+        chosen = plan.sample(logprobs)
+        reports = plan.report(logprobs, chosen)
+        masses = mass if self._next_mass is None else mx.concatenate([self._next_mass, mass])
+        mx.eval(inputs, chosen, masses, *reports.values())
+        made, guessed = _ints(chosen), _ints(inputs)
+        right = 0
+        while right < count - 1 and made[right] == guessed[right + 1]:
+            right += 1
+        take_back(self.prompt_cache, count - 1 - right)
+        guess.checked(count - 1, right)
+        finite: list[bool] = mx.isfinite(masses)[-count:, 0].tolist()  # type: ignore[assignment]
+        notes = [reports.get(index) if finite[index] else NOT_FINITE for index in range(right + 1)]
+        first = self._next_logprobs[0]
+        if masses.shape[0] > count and not math.isfinite(masses[0].item()):  # type: ignore[arg-type]
+            first = NOT_FINITE
+        self.unsaid = deque(zip(guessed[: right + 1], [first, *notes[:right]], strict=True))
+        self.newest = made[right]
+        self._next_tokens, self._next_logprobs = chosen[right : right + 1], [notes[right]]
+        self._next_mass = mx.zeros((1, 1))  # what it was is noted
+        self._plan = None
+        return True
+
+    def _say(self) -> tuple[list[int], list[Any]]:
+        token, note = self.unsaid.popleft()
+        self.tokens[0].append(token)
+        return [token], [note]
+
+    def _unsay(self) -> None:
+        """Take back what was not said yet: the row is to be as if it had decoded token by token."""
+        if self.unsaid:
+            token, note = self.unsaid[0]
+            take_back(self.prompt_cache, len(self.unsaid))
+            self._next_tokens, self._next_logprobs = mx.array([token], dtype=mx.uint32), [note]
+            self.newest = token
+            self.unsaid.clear()
+
+    def _step_all(self) -> tuple[list[int], list[Any]]:
         inputs, mass, notes = self._next_tokens, self._next_mass, self._next_logprobs
         self._current_tokens, self._current_logprobs = inputs, notes
         if self._plan is None:
@@ -151,6 +230,7 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
         return apply_masks(logits, masks) if masks else logits
 
     def extend(self, batch: RowBatch) -> None:
+        self._unsay()
         self._make_batched()
         batch._make_batched()
         super().extend(batch)
@@ -165,10 +245,12 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
             return
         super().filter(keep)  # where the caches are plain there is one row, so that nothing is left of them
         self._plan = None
-        self._steps_alone, self._plain = 0, False
+        self._steps_alone, self._plain, self._can_guess = 0, False, False
+        self.unsaid.clear()
         self._next_mass = self._next_mass[keep] if keep and self._next_mass is not None else None
 
     def extract_cache(self, idx: int) -> RowView | None:
+        self._unsay()
         return take(self.prompt_cache, idx, len(self.tokens[idx]))
 
     def _make_plain(self) -> None:
@@ -177,11 +259,15 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
             return
         self.prompt_cache = [c.extract(0) if type(c) is BatchKVCache else c for c in self.prompt_cache]
         self._plain = True
+        self._can_guess = can_take_back(self.prompt_cache)
+        if (guess := self.samplers[0].guess) is not None:
+            guess.pause()
 
     def _make_batched(self) -> None:
         if self._plain:
             self.prompt_cache = [BatchKVCache.merge([c]) if type(c) is KVCache else c for c in self.prompt_cache]
-        self._steps_alone, self._plain = 0, False
+        self._steps_alone, self._plain, self._can_guess = 0, False, False
+        self.newest = None
 
 
 class RowPrompts(PromptProcessingBatch):  # type: ignore[misc]
@@ -217,7 +303,14 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         prefill_joins: how many prompts begin to be read in one step at most. One that takes several steps is read
             together with those that begin after it.
         prompt_cache: where prompts find what was computed before; None computes everything.
+        beside: what caches hold that are none of these rows', as far as the prompt cache has to mind them.
+        fixed_prefill: this many tokens of a prompt are read at a time, however long it takes; 0 leaves it to PREFILL_S.
+
+    Attributes:
+        may_read: whether the next step goes on reading prompts; else it decodes only.
     """
+
+    completion_batch_size: int
 
     def __init__(
         self,
@@ -227,7 +320,10 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         prefill_step: int,
         prefill_joins: int = MOST_PREFILLS,
         prompt_cache: PromptCache | None = None,
+        beside: Callable[[], int] = lambda: 0,
+        fixed_prefill: int = 0,
     ) -> None:
+        prefill_step = fixed_prefill or prefill_step
         super().__init__(
             model,
             completion_batch_size=max_batch,
@@ -243,20 +339,36 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self._prompt_cache = prompt_cache
         self._reuses: dict[int, Reuse] = {}  # by uid, of prompts whose reading has not begun
         self._waits = Waits(prompt_cache.tree) if prompt_cache is not None else None
+        self._beside = beside
+        self._fixed_prefill = fixed_prefill
+        self._patience = Patience()
+        self.may_read = True
         self._steps = 0
 
+    def pace_like(self, other: RowGenerator) -> None:
+        """Begin with what another one learned of how fast the device reads."""
+        self._prefill_rate = other._prefill_rate
+
     def _next(self) -> Any:
+        held = self._patience.arrange(self) if self.may_read else []
+        self._generation_batch.may_guess = not self.waiting and not held and not len(self._prompt_batch)
         reading = len(self._prompt_batch)
         self.prefill_batch_size = min(reading + self._prefill_joins, self._most_prefills)
         rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts()
         fitting = self._prefill_rate * PREFILL_S / max(rows, 1)
         self.prefill_step_size = int(max(min(fitting, self._most_prefill), min(LEAST_PREFILL, self._most_prefill)))
+        self.prefill_step_size = self._fixed_prefill or self.prefill_step_size
         if self._waits is not None and (self._unprocessed_sequences or self._waits):
             joins = self.prefill_batch_size - reading
             self._waits.sort(self._unprocessed_sequences, joins, self._reuses, self._left_to_read)
         counters = self._counters
         tokens, seconds = counters.prompt_tokens, counters.prompt_time
-        made = super()._next()
+        made = super()._next() if self.may_read else self._decode()
+        if self._patience:
+            self._unprocessed_sequences.extend(held)
+            for progress in made[0]:
+                if progress.end_of_prompt:
+                    self._patience.read(progress.uid)
         if counters.prompt_tokens > tokens:
             self._prefill_rate = (counters.prompt_tokens - tokens) / (counters.prompt_time - seconds)
         if self._prompt_cache is not None and self._waits is not None:
@@ -268,6 +380,22 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                 self._prompt_cache.tree.fit(self.live_bytes())
         return made
 
+    def _decode(self) -> Any:
+        """A step as if there were no place for another row."""
+        places, self.completion_batch_size = self.completion_batch_size, 0
+        try:
+            return super()._next()
+        finally:
+            self.completion_batch_size = places
+
+    def rest(self) -> list[Any]:
+        """A further token that the last step brought, in a list; empty where that was all."""
+        if not self._generation_batch.unsaid:
+            return []
+        with mx.stream(self.stream):
+            responses: list[Any] = self._generation_batch.next()
+            return responses
+
     def settle(self) -> None:
         """Have the prompt cache copy what it is to keep, beside what the rows hold now."""
         if self._prompt_cache is not None and self._prompt_cache.pending:
@@ -278,7 +406,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         if uid in self._prompt_batch.uids:
             _, done, total = self._currently_processing[self._prompt_batch.uids.index(uid)]
             return int(total - done)
-        return 0 if uid in self._generation_batch.uids else None
+        return 0 if uid in self._generation_batch.uids else self._patience.left(uid)
 
     def _make_batch(self, n: int) -> Any:
         if self._reuses and self._prompt_cache is not None:
@@ -301,8 +429,13 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self._unprocessed_sequences[index] = (uid, segments, most, caches, tokens[: reuse.cached], *rest)
 
     def live_bytes(self) -> int:
-        """What the caches of all rows hold, and will hold before the next look at it."""
+        """What the caches of all rows hold, those beside these included, and will hold before the next look at it."""
+        return self.own_bytes() + self._beside()
+
+    def own_bytes(self) -> int:
         ahead = {self._prompt_batch: self._most_prefill, self._generation_batch: LOOK_STEPS}
+        if self._patience.batch is not None:
+            ahead[self._patience.batch] = 0
         return sum(foreseen_bytes(batch.prompt_cache, len(batch), tokens) for batch, tokens in ahead.items())
 
     def _read_prompts(self) -> int:
@@ -317,22 +450,41 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         processors: list[Any],
         stops: Any,
         reuse: Reuse | None = None,
+        *,
+        uid: int | None = None,
+        caches: list[Any] | None = None,
+        urgent: bool = True,
     ) -> int:
-        """Queue one prompt. Returns the number that its responses carry as `uid`."""
+        """Queue one prompt. Returns the number that its responses carry as `uid`.
+
+        Args:
+            uid: that number, where it is not to be the next one.
+            caches: what the row decodes on, empty; None has the model make them.
+            urgent: its prompt is read before those that are not.
+        """
+        if uid is not None:
+            self._uid_count = uid
         uids: list[int] = self.insert(
             [tokens],
             max_tokens=[max_tokens],
+            caches=None if caches is None else [caches],
             samplers=[sampling],
             logits_processors=[processors],
             stop_sequences=[stops],
         )
         if reuse is not None:
             self._reuses[uids[0]] = reuse
+        if not urgent:
+            self._patience.add(uids[0])
         return uids[0]
 
     def view(self, uid: int) -> tuple[RowView | None, list[int]]:
         """What the caches hold for a row now, and the tokens that this is of."""
         with mx.stream(self.stream):
+            aside = self._patience.at(uid)
+            if aside is not None:
+                batch = self._patience.batch
+                return batch.extract_cache(aside), batch.tokens[aside]
             view, tokens = self.extract_cache([uid]).get(uid) or (None, [])
         return (view, tokens) if isinstance(view, RowView) else (None, [])
 
@@ -340,6 +492,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         """Take a row out, whatever it is at. Returns its `view`."""
         view = self.view(uid)
         self.remove([uid])
+        self._patience.remove(uid)
         self._reuses.pop(uid, None)
         if self._waits is not None:
             self._waits.remove(uid)
@@ -347,8 +500,28 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     @property
     def active(self) -> int:
-        return len(self._generation_batch) + len(self._prompt_batch)
+        return len(self._generation_batch) + len(self._prompt_batch) + len(self._patience)
+
+    @property
+    def decoding(self) -> bool:
+        return len(self._generation_batch) > 0
+
+    @property
+    def can_read(self) -> bool:
+        """There are prompts to be read, and places for them."""
+        unread = len(self._prompt_batch) or self._unprocessed_sequences or self._waits or len(self._patience)
+        return bool(unread) and len(self._generation_batch) < self.completion_batch_size
+
+    @property
+    def urgent(self) -> bool:
+        """There are prompts to be read that cannot wait."""
+        return self._patience.urgent(self)
 
     @property
     def waiting(self) -> int:
         return len(self._unprocessed_sequences) + len(self._waits or ())
+
+
+def _ints(array: mx.array) -> list[int]:
+    values: Any = array.tolist()
+    return list(values)

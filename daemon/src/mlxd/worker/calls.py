@@ -18,7 +18,7 @@ from mlxd_client.types import MalformedToolCall, ToolCall
 from ..childwire import Calls, Generate
 from .constraint import parse_value
 from .grammar import Rule
-from .patience import time_limit
+from .timelimit import time_limit
 from .tools import AUTO, NONE, REQUIRED, Toolset, Toolsets, read_choice
 from .toolsyntax import Syntax
 from .turns import SHORT_ID

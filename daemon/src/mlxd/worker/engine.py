@@ -15,15 +15,18 @@ from mlx_lm.sample_utils import make_logits_processors
 from mlxd_client.errors import InternalError, InvalidParams, ModelInvalid, RpcError, Unsupported
 
 from ..childwire import Calls, CountTokens, Generate, Generated, WorkerTimings
-from .batch import NOT_FINITE, RowFailure, RowGenerator
+from .batch import NOT_FINITE, RowFailure
 from .calls import Toolbox, ToolUse, news
 from .constraint import Constraint, Thought
+from .draft import Draft, check_pair
 from .grammar import Compiled, Compiler
 from .kvcache import PromptCache, RowView
+from .lanes import Lanes
 from .load import LoadedModel
 from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
 from .sampling import Sampling
+from .speculation import Guess, Guesses
 from .text import TextStream, make_machine
 from .waits import LEAST, Reuse
 
@@ -57,6 +60,7 @@ class Running:
     first_at: float = 0.0
     constraint: Constraint | None = None
     tools: ToolUse | None = None
+    guess: Guess | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -78,6 +82,8 @@ class Engine:
         prefill_step: how many tokens of a prompt are read between two decode steps.
         prefill_joins: how many prompts begin to be read in one step.
         cache_bytes: bounds the prefixes that are kept and what the batch holds, together; 0 keeps nothing.
+        kv_bytes: what the KV caches of all requests may hold; 0 is no bound. See `allow`.
+        kv_bits: what requests have that say nothing; 0 leaves their KV caches as they are.
         guard: (source, answer) → words the answer invents; used for models that promise to rewrite faithfully.
     """
 
@@ -89,6 +95,8 @@ class Engine:
         prefill_step: int,
         prefill_joins: int = 8,
         cache_bytes: int = 0,
+        kv_bytes: int = 0,
+        kv_bits: int = 0,
         guard: Callable[[str, str], tuple[str, ...]] | None = None,
     ) -> None:
         self._loaded = loaded
@@ -99,14 +107,20 @@ class Engine:
             "prefill_step": prefill_step,
             "prefill_joins": prefill_joins,
             "prompt_cache": self.cache,
+            "window": loaded.context_length,
+            "kv_bytes": kv_bytes,
         }
+        self._cache_bytes = cache_bytes
+        self._defaults = loaded.defaults | ({"kv_bits": kv_bits} if kv_bits else {})
         self._guard = guard
         self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary)
-        self._generator = RowGenerator(loaded.model, **self._limits)
+        self._generator = Lanes(loaded.model, **self._limits)
+        self.allow(kv_bytes)
         self._eos: set[int] = set(loaded.tokenizer.eos_token_ids)
         self._stops = StopSequences([(token,) for token in self._eos])
         tokenizer = loaded.tokenizer
         self._think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
+        self.guesses = Guesses(loaded.model)
         self._running: dict[int, Running] = {}  # by the generator's uid
         self._uids: dict[int, int] = {}  # request id → uid
         self._failed_steps = 0
@@ -135,33 +149,47 @@ class Engine:
 
         Raises:
             RpcError: it cannot be honoured. Nothing of it remains.
+            EngineLost: see `step`.
         """
+        try:
+            self._submit(request_id, request)
+        except RpcError:
+            raise
+        except Exception as error:  # a tokenizer's or a template's own; it is this request's alone
+            _check_alive(error)
+            raise _typed(error) from error
+
+    def _submit(self, request_id: int, request: Generate) -> None:
         received_at = time.perf_counter()
-        choices = resolve(request.kind, request.options, self._loaded.defaults, self._loaded.vocabulary)
-        if self.cache is None and request.options.get("cache_prompt") is True:
-            raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
+        choices = resolve(request.kind, request.options, self._defaults, self._loaded.vocabulary)
+        self._generator.check(choices.lane)
         tools = self._toolbox.use(request)
         choices = self._complete(choices, tools)
-        reuse = Reuse(NAMESPACE) if self.cache is not None and choices.cache_prompt else None
+        bound = choices.rule is not None or choices.thinking_budget is not None
+        guess = self.guesses.guess(choices.speculation, constrained=bound)
+        if self.cache is None and request.options.get("cache_prompt") is True:
+            raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
+        urgent = request.priority != "batch"
+        reuse = Reuse(NAMESPACE, urgent=urgent) if self.cache is not None and choices.cache_prompt else None
         cut = reuse is not None and self.cache is not None and self.cache.marked
         shown = tools.tools.shown if tools is not None else None
         prompt = self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut, tools=shown)
         if reuse is not None:
             reuse.cuts = prompt.cuts
-        think, once = self._think, choices.rule is not None or choices.thinking_budget is not None
-        if once:
+        think = self._think
+        if bound:
             if choices.thinking:
                 prompt = self._prompts.open_thought(prompt)
             think = self._think if prompt.in_reasoning else None
         call = tools.syntax.markers if tools is not None else None
-        machine = make_machine(choices.stop, think, once=once, call=call, thought_calls=choices.rule is None)
+        machine = make_machine(choices.stop, think, once=bound, call=call, thought_calls=choices.rule is None)
         text = TextStream(
             self._loaded.tokenizer.detokenizer,
             machine,
             in_reasoning=prompt.in_reasoning,
             marker_tokens=len(self._loaded.tokenizer.think_end_tokens or (0,)),
         )
-        running = Running(request_id, request, prompt, choices, text, received_at, reuse, tools=tools)
+        running = Running(request_id, request, prompt, choices, text, received_at, reuse, guess=guess, tools=tools)
         if choices.rule is None:
             self._join(running)
             return
@@ -173,17 +201,21 @@ class Engine:
 
     def _join(self, running: Running, compiled: Compiled | None = None) -> None:
         choices, prompt = running.choices, running.prompt
-        sampling = choices.sampling
+        sampling = replace(choices.sampling, guess=running.guess)
         if compiled is not None or choices.thinking_budget is not None:
             thought = self._thought(running, compiled) if prompt.in_reasoning else None
             running.constraint = Constraint(
                 compiled, eos=self._eos, thought=thought, vocabulary=self._loaded.vocabulary
             )
             sampling = replace(sampling, constraint=running.constraint)
-        room = self._loaded.context_length - len(prompt.tokens)
+        lane, most = choices.lane, choices.max_tokens
+        if not lane.rotate:
+            most = min(most, self._loaded.context_length - len(prompt.tokens))
+        most = self._generator.fit(lane, len(prompt.tokens), most, asked=choices.asked_tokens)
         processors = make_logits_processors(choices.logit_bias)
+        urgent = running.request.priority != "batch"
         uid = self._generator.add(
-            prompt.tokens, min(choices.max_tokens, room), sampling, processors, self._stops, running.reuse
+            prompt.tokens, most, sampling, processors, self._stops, running.reuse, key=lane, urgent=urgent
         )
         self._running[uid] = running
         self._uids[running.id] = uid
@@ -227,13 +259,42 @@ class Engine:
             running, _ = self._compiling.pop(request_id)
             outcome.ended.append((request_id, self._result(running, "cancelled")))
         elif uid is not None:
-            self._keep(self._running[uid], *self._generator.drop(uid))
+            try:
+                self._keep(self._running[uid], *self._generator.drop(uid))
+            except Exception as error:
+                return self._fail_all(error, outcome)
             self._end(uid, "cancelled", outcome)
         return outcome
 
+    def allow(self, kv_bytes: int) -> None:
+        """Have the KV caches of all requests, and the prefixes that are kept, hold no more than this; 0 is no bound.
+        What is running goes on."""
+        self._generator.allow(kv_bytes)
+        if self.cache is not None:
+            self.cache.tree.budget_bytes = min(self._cache_bytes, kv_bytes) if kv_bytes else self._cache_bytes
+
     def count(self, request: CountTokens) -> int:
-        shown = self._toolbox.read(request.tools).shown if request.tools else None
-        return self._prompts.count(text=request.text, messages=request.messages, tools=shown)
+        """Raises RpcError."""
+        try:
+            shown = self._toolbox.read(request.tools).shown if request.tools else None
+            return self._prompts.count(text=request.text, messages=request.messages, tools=shown)
+        except Exception as error:
+            raise _typed(error) from error
+
+    def attach(self, name: str, draft: LoadedModel) -> None:
+        """Have a draft model guess from now on, in place of the one before. What is running goes on without any.
+
+        Raises:
+            InvalidParams, Unsupported: it cannot guess for this model. The one before stays.
+        """
+        if not self.guesses.usable:
+            raise Unsupported("nothing can be guessed for this model: it takes no draft model", option="draft_model")
+        check_pair(self._loaded, draft)
+        if self.guesses.draft is not None:
+            self.guesses.draft.closed = True
+        self.guesses.draft = Draft(
+            name, draft, vocabulary=self._loaded.vocabulary, pace=self.guesses.pace, step=self._limits["prefill_step"]
+        )
 
     # --- steps
 
@@ -246,12 +307,22 @@ class Engine:
         outcome = Outcome()
         if self._compiling and not self._join_compiled(outcome):
             return outcome
+        for uid, error in self._generator.refuse():
+            self._fail(uid, error, outcome, in_batch=False)
         try:
             self._generator.settle()
             prompts, responses = self._generator.next()
         except Exception as error:
             return self._fail_all(error, outcome)
         self._failed_steps = 0
+        try:
+            self._take(prompts, responses, outcome)
+        except Exception as error:  # a row could not be looked at, or taken out
+            return self._fail_all(error, outcome)
+        return outcome
+
+    def _take(self, prompts: list[Any], responses: list[Any], outcome: Outcome) -> None:
+        """What a step made goes to its requests. Whatever a request brought that raises costs that request only."""
         now = time.perf_counter()
         for progress in prompts:
             running = self._running.get(progress.uid)
@@ -259,15 +330,16 @@ class Engine:
                 running.prompt_at = now
             elif running is not None and progress.end_of_segment:
                 self._keep_cut(progress.uid, running)
-        for response in responses:
-            running = self._running.get(response.uid)
-            if running is None:
-                continue
-            try:
-                self._advance(running, response, now, outcome)
-            except Exception as error:
-                self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
-        return outcome
+        while responses:
+            for response in responses:
+                running = self._running.get(response.uid)
+                if running is None:
+                    continue
+                try:
+                    self._advance(running, response, now, outcome)
+                except Exception as error:
+                    self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
+            responses = self._generator.rest()
 
     def _join_compiled(self, outcome: Outcome) -> bool:
         """Requests whose rule is compiled by now join the batch. Returns whether there is a batch."""
@@ -363,6 +435,8 @@ class Engine:
             reasoning_tokens=running.text.reasoning_tokens,
             tool_calls=calls or None,
             malformed_tool_calls=malformed or None,
+            alone=running.choices.lane.alone,
+            speculation=running.guess.report() if running.guess is not None else None,
         )
 
     def _report(self, count: int, token: int, note: tuple[mx.array, mx.array, mx.array]) -> dict[str, Any]:
@@ -408,23 +482,24 @@ class Engine:
         self._uids.pop(running.id, None)
         if running.choices.rule is not None:
             self._compiler.forget(running.choices.rule)
+        outcome.ended.append((running.id, _typed(error)))
         if in_batch:
             self._generator.drop(uid)
-        outcome.ended.append((running.id, _typed(error)))
 
     def _fail_all(self, error: Exception, outcome: Outcome) -> Outcome:
-        """The shared step raised: nobody's state can be trusted. End all, and start a clean batch."""
-        message = str(error)
+        """The shared step raised: nobody's state in that lane can be trusted. End them all, and start a clean batch."""
         self._failed_steps += 1
-        if self._failed_steps > MAX_FAILED_STEPS or any(sign.lower() in message.lower() for sign in _FATAL):
-            raise EngineLost(f"{type(error).__name__}: {message}") from error
-        outcome.ended += [(running.id, _typed(error)) for running in self._running.values()]
-        self._running.clear()
-        self._uids.clear()
+        _check_alive(error)
+        if self._failed_steps > MAX_FAILED_STEPS:
+            raise EngineLost(f"{type(error).__name__}: {error}") from error
+        for uid in self._generator.fail():
+            running = self._running.pop(uid, None)
+            if running is not None:
+                self._uids.pop(running.id, None)
+                outcome.ended.append((running.id, _typed(error)))
         if self.cache is not None:
             self.cache.forget_pending()
-        self._generator.close()
-        self._generator = RowGenerator(self._loaded.model, **self._limits)
+        self.guesses.forget()
         mx.clear_cache()
         return outcome
 
@@ -440,6 +515,13 @@ class Engine:
                 self._generator.next()
             if time.perf_counter() - started > 1.0:  # a large model on a slow device: the rest can wait
                 return
+
+
+def _check_alive(error: Exception) -> None:
+    """Raises EngineLost where an error says that the device is gone."""
+    message = str(error)
+    if any(sign.lower() in message.lower() for sign in _FATAL):
+        raise EngineLost(f"{type(error).__name__}: {message}") from error
 
 
 def _typed(error: Exception) -> RpcError:

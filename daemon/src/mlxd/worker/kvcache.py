@@ -29,7 +29,7 @@ from mlx_lm.models.cache import (
 from ..childwire import PromptCacheStats
 from .prefix import Found, PrefixTree
 
-__all__ = ["PromptCache", "RowView", "foreseen_bytes", "take"]
+__all__ = ["PromptCache", "RowView", "foreseen_bytes", "leaves", "take"]
 
 Pair = tuple[mx.array, mx.array]
 
@@ -89,7 +89,7 @@ def take(caches: Iterable[Any], index: int, length: int) -> RowView | None:
     view = RowView(length, [], [])
     if length == 0:
         return None
-    for cache in _leaves(caches):
+    for cache in leaves(caches):
         kind = type(cache)
         if kind is KVCache or kind is BatchKVCache:
             start, end = (0, cache.offset) if kind is KVCache else (cache.left_padding.tolist()[index], cache._idx)
@@ -119,13 +119,13 @@ def take(caches: Iterable[Any], index: int, length: int) -> RowView | None:
 def foreseen_bytes(caches: Iterable[Any], rows: int, tokens: int) -> int:
     """What a batch's caches hold, or will hold `tokens` later where they must grow for that."""
     total = 0
-    for cache in _leaves(caches):
+    for cache in leaves(caches):
         total += cache.nbytes
         if isinstance(cache, ArraysCache) or cache.keys is None:
             continue
-        length = cache.keys.shape[2]
+        length = (cache.keys[0] if isinstance(cache.keys, tuple) else cache.keys).shape[2]
         # A row that comes to be alone moves to caches that are full.
-        if isinstance(cache, BatchRotatingKVCache):
+        if isinstance(cache, BatchRotatingKVCache | RotatingKVCache):
             grows = length < cache.max_size
         else:
             grows = rows == 1 or length - cache.size() < tokens
@@ -149,7 +149,7 @@ class PromptCache:
     """
 
     def __init__(self, model: Any, budget_bytes: int) -> None:
-        kinds = {type(cache) for cache in _leaves(make_prompt_cache(model))}
+        kinds = {type(cache) for cache in leaves(make_prompt_cache(model))}
         self._model = model
         self.usable = kinds <= {KVCache, RotatingKVCache, ArraysCache} and bool(kinds)
         self.marked = kinds != {KVCache}
@@ -212,7 +212,7 @@ def _fill(caches: list[Any], found: Found) -> None:
     parts: list[Any] = [(part.pairs, count) for part, count in found.parts]  # type: ignore[attr-defined]
     mark: Any = found.mark
     pairs = states = 0
-    for cache in _leaves(caches):
+    for cache in leaves(caches):
         if type(cache) is KVCache:
             keys = [layers[pairs][0][:, :, :count] for layers, count in parts]
             values = [layers[pairs][1][:, :, :count] for layers, count in parts]
@@ -244,10 +244,10 @@ def _arrays(state: Any) -> list[mx.array]:
     return [held for held in state.cache if held is not None]
 
 
-def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
+def leaves(caches: Iterable[Any]) -> Iterator[Any]:
     """Each layer's cache; what a layer has several of, one by one."""
     for cache in caches:
         if isinstance(cache, CacheList):
-            yield from _leaves(cache.caches)
+            yield from leaves(cache.caches)
         else:
             yield cache

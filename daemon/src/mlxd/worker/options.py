@@ -13,6 +13,7 @@ from mlxd_client.types import UNSET, GenerateParams
 
 from ..childwire import NOT_YET
 from .grammar import Rule, read_rule
+from .lanecaches import PLAIN, LaneKey
 from .sampling import Sampling, make_key
 
 # What a request gets that says nothing, on a model whose folder says nothing.
@@ -27,16 +28,20 @@ MODEL_DEFAULTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """A request's options, complete. `max_tokens` is not yet fitted to the context."""
+    """A request's options, complete. `max_tokens` is not yet fitted to the context; `asked_tokens` says that it is the
+    request's own number."""
 
     sampling: Sampling
     max_tokens: int
+    asked_tokens: bool = False
     stop: tuple[str, ...] = ()
     logit_bias: Mapping[int, float] | None = None
     thinking: bool = False
     thinking_budget: int | None = None
     cache_prompt: bool = True
     rule: Rule | None = None
+    lane: LaneKey = PLAIN
+    speculation: str = "auto"
 
 
 def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], vocabulary: int) -> Choices:
@@ -62,6 +67,7 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
         raise InvalidParams(str(error), **_field(error)) from None
     if params.thinking is False and params.thinking_budget is not UNSET:
         raise InvalidParams("a thinking_budget turns thinking on; give no `thinking`", field="thinking_budget")
+    lane = _lane(params)
     return Choices(
         sampling=Sampling(
             temperature=_or(params.temperature, 0.0),
@@ -72,16 +78,37 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
             presence=_or(params.presence_penalty, 0.0),
             frequency=_or(params.frequency_penalty, 0.0),
             logprobs=_or(params.logprobs, -1),
-            key=make_key(_or(params.seed, None)),
+            key=make_key(_or(params.seed, 0 if lane.deterministic else None)),
         ),
         max_tokens=_or(params.max_tokens, DEFAULT_MAX_TOKENS[kind]),
+        asked_tokens="max_tokens" in options,
         stop=tuple(_or(params.stop, [])),
         logit_bias=_bias(_or(params.logit_bias, {}), vocabulary),
         thinking=_or(params.thinking, params.thinking_budget is not UNSET),
         thinking_budget=_or(params.thinking_budget, None),
-        cache_prompt=_or(params.cache_prompt, True),
+        cache_prompt=_or(params.cache_prompt, True) and lane == PLAIN,
         rule=read_rule(_or(params.schema, None), _or(params.grammar, None)),
+        lane=lane,
+        speculation=_or(params.speculation, "auto") if lane == PLAIN else "off",
     )
+
+
+def _lane(params: GenerateParams) -> LaneKey:
+    """Raises Unsupported for what no lane can do."""
+    policy = _or(params.context_policy, "refuse")
+    if policy == "drop_oldest":
+        raise Unsupported("this engine cannot honour context_policy drop_oldest yet", option="context_policy")
+    lane = LaneKey(_or(params.kv_bits, 0), policy == "rotate", _or(params.deterministic, False))
+    if lane != PLAIN and _or(params.speculation, "auto") in ("lookup", "draft"):
+        raise Unsupported(
+            "nothing is guessed ahead with kv_bits, context_policy rotate or deterministic", option="speculation"
+        )
+    if lane != PLAIN and _or(params.cache_prompt, None) is True:
+        raise Unsupported(
+            "prefixes are kept of plain requests only: not with kv_bits, context_policy rotate or deterministic",
+            option="cache_prompt",
+        )
+    return lane
 
 
 def refuse_unsupported(options: Mapping[str, Any]) -> None:

@@ -1,45 +1,86 @@
-"""How long code may run that a model's folder brings, or that works on what a model wrote."""
+"""Prompts of batch requests step aside while prompts of interactive ones are read, also in the middle."""
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator
 from typing import Any
 
-from mlxd_client.errors import ModelInvalid
+__all__ = ["Patience"]
 
 
-class _Late(BaseException):
-    """Interrupts the code: none that catches Exception for purposes of its own catches this."""
+class Patience:
+    """Whose prompts can wait, in one RowGenerator, and what was read of those that do."""
 
+    def __init__(self) -> None:
+        self._uids: set[int] = set()
+        self.batch: Any = None  # a RowPrompts, of rows that stepped aside
+        self._progress: list[Any] = []
 
-@contextlib.contextmanager
-def time_limit(seconds: float, what: str = "the model's chat template") -> Iterator[None]:
-    """Interrupt Python code that runs longer. On any thread but the main one there is no limit.
+    def __bool__(self) -> bool:
+        return bool(self._uids)
 
-    Args:
-        what: ran too long, for the error's message.
+    def __len__(self) -> int:
+        return 0 if self.batch is None else len(self.batch)
 
-    Raises:
-        ModelInvalid: instead of what the code that ran too long would have returned.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    def add(self, uid: int) -> None:
+        self._uids.add(uid)
 
-    def give_up(_number: int, _frame: Any) -> None:
-        raise _Late
+    def read(self, uid: int) -> None:
+        """Its prompt is read."""
+        self._uids.discard(uid)
 
-    before = signal.signal(signal.SIGALRM, give_up)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    except _Late:
-        raise ModelInvalid(f"{what} ran longer than {seconds:g} seconds") from None
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    def urgent(self, rows: Any) -> bool:
+        """There is a prompt to be read that cannot wait."""
+        queue = rows._unprocessed_sequences
+        return any(uid not in self._uids for uid in (*rows._prompt_batch.uids, *(row[0] for row in queue)))
+
+    def arrange(self, rows: Any) -> list[Any]:
+        """Before a step that reads: put those aside who have to wait, or have them go on.
+
+        Returns:
+            What was taken out of the queue for this step.
+        """
+        if not self._uids:
+            return []
+        if not self.urgent(rows):
+            self._go_on(rows)
+            return []
+        aside = [index for index, uid in enumerate(rows._prompt_batch.uids) if uid in self._uids]
+        if aside:
+            progress = rows._currently_processing
+            self._progress = [progress[index] for index in aside]
+            rows._currently_processing = [one for index, one in enumerate(progress) if index not in set(aside)]
+            self.batch = rows._prompt_batch.split(aside)
+        queue = rows._unprocessed_sequences
+        held = [row for row in queue if row[0] in self._uids]
+        if held:
+            kept = [row for row in queue if row[0] not in self._uids]
+            queue.clear()
+            queue.extend(kept)
+        return held
+
+    def _go_on(self, rows: Any) -> None:
+        if self.batch is not None:
+            rows._prompt_batch.extend(self.batch)
+            rows._currently_processing.extend(self._progress)
+            self.batch, self._progress = None, []
+
+    def at(self, uid: int) -> int | None:
+        """The place of a row that stepped aside, in `batch`."""
+        return self.batch.uids.index(uid) if self.batch is not None and uid in self.batch.uids else None
+
+    def left(self, uid: int) -> int | None:
+        """How many tokens of its prompt are still to be read."""
+        index = self.at(uid)
+        if index is None:
+            return None
+        _, done, total = self._progress[index]
+        return int(total - done)
+
+    def remove(self, uid: int) -> None:
+        self._uids.discard(uid)
+        index = self.at(uid)
+        if index is not None:
+            del self._progress[index]
+            self.batch.filter([other for other in range(len(self.batch)) if other != index])
+            if not len(self.batch):
+                self.batch = None

@@ -15,7 +15,7 @@ import jinja2
 
 from mlxd_client.errors import ContextExceeded, InvalidParams, ModelInvalid, RpcError, Unsupported
 
-from .patience import time_limit
+from .timelimit import time_limit
 from .turns import read_turns
 
 # A template is a program from the model's folder: it gets this long.

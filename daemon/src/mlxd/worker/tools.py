@@ -17,7 +17,7 @@ from referencing import Registry
 from mlxd_client.errors import InvalidParams, ModelInvalid
 
 from ..childwire import MAX_TOOLS, MAX_TOOLS_BYTES
-from .patience import time_limit
+from .timelimit import time_limit
 
 CHECK_LIMIT_S = 2.0
 KEPT = 32

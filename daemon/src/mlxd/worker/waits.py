@@ -29,11 +29,13 @@ class Reuse:
         namespace: nothing is shared between different ones.
         cuts: after how many tokens its reading pauses, so that what was computed can be kept.
         cached: how many tokens were there already; known once its reading begins.
+        urgent: it waits for nobody who is not.
     """
 
     namespace: bytes
     cuts: tuple[int, ...] = ()
     cached: int = 0
+    urgent: bool = True
 
 
 @dataclass(slots=True)
@@ -89,7 +91,7 @@ class Waits:
         """The uid of a row that is worth waiting for."""
         kept: int | None = None
         for uid, read in self._reads.items():
-            if read.reuse.namespace != reuse.namespace:
+            if read.reuse.namespace != reuse.namespace or (reuse.urgent and not read.reuse.urgent):
                 continue
             shared = min(common(read.tokens, tokens, 0), len(tokens) - 1)
             if self._tree.marked:
