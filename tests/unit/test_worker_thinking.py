@@ -224,6 +224,14 @@ def test_a_marker_whose_text_is_not_its_tokens_ends_all_the_same() -> None:
     assert (thought.next, thought.take(8)) == (8, b"")
 
 
+def test_several_answers_have_a_budget_each(engine: Engine) -> None:
+    for budget in (0, 5):
+        end = alone(engine, ask(thinking_budget=budget, n=3, max_tokens=14, seed=1, **WILD))
+        assert len(end.alternatives or ()) == 2
+        assert end.reasoning_tokens <= 3 * budget
+        assert all(answer.text for answer in (end, *(end.alternatives or ())))
+
+
 def test_a_bounded_thought_is_not_guessed(engine: Engine) -> None:
     plain = alone(engine, ask(thinking_budget=5, speculation="off"))
     auto = alone(engine, ask(thinking_budget=5))

@@ -520,6 +520,7 @@ REMOTE = "https://example.org/schema.json"
         ({"tool_choice": "required", "schema": True}, InvalidParams, "tool_choice"),
         ({"tool_choice": {"name": "clock"}, "grammar": 'start: "a"'}, InvalidParams, "tool_choice"),
         ({"schema": True}, InvalidParams, "schema"),
+        ({"n": 2}, Unsupported, "n"),
         (
             {"tool_choice": "required", "tools": [tool("a", record(x={"type": "array", "uniqueItems": True}))]},
             Unsupported,
@@ -538,6 +539,17 @@ def test_bad_tools_are_refused_by_name(
     assert type(got) is error, got
     assert name in (got.details.get("field"), got.details.get("option"))
     assert not engine.busy
+
+
+def test_a_conversation_that_is_too_long_keeps_its_tools(engine: Engine) -> None:
+    long = [{"role": "user", "content": "word " * 900}, {"role": "assistant", "content": "word " * 900}]
+    policy = {"context_policy": "drop_oldest", "tool_choice": {"name": "clock"}}
+    engine.submit(0, ask(messages=[*long * 2, USER], **policy))
+    told = run(engine)[0]
+    assert [call.name for call in told.calls] == ["clock"]
+    assert told.end.dropped_messages > 0
+    kept = [*long * 2, USER][told.end.dropped_messages :]
+    assert told.end.prompt_tokens == engine.count(CountTokens(messages=kept, tools=TOOLS))
 
 
 def test_schemas_are_whole_json_schema(engine: Engine) -> None:

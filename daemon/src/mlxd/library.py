@@ -35,8 +35,8 @@ class Library:
     Attributes:
         downloads: what moves models from the hub to the disk, and removes them.
         paths: where each known model lies, by id.
-        kv_bytes: the part of its need that is for KV caches; 0 where its folder does not say what those take.
         drafts: the draft models that the settings give to models, by the model's id, as far as they are here.
+        kv_bytes: the part of its need that is for KV caches; 0 where its folder does not say what those take.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class Library:
         log: Log, loop: asyncio.AbstractEventLoop,
     ) -> None:  # fmt: skip
         self.paths: dict[str, str] = {}
-        self.kv_bytes: dict[str, int] = {}
         self.drafts: dict[str, Found] = {}
+        self.kv_bytes: dict[str, int] = {}
         self._settings = settings
         self._store = store
         self._core = core
@@ -96,8 +96,9 @@ class Library:
         self.downloads.forget_plans(found.model)
         draft = self.drafts.get(found.model)
         need_bytes = found.memory_bytes + (0 if draft is None else draft_bytes(draft))
+        context = min(found.context_length, self._settings.context_length.get(found.model, found.context_length))
         return ev.Found(
-            found.model, found.source, need_bytes, found.revision, found.size_bytes, found.context_length,
+            found.model, found.source, need_bytes, found.revision, found.size_bytes, context,
             self._settings.keep_alive.get(found.model),
         )  # fmt: skip
 

@@ -45,6 +45,7 @@ class Call:
         "_detached",
         "_ended",
         "_malformed",
+        "_others",
         "_phase",
         "_progress",
         "_reasoning",
@@ -74,6 +75,7 @@ class Call:
         self._malformed: list[MalformedToolCall] | None = None
         self._phase: Phase | None = None
         self._progress: float | None = None
+        self._others: dict[int, tuple[list[str], list[str]]] | None = None  # text and reasoning of further answers
 
     @property
     def client(self) -> int:
@@ -133,14 +135,22 @@ class Call:
     def detach(self) -> None:
         """Stop it, and let what still comes from it go nowhere: the client is gone, or was answered already."""
         self._detached = True
-        self._text = self._reasoning = self._phase = self._calls = self._malformed = None
+        self._text = self._reasoning = self._phase = self._calls = self._malformed = self._others = None
         self.cancel()
 
     # --- its stream -----------------------------------------------------------------------------------------------
 
-    def piece(self, text: str, reasoning: str = "") -> None:
+    def piece(self, text: str, reasoning: str = "", index: int = 0) -> None:
         """More text; merged with what was not written yet."""
         if not self.streaming or self._detached:
+            return
+        if index:
+            if self._others is None:
+                self._others = {}
+            texts, thoughts = self._others.setdefault(index, ([], []))
+            texts.append(text)
+            thoughts.append(reasoning)
+            self.session.stream_waits(self)
             return
         if text:
             if self._text is None:
@@ -179,7 +189,7 @@ class Call:
             and self._calls is None
             and self._malformed is None
         ):
-            return None
+            return None if self._others is None else self._take_other(self._others)
         piece = Stream(
             id=self.id,
             seq=self._seq,
@@ -193,3 +203,19 @@ class Call:
         self._seq += 1
         self._text = self._reasoning = self._phase = self._progress = self._calls = self._malformed = None
         return piece
+
+    def _take_other(self, others: dict[int, tuple[list[str], list[str]]]) -> Stream:
+        index = next(iter(others))
+        texts, thoughts = others.pop(index)
+        if not others:
+            self._others = None
+        piece = Stream(
+            id=self.id, seq=self._seq, index=index, text="".join(texts) or None, reasoning="".join(thoughts) or None
+        )
+        self._seq += 1
+        return piece
+
+    @property
+    def more_pieces(self) -> bool:
+        """Further answers have text that waits, after `take_piece` gave some."""
+        return self._others is not None

@@ -11,7 +11,9 @@
     toolsyntax how families of models spell calls
     toolflat   those that spell argument by argument
     calls      tool calls out of what a model wrote
+    shorten    which messages of a conversation go where it is too long
     engine     the requests in flight and how each ends
+    answers    several answers to one prompt, as one result
     lanes      a batch for each kind of rows that cannot share one, and whose turn it is
     lanecaches what rows decode on there, and what caches weigh
     admission  rows wait, or are refused, so that their caches fit
@@ -29,6 +31,9 @@
     draft      guesses by a smaller model
     pace       what passes take, and how many guesses are worth one
     text       tokens become text: whole characters, stop strings, reasoning apart
+    tokens     texts as tokens, and back
+    embed      vectors for texts, a part at a time
+    pooling    how a folder says that a vector is made
 
 Only this package imports mlx, and only inside a worker.
 """
