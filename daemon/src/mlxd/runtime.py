@@ -27,7 +27,16 @@ from .core import actions as do
 from .core import events as ev
 from .core.core import Core, Limits
 from .fetchers import Fetchers
-from .generation import Generation, characters, completion, count_params, refuse_unsupported, with_text, worker_params
+from .generation import (
+    Generation,
+    characters,
+    check_tools,
+    completion,
+    count_params,
+    refuse_unsupported,
+    with_text,
+    worker_params,
+)
 from .library import Library, draft_bytes
 from .prompts import Prompts, ask
 from .server.events import EventLog
@@ -292,6 +301,11 @@ class Runtime:
         request = self._open.get(rid)
         if request is not None:
             request.sink.piece(text, reasoning, index)
+
+    def worker_calls(self, rid: int, calls: list[types.ToolCall], malformed: list[types.MalformedToolCall]) -> None:
+        request = self._open.get(rid)
+        if request is not None:
+            request.sink.calls(calls, malformed)
 
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None:
         request = self._open.get(rid)
@@ -680,8 +694,10 @@ class Runtime:
     async def count_tokens(self, client: int, params: types.TokensParams) -> types.TokensResult:
         if (params.text is UNSET) == (params.messages is UNSET):
             raise errors.InvalidParams("give either text or messages", field="text")
+        check_tools(params.tools)
         turns = [] if params.messages is UNSET else params.messages
         length = len(params.text or "") + characters(turns)
+        length += sum(len(msgspec.json.encode(tool)) for tool in params.tools or ())
         _, result = await self._ask(client, params.model, "count", count_params(params), length)
         return msgspec.convert(result, types.TokensResult)
 

@@ -19,6 +19,7 @@ from mlxd_client.errors import Cancelled, InternalError, InvalidParams, ModelInv
 from ..childwire import (
     Adapt,
     Adapted,
+    Calls,
     CountTokens,
     DecodeTokens,
     Embedded,
@@ -34,7 +35,8 @@ from ..childwire import (
 from .adapters import Adapter, Adapters
 from .answers import Answers, reportable
 from .batch import MOST_PREFILLS, NOT_FINITE, RowFailure
-from .constraint import Constraint
+from .calls import Toolbox, ToolUse, news
+from .constraint import Constraint, Thought
 from .diskcache import DiskCache, Fetched
 from .draft import Draft, check_pair
 from .embed import ALONE_S, BESIDE_S, Embedder
@@ -88,6 +90,7 @@ class Running:
     first_at: float = 0.0
     constraint: Constraint | None = None
     sight: Sight | None = None
+    tools: ToolUse | None = None
     guess: Guess | None = None
     adapter: Adapter | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
@@ -96,9 +99,10 @@ class Running:
 
 @dataclass(slots=True)
 class Outcome:
-    """What one step brought: `pieces` and `others` as in childwire.Step, and the requests that ended."""
+    """What one step brought: `pieces`, `calls` and `others` as in childwire.Step, and the requests that ended."""
 
     pieces: list[tuple[int, str, str]] = field(default_factory=list)
+    calls: list[Calls] = field(default_factory=list)
     others: list[tuple[int, int, str, str]] = field(default_factory=list)
     ended: list[tuple[int, Generated | Embedded | Adapted | RpcError]] = field(default_factory=list)
 
@@ -174,6 +178,7 @@ class Engine:
         self._several: dict[int, Answers] = {}  # by request id, of those that asked for several answers
         self._failed_steps = 0
         self._compiler = Compiler(tokenizer, loaded.vocabulary, self._eos)
+        self._toolbox = Toolbox(tokenizer, self._eos)
         self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
         self.adapters = Adapters(loaded.model)
         self._adapting: dict[int, Running] = {}  # by request id; their adapter is not read yet
@@ -247,7 +252,9 @@ class Engine:
         received_at: float,
         pictures: list[Picture],
     ) -> None:
-        apart = choices.rule is not None or choices.lane != PLAIN
+        tools = self._toolbox.use(request)
+        choices = self._complete(choices, tools)
+        apart = choices.bound or choices.lane != PLAIN
         guess = None if pictures else self.guesses.guess(choices.speculation, apart=apart)
         self._generator.check(choices.lane)
         if self.cache is None and request.options.get("cache_prompt") is True:
@@ -260,14 +267,16 @@ class Engine:
             reuse = Reuse(sight.namespace, urgent=urgent) if reuse is not None else None
         else:
             cut = reuse is not None and self.cache is not None and self.cache.marked
-            prompt = self._build(request.kind, turns, choices, cut)
+            prompt = self._build(request.kind, turns, choices, cut, tools)
         if reuse is not None:
             reuse.cuts = prompt.cuts
-        if choices.rule is not None and choices.thinking:
+        if choices.bound and choices.thinking:
             prompt = self._prompts.open_thought(prompt)
         choices = self._fit(choices, prompt)
-        text = self._text(choices, prompt)
-        running = Running(request_id, request, prompt, choices, text, received_at, reuse, sight=sight, guess=guess)
+        text = self._text(choices, prompt, tools)
+        running = Running(
+            request_id, request, prompt, choices, text, received_at, reuse, sight=sight, tools=tools, guess=guess
+        )
         self._start(running, request.adapter)
 
     def prewarm(self, request_id: int, request: Prewarm) -> None:
@@ -352,20 +361,26 @@ class Engine:
         prompt = self._prompts.build(kind, turns, thinking=choices.thinking, encode=expand)
         return prompt, sights[0]
 
-    def _build(self, kind: str, turns: list[dict[str, Any]], choices: Choices, cut: bool) -> Prompt:
+    def _build(
+        self, kind: str, turns: list[dict[str, Any]], choices: Choices, cut: bool, tools: ToolUse | None
+    ) -> Prompt:
+        thinking, shown = choices.thinking, tools.tools.shown if tools is not None else None
         if choices.context_policy != "drop_oldest":
-            return self._prompts.build(kind, turns, thinking=choices.thinking, cut=cut)
+            return self._prompts.build(kind, turns, thinking=thinking, cut=cut, tools=shown)
         context = self._loaded.context_length
         wished = choices.max_tokens if choices.asked_tokens else min(choices.max_tokens, context // 4)
         room = min(wished, context // 2)
-        if choices.rule is not None and choices.thinking:  # see open_thought
+        if choices.bound and choices.thinking:  # see open_thought
             room += len(self._loaded.tokenizer.think_start_tokens or ())
-        return shortened(self._prompts, kind, turns, thinking=choices.thinking, cut=cut, room=room)
+        return shortened(self._prompts, kind, turns, thinking=thinking, cut=cut, room=room, tools=shown)
 
-    def _text(self, choices: Choices, prompt: Prompt) -> TextStream:
-        think = self._think if choices.rule is None or prompt.in_reasoning else None
-        machine = make_machine(choices.stop, think, once=choices.rule is not None)
-        return TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
+    def _text(self, choices: Choices, prompt: Prompt, tools: ToolUse | None) -> TextStream:
+        tokenizer = self._loaded.tokenizer
+        think = self._think if not choices.bound or prompt.in_reasoning else None
+        call = tools.syntax.markers if tools is not None else None
+        machine = make_machine(choices.stop, think, once=choices.bound, call=call, thought_calls=choices.rule is None)
+        marker = len(tokenizer.think_end_tokens or (0,))
+        return TextStream(tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning, marker_tokens=marker)
 
     def _fit(self, choices: Choices, prompt: Prompt) -> Choices:
         """With `max_tokens` fitted to the context, and to what one result can report. Raises InvalidParams where more
@@ -416,7 +431,7 @@ class Engine:
         """A further answer to a request. It takes up nothing by itself: it shares the first one's prefill."""
         prompt, reuse = first.prompt, first.reuse
         kept = None if reuse is None else Reuse(reuse.namespace, cached=len(prompt.tokens))
-        text = self._text(first.choices, prompt)
+        text = self._text(first.choices, prompt, None)
         return replace(first, text=text, reuse=kept, guess=None, logprobs=[], number=number)
 
     def _sampling(self, running: Running, compiled: Compiled | None) -> Sampling:
@@ -426,11 +441,45 @@ class Engine:
             sampling = replace(sampling, key=other_key(sampling.key, running.number))
         if sampling.xtc_probability > 0:
             sampling = replace(sampling, spared=self._spared)
-        if compiled is not None:
-            thought = self._loaded.tokenizer.think_end if running.prompt.in_reasoning else None
-            running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
+        if running.choices.bound:
+            thought = self._thought(running, compiled) if running.prompt.in_reasoning else None
+            vocabulary = self._loaded.vocabulary
+            running.constraint = Constraint(compiled, eos=self._eos, thought=thought, vocabulary=vocabulary)
             sampling = replace(sampling, constraint=running.constraint)
         return sampling
+
+    def _complete(self, choices: Choices, tools: ToolUse | None) -> Choices:
+        """What a request's tools and its thought's bound change in its options. Raises InvalidParams, Unsupported."""
+        tokenizer = self._loaded.tokenizer
+        if choices.thinking_budget is not None:
+            close = tokenizer.think_end_tokens if tokenizer.has_chat_template else None
+            if not close or max(close) >= self._loaded.vocabulary:
+                raise Unsupported("this model has no thinking mode", option="thinking_budget")
+        if tools is None:
+            return choices
+        if choices.answers > 1:
+            raise Unsupported("with tools there is one answer", option="n")
+        if choices.rule is not None and (tools.rule is not None or (choices.rule.kind == "schema" and tools.may_call)):
+            told = f"give either {choices.rule.kind} or tools to call: an answer follows one rule"
+            raise InvalidParams(told, field="tool_choice" if tools.rule is not None else choices.rule.kind)
+        bias = choices.logit_bias
+        if tools.banned is not None and tools.banned < self._loaded.vocabulary:
+            bias = {**(bias or {}), tools.banned: -1000.0}
+        return replace(choices, rule=tools.rule or choices.rule, logit_bias=bias)
+
+    def _thought(self, running: Running, compiled: Compiled | None) -> Thought:
+        tokenizer = self._loaded.tokenizer
+        ends = [tokenizer.think_end]
+        if running.tools is not None and compiled is None:
+            ends.append(running.tools.syntax.markers[0])
+        return Thought(
+            (lambda token: bytes(compiled.tokenizer.decode_bytes([token])))
+            if compiled is not None
+            else (lambda token: str(tokenizer.decode([token])).encode()),
+            ends,
+            close=tokenizer.think_end_tokens,
+            budget=running.choices.thinking_budget,
+        )
 
     def cancel(self, request_id: int) -> Outcome:
         """End a request now, with the text it has. One that has ended already, or never was, changes nothing."""
@@ -496,7 +545,8 @@ class Engine:
                 told = "tokens of images cannot be counted"
                 raise Unsupported(told, option="messages", field=sources[0].field)
         try:
-            return self._prompts.count(text=request.text, messages=turns)
+            shown = self._toolbox.read(request.tools).shown if request.tools else None
+            return self._prompts.count(text=request.text, messages=turns, tools=shown)
         except Exception as error:
             raise _typed(error) from error
 
@@ -682,12 +732,23 @@ class Engine:
             text, reasoning = running.text.add(token)
             if (text or reasoning) and running.request.stream:
                 outcome.add(running, text, reasoning)
+            if running.text.calls:
+                self._take_calls(running, outcome)
         stopped = running.text.stopped or (running.constraint is not None and running.constraint.finished)
         if response.finish_reason is not None:
             self._keep(running, response.prompt_cache, response.all_tokens)
             self._end(response.uid, "stop" if stopped else response.finish_reason, outcome)
         elif stopped:
             self._drop(response.uid, "stop", outcome)
+
+    def _take_calls(self, running: Running, outcome: Outcome, reason: str | None = None) -> None:
+        """Read the tool calls that have ended now, as all have with the answer, whose `reason` to end that is."""
+        texts, running.text.calls = running.text.calls, []
+        assert running.tools is not None
+        for text, whole in texts:
+            told = news(running.id, *running.tools.take(text, whole, reason))
+            if told is not None and running.request.stream:
+                outcome.calls.append(told)
 
     def _end(self, uid: int, reason: str, outcome: Outcome) -> None:
         """Say how an answer ended. It has left the batch already."""
@@ -701,6 +762,8 @@ class Engine:
                 outcome.add(running, text, reasoning)
             if running.request.kind == PREWARM and reason != "cancelled" and not self._is_warm(running):
                 raise Unsupported("the prompt cache has no room for this system turn", option="system")
+            if running.text.calls:
+                self._take_calls(running, outcome, reason)
             result = self._result(running, reason)
             if several is not None:
                 joined = several.end(running.number, result)
@@ -724,17 +787,19 @@ class Engine:
     def _result(self, running: Running, reason: str) -> Generated:
         text = "".join(running.text.text)
         invented = None
-        rewritten = running.request.kind == "process" and running.constraint is None  # a rule has words of its own
+        rewritten = running.request.kind == "process" and running.choices.rule is None  # a rule has words of its own
         if self._guard is not None and self._loaded.faithful and rewritten:
             invented = list(self._guard(running.prompt.source, text)) or None
         structured = None
         if running.constraint is not None and reason == "stop" and not running.text.stopped:
             structured = running.constraint.value(text)
+        calls = running.tools.calls if running.tools is not None else []
+        malformed = running.tools.malformed if running.tools is not None else []
         now = time.perf_counter()
         start, first = running.received_at, running.first_at
         return Generated(
             text=text,
-            finish_reason=reason,
+            finish_reason="tool_calls" if calls and reason == "stop" else reason,
             prompt_tokens=len(running.prompt.tokens),
             completion_tokens=running.tokens,
             cached_tokens=running.reuse.cached if running.reuse is not None else 0,
@@ -747,6 +812,9 @@ class Engine:
             logprobs=running.logprobs if running.choices.sampling.logprobs >= 0 else None,
             invented=invented,
             structured=structured,
+            reasoning_tokens=running.text.reasoning_tokens,
+            tool_calls=calls or None,
+            malformed_tool_calls=malformed or None,
             speculation=running.guess.report() if running.guess is not None else None,
             dropped_messages=running.prompt.dropped,
             alone=running.choices.lane.alone,

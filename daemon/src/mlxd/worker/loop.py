@@ -306,8 +306,8 @@ class Worker:
         return self._engine
 
     def _send(self, outcome: Outcome) -> None:
-        if outcome.others:
-            self._pipe.notify("step", {"pieces": outcome.pieces, "others": outcome.others})
+        if outcome.calls or outcome.others:
+            self._pipe.notify("step", {"pieces": outcome.pieces, "calls": outcome.calls, "others": outcome.others})
         elif outcome.pieces:
             self._pipe.notify("step", {"pieces": outcome.pieces})
         for request_id, end in outcome.ended:
