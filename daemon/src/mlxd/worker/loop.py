@@ -84,14 +84,14 @@ class Worker:
         busy = engine is not None and engine.busy
         for message in self._receive(0.0 if busy else patience_s):
             self._handle(message)
+        if self._threads is not None:
+            self._threads.adapt(alone=self._engine is not None and self._engine.exact)
         if self._engine is not None and self._engine.busy:
             self._send(self._engine.step())
             self._busy_at, self._trimmed = time.monotonic(), False
         elif not self._trimmed and time.monotonic() - self._busy_at > IDLE_TRIM_S:
             mx.clear_cache()
             self._trimmed = True
-        if self._threads is not None:
-            self._threads.adapt()
         self._pulse.beat()
         self._pipe.flush()
 
