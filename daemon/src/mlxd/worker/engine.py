@@ -211,6 +211,13 @@ class Engine:
         waiting = len(self._compiling) + len(self._adapting) + len(self._sights or ())
         return self._generator.waiting + waiting + fetching
 
+    @property
+    def exact(self) -> bool:
+        """A request is here whose answer may depend on nothing else, not even on how many threads compute it."""
+        if any(running.choices.lane.deterministic for running in self._running.values()):
+            return True
+        return any(running.choices.lane.deterministic for running, _ in self._compiling.values())
+
     def submit(self, request_id: int, request: Generate) -> None:
         """Take a request into the batch; it starts at the next step, or once its rule is compiled and what disk has of
         its prompt is read.
