@@ -445,6 +445,28 @@ def test_chat_from_a_pipe(daemon: ScriptedDaemon, mlxd: Run, monkeypatch: pytest
     ]
 
 
+def test_chat_shows_images(daemon: ScriptedDaemon, mlxd: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def seen(connection: Connection, request: dict[str, Any]) -> Any:
+        connection.stream(request["id"], 0, text="seen")
+        return completion("seen")
+
+    daemon.on("chat", seen)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"what is it\n/image /other.png\nand that\n")))
+    assert mlxd("chat", "--image", "cat.png", "--image", "/dog.png")[0] == 0
+    sent = [
+        request["params"]["messages"] for connection in daemon.connections for request in connection.requests("chat")
+    ]
+    first = [
+        {"type": "image", "path": str(tmp_path / "cat.png")},
+        {"type": "image", "path": "/dog.png"},
+        {"type": "text", "text": "what is it"},
+    ]
+    second = [{"type": "image", "path": "/other.png"}, {"type": "text", "text": "and that"}]
+    assert [turn["content"] for turn in sent[0]] == [first]
+    assert [turn["content"] for turn in sent[-1]][::2] == [first, second]
+
+
 def test_chat_from_a_pipe_ends_with_the_first_failure(
     daemon: ScriptedDaemon, mlxd: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -504,3 +526,16 @@ def test_chat_on_a_terminal(daemon: ScriptedDaemon, terminal: Start) -> None:
     screen.until(">>> ")
     screen.type("\x04")
     assert screen.end() == 0
+
+
+def test_several_answers_are_shown_one_after_the_other(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    made = completion("one")
+    made.alternatives = [types.Alternative(text=text, finish_reason="stop", completion_tokens=1) for text in "ab"]
+    daemon.on("process", made)
+    assert mlxd("run", "--n", "3", "x") == (0, "one\n\na\n\nb\n", "")
+    assert daemon.connection().requests("process")[-1]["params"]["n"] == 3
+    status, out, _ = mlxd("run", "--json", "--n", "3", "x")
+    assert [each["text"] for each in json.loads(out)["alternatives"]] == ["a", "b"]
+    status, out, err = mlxd("run", "--stream", "--n", "3", "x")
+    assert (status, out) == (exits.USAGE, "")
+    assert "--json" in err

@@ -30,7 +30,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.children": ({"mlxd_client", "mlxd.childwire"}, {"msgspec", "psutil"}),
     "mlxd.worker": (
         {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.promptfiles", "mlxd.store"},
-        {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance"},
+        {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance", "PIL"},
     ),
     "mlxd.fetch": (
         {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.store"},
@@ -39,6 +39,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.server": ({"mlxd_client", "mlxd.logs"}, {"msgspec", "psutil"}),
     "mlxd.workers": ({"mlxd_client", "mlxd.childwire", "mlxd.children"}, {"msgspec"}),
     "mlxd.generation": ({"mlxd_client", "mlxd.childwire", "mlxd.core", "mlxd.server"}, {"msgspec"}),
+    "mlxd.texts": ({"mlxd_client", "mlxd.childwire"}, {"msgspec"}),
     "mlxd.fetchers": ({"mlxd_client", "mlxd.childwire", "mlxd.children"}, {"msgspec"}),
     "mlxd.downloads": (
         {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.server",
@@ -56,7 +57,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     ),
     "mlxd.runtime": (
         {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.generation",
-         "mlxd.library", "mlxd.logs", "mlxd.prompts", "mlxd.server", "mlxd.settings", "mlxd.store", "mlxd.workers"},
+         "mlxd.library", "mlxd.logs", "mlxd.prompts", "mlxd.server", "mlxd.settings", "mlxd.store", "mlxd.texts",
+         "mlxd.workers"},
         {"msgspec", "psutil"},
     ),
     "mlxd.notify": (set(), set()),
@@ -155,7 +157,9 @@ def test_the_core_does_not_look_at_the_world() -> None:
 def test_only_workers_touch_mlx() -> None:
     for part, package, path in SOURCES:
         tops = {name.split(".")[0] for name in imports(path, package)}
-        assert part == "mlxd.worker" or tops.isdisjoint({"mlx", "mlx_lm", "transformers", "tokenizers"}), path
+        assert part == "mlxd.worker" or tops.isdisjoint(
+            {"mlx", "mlx_lm", "mlx_vlm", "transformers", "tokenizers", "PIL"}
+        ), path
 
 
 def test_only_fetchers_ask_the_hub() -> None:
@@ -171,6 +175,9 @@ def test_the_daemon_loads_nothing_heavy() -> None:
     heavy = {
         "mlx",
         "mlx_lm",
+        "mlx_vlm",
+        "PIL",
+        "requests",
         "numpy",
         "transformers",
         "tokenizers",

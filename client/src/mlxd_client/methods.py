@@ -10,7 +10,10 @@ the client's `timeout_s`.
 
 from __future__ import annotations
 
+import base64
 import functools
+import sys
+from array import array
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
@@ -26,9 +29,15 @@ from .types import (
     ClearCacheParams,
     ClearCacheResult,
     Completion,
+    DecodeParams,
+    DecodeResult,
     DeleteResult,
     DownloadParams,
     DownloadResult,
+    EmbedParams,
+    EmbedResult,
+    EncodeParams,
+    EncodeResult,
     Job,
     JobParams,
     JobsResult,
@@ -43,6 +52,7 @@ from .types import (
     PlanParams,
     ProcessParams,
     Status,
+    TextPart,
     TokensParams,
     TokensResult,
     VerifyResult,
@@ -215,7 +225,15 @@ def _set(options: Mapping[str, Any]) -> dict[str, Any]:
 def _turns(messages: Messages) -> list[Message]:
     if isinstance(messages, str):
         return [Message(role="user", content=messages)]
-    return [turn if isinstance(turn, Message) else Message(**turn) for turn in messages]
+    return [turn if isinstance(turn, Message) else Message(**_in_parts(turn)) for turn in messages]
+
+
+def _in_parts(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The turn, with texts that lie bare among its parts made parts."""
+    content = turn.get("content")
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return turn
+    return {**turn, "content": [TextPart(text=part) if isinstance(part, str) else part for part in content]}
 
 
 def _generate(method: str, params: ProcessParams | ChatParams, wait_s: Wait) -> Request[Completion]:
@@ -293,6 +311,7 @@ class Methods:
 
         Args:
             keep_alive: seconds until an idle model is unloaded; -1 never, 0 at once.
+            adapter: what requests get that name none: an absolute folder, or an id of the hub; `none` takes it away.
             system: a system turn whose prompts are to begin at once; raises Unsupported where that cannot be.
             wait_s: the caller's patience in seconds; unset or None has no limit.
 
@@ -409,7 +428,8 @@ class Methods:
         """The next turn of a conversation.
 
         Args:
-            messages: the turns so far, as Message or dict {role, content, …}; a str is one user turn.
+            messages: the turns so far, as Message or dict {role, content, …}; a str is one user turn. Content is a
+                text, or a list of texts and images: see `mlxd_client.image`.
             wait_s: the caller's patience in seconds; giving up cancels the request.
             options: see GenerateParams, `tools` and `tool_choice`. Raises TypeError for names that are none.
         """
@@ -442,6 +462,61 @@ class Methods:
         turns = UNSET if messages is None else _turns(messages)
         params = TokensParams(model=_unset(model), text=_unset(text), messages=turns)
         return Request("tokens.count", params, TokensResult, wait_s, pick=_tokens)
+
+    @remote
+    def encode_tokens(
+        self,
+        text: str,
+        *,
+        special: bool = False,
+        pieces: bool = False,
+        model: str | None = None,
+        wait_s: Wait = UNSET,
+    ) -> Request[EncodeResult]:
+        """`text` as a model's tokens.
+
+        Args:
+            special: with what the tokenizer puts around a text.
+            pieces: with each token's own text.
+        """
+        params = EncodeParams(text=text, special=special, pieces=pieces, model=_unset(model))
+        return Request("tokens.encode", params, EncodeResult, wait_s)
+
+    @remote
+    def decode_tokens(self, tokens: Sequence[int], *, model: str | None = None, wait_s: Wait = UNSET) -> Request[str]:
+        """The text that a model's tokens spell. Raises InvalidParams for ones that it does not have."""
+        params = DecodeParams(tokens=list(tokens), model=_unset(model))
+        return Request("tokens.decode", params, DecodeResult, wait_s, pick=_text)
+
+    @remote
+    def embed(
+        self,
+        input: str | Sequence[str],
+        *,
+        model: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate: bool = False,
+        keep_alive: float | None = None,
+        timeout_s: float | None = None,
+        wait_s: Wait = UNSET,
+    ) -> Request[EmbedResult]:
+        """Vectors for texts, in `EmbedResult.vectors`, one for each in their order.
+
+        Args:
+            input: one text or up to 2,048, with whatever instruction the model wants before them.
+            dimensions: keep so many of the first numbers of each vector; None keeps all.
+            normalize: scale vectors to length 1; None does as the model's folder says, else yes.
+            truncate: cut off texts that are too long, which otherwise raise ContextExceeded.
+            timeout_s: the daemon's deadline.
+            wait_s: the caller's patience in seconds; giving up cancels the request.
+        """
+        params = EmbedParams(
+            input=[input] if isinstance(input, str) else list(input), model=_unset(model),
+            dimensions=_unset(dimensions), normalize=_unset(normalize), truncate=truncate, encoding="base64",
+            keep_alive=_unset(keep_alive), timeout_s=_unset(timeout_s),
+        )  # fmt: skip
+        return Request("embed", params, EmbedResult, wait_s, pick=_vectors, long=True, deadline_s=timeout_s)
 
     @remote
     def cancel(self, request_id: int | str, *, wait_s: Wait = UNSET) -> Request[bool]:
@@ -481,6 +556,21 @@ def _jobs(result: JobsResult) -> list[Job]:
 
 def _tokens(result: TokensResult) -> int:
     return result.tokens
+
+
+def _text(result: DecodeResult) -> str:
+    return result.text
+
+
+def _vectors(result: EmbedResult) -> EmbedResult:
+    """With the numbers of what came as base64, which takes a third of the room that lists take."""
+    for text in result.base64:
+        numbers = array("f", base64.b64decode(text))
+        if sys.byteorder == "big":
+            numbers.byteswap()
+        result.vectors.append(numbers.tolist())
+    result.base64 = []
+    return result
 
 
 def _cancelled(result: CancelResult) -> bool:

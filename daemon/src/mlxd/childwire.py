@@ -8,6 +8,10 @@ Daemon → worker, requests (id, method, params), each answered once by a result
     attach    Attach         → Attached         a draft model for the loaded one, in place of the one it has
     generate  Generate       → Generated        with `step` notifications on the way
     count     CountTokens    → {tokens}
+    adapt     Adapt          → Adapted          once the adapter is read; the one before it stays until then
+    encode    EncodeText     → Packed, of types.EncodeResult
+    decode    DecodeTokens   → {text}
+    embed     EmbedTexts     → Embedded
     prewarm   Prewarm        → Generated        of no text: the beginning of prompts with a system turn is kept then
     cache     {}             → PromptCacheStats, or {} where nothing is kept
     clear     {}             → Cleared          what is kept of prompts, in memory and on disk
@@ -42,16 +46,14 @@ MAX_FRAME_BYTES = types.MAX_FRAME_BYTES + 65_536
 MAX_DEPTH = types.MAX_DEPTH + 4
 # A schema, as JSON, or a grammar may be this long: compiling takes time and memory.
 MAX_RULE_BYTES = 256 * 1024
+# How many images a request may bring.
+MAX_IMAGES = 16
 # Options of the wire that no worker honours yet: refused before anything is loaded for them.
 NOT_YET = (
     "tools",
     "tool_choice",
     "thinking_budget",
-    "n",
-    "adapter",
     "draft_model",
-    "xtc_probability",
-    "xtc_threshold",
 )
 
 
@@ -98,7 +100,8 @@ class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     """`path` is a verified local folder. `max_batch` bounds how many requests decode together; `cache_bytes` what
     their KV caches and the prefixes that are kept hold together, where 0 keeps none. `kv_bytes` is what they may hold
     at all: requests wait, or are refused, so that it is enough; 0 is no bound. `kv_bits` is for requests that say
-    nothing; 0 leaves their KV caches as they are. The model is loaded also where `draft` cannot be its draft model.
+    nothing; 0 leaves their KV caches as they are. `context_length` is how many tokens prompt and answer may have, where
+    it is not 0. The model is loaded also where `draft` cannot be its draft model.
     `disk_cache` is the folder of all models' prefixes on disk, `disk_cache_bytes` what they may hold together."""
 
     model: str
@@ -109,6 +112,7 @@ class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     disk_cache: str = ""
     disk_cache_bytes: int = 0
     draft: Attach | None = None
+    context_length: int = 0
     kv_bytes: int = 0
     kv_bits: int = 0
 
@@ -130,15 +134,36 @@ class Attached(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """One request. `messages` are chat turns as on the public wire; `options` the sampling options that were set,
-    under the public wire's names; what is not set falls to the model's defaults, then the worker's. `priority` as on
-    the public wire: where requests wait inside the worker, interactive ones go first."""
+    """One request. `messages` are chat turns as on the public wire, images included; `options` the sampling options
+    that were set, under the public wire's names; what is not set falls to the model's defaults, then the worker's.
+    `priority` as on the public wire: where requests wait inside the worker, interactive ones go first. `adapter`: an
+    absolute folder."""
 
     kind: str  # "process" | "chat"
     messages: list[dict[str, Any]]
     options: dict[str, Any] = {}
     stream: bool = False
     priority: str = "interactive"
+    adapter: str | None = None
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """What a name was found to stand for: `id` is said to clients; to workers the absolute folder `path` is."""
+
+    id: str
+    path: str
+
+
+class Adapt(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`adapter` is an absolute folder; that adapter is kept in memory, whatever else is read. None lets go of it."""
+
+    adapter: str | None = None
+
+
+class Adapted(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """What the adapters hold now."""
+
+    adapters_bytes: int = 0
 
 
 class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -149,9 +174,22 @@ class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
     decode_s: float = 0.0
 
 
+class Answer(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """A further answer to the same prompt; see Generated."""
+
+    text: str
+    finish_reason: str
+    completion_tokens: int
+    reasoning: str | None = None
+    logprobs: list[dict[str, Any]] | None = None
+    invented: list[str] | None = None
+    structured: Any = None
+
+
 class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     """`alone`: it was served by itself, as what it asked for wants it. `speculation` is missing where nothing was
-    guessed."""
+    guessed. `alternatives` are the second and further ones of several answers; `completion_tokens` is of all of them.
+    `dropped_messages` did not fit into the context."""
 
     text: str
     finish_reason: str  # stop | length | cancelled
@@ -164,6 +202,8 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     invented: list[str] | None = None
     structured: Any = None
     speculation: types.Speculation | None = None
+    alternatives: list[Answer] | None = None
+    dropped_messages: int = 0
     alone: bool = False
 
 
@@ -174,10 +214,47 @@ class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):
     messages: list[dict[str, Any]] | None = None
 
 
+class EncodeText(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """See types.EncodeParams."""
+
+    text: str
+    special: bool = False
+    pieces: bool = False
+
+
+class DecodeTokens(msgspec.Struct, omit_defaults=True, kw_only=True):
+    tokens: list[int]
+
+
+class Packed(msgspec.Struct, kw_only=True):
+    """A result of many values, as msgpack of its own: the walk that frames are checked by does not enter it."""
+
+    packed: bytes
+
+
+class EmbedTexts(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """See types.EmbedParams. `most_values` is how many numbers may come back in all."""
+
+    input: list[str]
+    most_values: int
+    dimensions: int | None = None
+    normalize: bool | None = None
+    truncate: bool = False
+
+
+class Embedded(msgspec.Struct, kw_only=True):
+    """`vectors` are little-endian 32-bit floats, `dimensions` for each text, one text after the other."""
+
+    vectors: bytes
+    dimensions: int
+    prompt_tokens: int
+
+
 class Prewarm(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """The text of a system turn."""
+    """The text of a system turn. `adapter`: as Generate has it."""
 
     system: str
+    adapter: str | None = None
 
 
 class Cleared(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -186,9 +263,11 @@ class Cleared(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Step(msgspec.Struct, omit_defaults=True):
-    """`pieces` holds (request id, text, reasoning) for each streaming request that got new text."""
+    """`pieces` holds (request id, text, reasoning) for each streaming request that got new text. `others` holds
+    (request id, number, text, reasoning) of the second and further answers to requests that asked for several."""
 
     pieces: list[tuple[int, str, str]] = []
+    others: list[tuple[int, int, str, str]] = []
 
 
 # --- fetchers -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # What goes to the worker as it stands on the wire; the rest of the params is the daemon's own business.
 _NOT_FOR_WORKERS = frozenset(
-    {"model", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *wire.NOT_YET}
+    {"model", "adapter", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *wire.NOT_YET}
 )
 _SAMPLING = tuple(f for f in types.GenerateParams.__struct_fields__ if f not in _NOT_FOR_WORKERS)
 
@@ -29,8 +29,8 @@ class Generation:
     """A generation that has had no last word yet. Also its caller's ticket."""
 
     __slots__ = (
-        "accepted_at", "client", "dispatched_at", "gave_up", "kind", "model", "outcome", "params", "ready_at", "rid",
-        "sink", "tell", "waiting",
+        "accepted_at", "adapter", "client", "dispatched_at", "gave_up", "kind", "model", "outcome", "params",
+        "ready_at", "rid", "sink", "tell", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +54,7 @@ class Generation:
         self.gave_up = False
         self.waiting: asyncio.Task[None] | None = None  # what looks for the model, and may fetch it, before the core
         self.model = ""
+        self.adapter: wire.Adapter | None = None
         self.ready_at = 0.0
 
     def cancel(self) -> None:
@@ -78,12 +79,26 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
     usage = types.Usage(
         prompt_tokens=made.prompt_tokens, completion_tokens=made.completion_tokens, cached_tokens=made.cached_tokens
     )
-    logprobs = None if made.logprobs is None else msgspec.convert(made.logprobs, list[types.TokenLogprob])
     return types.Completion(
         model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
-        usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented, logprobs=logprobs,
-        structured=made.structured, alone=made.alone, speculation=made.speculation,
+        usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented,
+        logprobs=_logprobs(made.logprobs), structured=made.structured, dropped_messages=made.dropped_messages,
+        alternatives=None if made.alternatives is None else [_alternative(answer) for answer in made.alternatives],
+        alone=made.alone, speculation=made.speculation,
+        adapter=None if request.adapter is None else request.adapter.id,
     )  # fmt: skip
+
+
+def _alternative(answer: wire.Answer) -> types.Alternative:
+    return types.Alternative(
+        text=answer.text, finish_reason=cast("types.FinishReason", answer.finish_reason),
+        completion_tokens=answer.completion_tokens, reasoning=answer.reasoning, structured=answer.structured,
+        logprobs=_logprobs(answer.logprobs), invented=answer.invented,
+    )  # fmt: skip
+
+
+def _logprobs(entries: list[dict[str, Any]] | None) -> list[types.TokenLogprob] | None:
+    return None if entries is None else msgspec.convert(entries, list[types.TokenLogprob])
 
 
 def refuse_unsupported(params: types.GenerateParams) -> None:
@@ -96,6 +111,8 @@ def refuse_unsupported(params: types.GenerateParams) -> None:
         if turn.role == "tool" or turn.tool_calls is not UNSET or turn.tool_call_id is not UNSET:
             told = f"messages[{number}]"
             raise errors.Unsupported(f"{told}: tool turns are not supported yet", option="messages", field=told)
+    if isinstance(params, types.ChatParams):
+        check_images(params.messages)
 
 
 def check_rule(params: types.GenerateParams) -> None:
@@ -114,21 +131,63 @@ def check_rule(params: types.GenerateParams) -> None:
             raise errors.InvalidParams(told, field=name, limit_bytes=wire.MAX_RULE_BYTES)
 
 
-def worker_params(kind: str, params: types.GenerateParams) -> wire.Generate:
+def check_images(messages: list[types.Message]) -> int:
+    """How many images there are. Raises InvalidParams for those that no worker would read, as far as that shows from
+    outside: whether a file is there, and is an image, is for the worker to see."""
+    count = 0
+    for number, turn in enumerate(messages):
+        for place, part in enumerate(turn.content if isinstance(turn.content, list) else ()):
+            if isinstance(part, types.TextPart):
+                continue
+            count += 1
+            field = f"messages[{number}].content[{place}]"
+            if count > wire.MAX_IMAGES:
+                told = f"{field}: a request brings {wire.MAX_IMAGES} images at most"
+                raise errors.InvalidParams(told, field=field, limit=wire.MAX_IMAGES)
+            if isinstance(part, types.ImageUrlPart):
+                if not part.image_url.url[:5].lower() == "data:":
+                    raise errors.InvalidParams(f"{field}: nothing is fetched; send a data: URL or a path", field=field)
+            elif (part.path is UNSET) == (part.data is UNSET):
+                raise errors.InvalidParams(f"{field}: an image is either a path or data", field=field)
+            elif part.path is not UNSET and (not part.path.startswith("/") or "\0" in part.path):
+                raise errors.InvalidParams(f"{field}: the path of an image is absolute", field=field)
+    return count
+
+
+def turn_params(messages: list[types.Message]) -> list[dict[str, Any]]:
+    """Turns as their worker gets them."""
+    return [msgspec.to_builtins(message, builtin_types=(bytes,)) for message in messages]
+
+
+def worker_params(kind: str, params: types.GenerateParams, adapter: wire.Adapter | None = None) -> wire.Generate:
     """The request as its worker gets it: turns, and the options that were set."""
     if isinstance(params, types.ChatParams):
-        messages = [msgspec.to_builtins(message) for message in params.messages]
+        messages = turn_params(params.messages)
     else:
         assert isinstance(params, types.ProcessParams)
         messages = [] if params.system is UNSET else [{"role": "system", "content": params.system}]
         messages.append({"role": "user", "content": params.prompt})
     options = {name: value for name in _SAMPLING if (value := getattr(params, name)) is not UNSET}
-    return wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority)
+    path = None if adapter is None else adapter.path
+    return wire.Generate(
+        kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority, adapter=path
+    )
+
+
+def characters(messages: list[types.Message]) -> int:
+    """How much text turns have."""
+    total = 0
+    for turn in messages:
+        if isinstance(turn.content, str):
+            total += len(turn.content)
+        else:
+            total += sum(len(part.text) for part in turn.content if isinstance(part, types.TextPart))
+    return total
 
 
 def count_params(params: types.TokensParams) -> wire.CountTokens:
     if params.messages is not UNSET:
-        return wire.CountTokens(messages=[msgspec.to_builtins(message) for message in params.messages])
+        return wire.CountTokens(messages=turn_params(params.messages))
     return wire.CountTokens(text=params.text or "")
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .core.core import Core
     from .server.runtime_api import Log
     from .settings import Settings
-    from .store import Found, Store
+    from .store import Found, FoundAdapter, Store
 
 __all__ = ["Library", "draft_bytes"]
 
@@ -96,8 +96,9 @@ class Library:
         self.downloads.forget_plans(found.model)
         draft = self.drafts.get(found.model)
         need_bytes = found.memory_bytes + (0 if draft is None else draft_bytes(draft))
+        context = min(found.context_length, self._settings.context_length.get(found.model, found.context_length))
         return ev.Found(
-            found.model, found.source, need_bytes, found.revision, found.size_bytes, found.context_length,
+            found.model, found.source, need_bytes, found.revision, found.size_bytes, context,
             self._settings.keep_alive.get(found.model),
         )  # fmt: skip
 
@@ -126,6 +127,10 @@ class Library:
             self._ids.clear()  # spellings come from clients; what is forgotten is asked for again
         self._ids[ref] = found.model
         return found
+
+    async def adapter(self, ref: str) -> FoundAdapter:
+        """The adapter that `ref` names. Raises as Store.adapter does."""
+        return await self._loop.run_in_executor(self._disk, self._store.adapter, ref)
 
     # --- what models take -----------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import psutil
 from mlxd_client import errors, types
 from mlxd_client.types import UNSET
 
-from . import __version__
+from . import __version__, texts
 from . import childwire as wire
 from .children.death import Death
 from .children.interface import ChildSpec
@@ -27,7 +27,7 @@ from .core import actions as do
 from .core import events as ev
 from .core.core import Core, Limits
 from .fetchers import Fetchers
-from .generation import Generation, completion, count_params, refuse_unsupported, with_text, worker_params
+from .generation import Generation, characters, completion, count_params, refuse_unsupported, with_text, worker_params
 from .library import Library, draft_bytes
 from .prompts import Prompts, ask
 from .server.events import EventLog
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from .server.runtime_api import Log, Sink
     from .settings import Settings
     from .store import Found, Store
+
+# What a request says that wants the model without the adapter that it was loaded with.
+NO_ADAPTER = "none"
 
 T = TypeVar("T")
 
@@ -160,10 +163,12 @@ class Runtime:
             kv_bits=settings.kv_bits.get(action.model, 0),
             kv_bytes=self._kv_bytes(action.model, self.core.shares()[action.worker]),
             draft=None if draft is None else wire.Attach(draft=draft.model, path=draft.path),
+            context_length=settings.context_length.get(action.model, 0),
         )  # fmt: skip
         link = WorkerLink(action.worker, load, self, load_s=settings.load_s)
         self._links[action.worker] = link
-        spec = ChildSpec(kind="worker", name=action.model, argv=settings.worker_command)
+        environment = {"MLXD_BLAS": settings.blas}
+        spec = ChildSpec(kind="worker", name=action.model, argv=settings.worker_command, env=environment)
         link.child = self._supervisor.spawn(spec, link)
         self._log.info("loading", model=action.model, worker=action.worker, pid=link.child.pid)
         self._share_memory()
@@ -195,7 +200,9 @@ class Runtime:
         request.dispatched_at = time.monotonic()
         request.ready_at = link.ready_at or 0.0
         try:
-            link.generate(request.rid, worker_params(request.kind, request.params))
+            if request.params.adapter is UNSET:
+                request.adapter = link.adapter
+            link.generate(request.rid, worker_params(request.kind, request.params, request.adapter))
         except Exception as error:  # a bug; the caller must hear of it all the same
             self._log.error("handing a request over failed", request=request.sink.request_name, exc_info=error)
             request.outcome = errors.InternalError(f"the request could not be handed over: {type(error).__name__}")
@@ -281,10 +288,10 @@ class Runtime:
         self._log.warning("load failed", worker=worker, kind=error.kind, reason=error.message)
         self.tell(ev.LoadFailed(worker, error))
 
-    def worker_piece(self, rid: int, text: str, reasoning: str) -> None:
+    def worker_piece(self, rid: int, text: str, reasoning: str, index: int = 0) -> None:
         request = self._open.get(rid)
         if request is not None:
-            request.sink.piece(text, reasoning)
+            request.sink.piece(text, reasoning, index)
 
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None:
         request = self._open.get(rid)
@@ -344,30 +351,35 @@ class Runtime:
             return self.core.view(named)  # it is on its way, or was
 
     async def load(self, client: int, params: types.LoadParams) -> types.Model:
-        if params.adapter is not UNSET:
-            raise errors.Unsupported("adapter is not supported by the models' backend", option="adapter")
         if params.system is not UNSET and not self._settings.prompt_cache_bytes:
             raise errors.Unsupported("no prompts are kept, by the setting `prompt_cache_bytes`", option="system")
+        adapter = None if params.adapter is UNSET else await self._adapter(params.adapter)
         model = await self._have(params.model)
         keep_alive = None if params.keep_alive is UNSET else params.keep_alive
         draft = None if params.draft_model is UNSET else await self._have_draft(params.draft_model, model)
         room = 0 if draft is None else draft_bytes(draft)
-        view: types.Model = await self._reach(
-            lambda rid: ev.Ensure(rid, client, model, keep_alive_s=keep_alive, draft_bytes=room)
-        )
-        if draft is not None:
-            view = await self._attach(client, model, draft)
-        if params.system is not UNSET:
-            view = await self._prewarm(client, model, params.system, keep_alive)
-        return view
-
-    async def _prewarm(self, client: int, model: str, system: str, keep_alive_s: float | None) -> types.Model:
-        """Have a loaded model keep what prompts with this system turn begin with. Raises Unsupported."""
-        lease = await self._acquire(client, model, keep_alive_s)  # so that it stays meanwhile
+        # It cannot go before its adapter is there, and what is to be kept.
+        lease = None if params.adapter is UNSET and params.system is UNSET else self._new_lease()
         try:
-            await ask(self._link(model), "prewarm", wire.Prewarm(system=system), len(system))
+            view: types.Model = await self._reach(
+                lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive, draft_bytes=room)
+            )
+            if draft is not None:
+                view = await self._attach(client, model, draft)
+            if lease is None:
+                return view
+            if params.adapter is not UNSET:
+                adapted: asyncio.Future[Any] = self.loop.create_future()
+                self._link(model).adapt(adapter, lambda answer: settle(adapted, answer))
+                await adapted
+            if params.system is not UNSET:
+                link = self._link(model)
+                path = None if link.adapter is None else link.adapter.path
+                wanted = wire.Prewarm(system=params.system, adapter=path)
+                await ask(link, "prewarm", wanted, len(params.system))
         finally:
-            self.tell(ev.Release(client, lease.lease))
+            if lease is not None:
+                self.tell(ev.Release(client, lease))
         return self.core.view(model)
 
     async def _have_draft(self, ref: str, model: str) -> Found:
@@ -414,16 +426,31 @@ class Runtime:
 
         link.attach(wire.Attach(draft=draft.model, path=draft.path), attached)
 
+    async def _adapter(self, ref: str) -> wire.Adapter | None:
+        if ref == NO_ADAPTER:
+            return None
+        found = await self._library.adapter(ref)
+        return wire.Adapter(id=found.adapter, path=found.path)
+
+    def _new_lease(self) -> str:
+        return f"{self.epoch[:6]}-{next(self._leases)}"
+
+    def _link(self, model: str) -> WorkerLink:
+        """The worker of a model that is Ready."""
+        worker = self.core.models[model].worker
+        link = None if worker is None else self._links.get(worker)
+        if link is None:
+            raise errors.WorkerDied("the model's worker went away", cause="exit")
+        return link
+
     async def unload(self, ref: str) -> types.Model:
         model = await self._library.resolve(ref)
         view: types.Model = await self._reach(lambda rid: ev.Unload(rid, 0, model))
         return view
 
-    async def acquire(self, client: int, ref: str) -> types.Lease:
-        return await self._acquire(client, await self._have(ref), None)
-
-    async def _acquire(self, client: int, model: str, keep_alive_s: float | None) -> types.Lease:
-        lease = f"{self.epoch[:6]}-{next(self._leases)}"
+    async def acquire(self, client: int, ref: str, *, keep_alive_s: float | None = None) -> types.Lease:
+        model = await self._have(ref)
+        lease = self._new_lease()
         try:
             view = await self._reach(lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive_s))
         except asyncio.CancelledError:
@@ -592,7 +619,7 @@ class Runtime:
         request = Generation(self.tell, next(self._rids), client, kind, params, sink)
         self._open[request.rid] = request
         known = self._library.known(ref)
-        if known is not None:
+        if known is not None and params.adapter is UNSET:
             self._submit(request, known)
         else:
             task = request.waiting = self.loop.create_task(self._resolve_and_submit(request, ref))
@@ -605,6 +632,8 @@ class Runtime:
         patience = asyncio.timeout(limit_s)
         try:
             async with patience:
+                if request.params.adapter is not UNSET:
+                    request.adapter = await self._adapter(request.params.adapter)
                 model = await self._have(ref, lambda progress: request.sink.phase("downloading", progress))
         except errors.RpcError as error:
             self._turn_away(request, error)
@@ -652,23 +681,55 @@ class Runtime:
     async def count_tokens(self, client: int, params: types.TokensParams) -> types.TokensResult:
         if (params.text is UNSET) == (params.messages is UNSET):
             raise errors.InvalidParams("give either text or messages", field="text")
-        ref = self._settings.default_model if params.model is UNSET else params.model
-        lease = await self.acquire(client, ref)  # so that the model cannot go between loading and counting
+        turns = [] if params.messages is UNSET else params.messages
+        length = len(params.text or "") + characters(turns)
+        _, result = await self._ask(client, params.model, "count", count_params(params), length)
+        return msgspec.convert(result, types.TokensResult)
+
+    async def encode(self, client: int, params: types.EncodeParams) -> types.EncodeResult:
+        _, result = await self._ask(client, params.model, "encode", texts.encode_params(params), len(params.text))
+        return texts.encoded(result)
+
+    async def decode(self, client: int, params: types.DecodeParams) -> types.DecodeResult:
+        _, result = await self._ask(client, params.model, "decode", texts.decode_params(params), len(params.tokens))
+        return texts.decoded(result)
+
+    async def embed(self, client: int, params: types.EmbedParams) -> types.EmbedResult:
+        limit_s = None if params.timeout_s is UNSET else params.timeout_s
+        keep_alive_s = None if params.keep_alive is UNSET else params.keep_alive
+        longest = max(map(len, params.input))
+        patience = asyncio.timeout(limit_s)
+        try:
+            async with patience:
+                model, result = await self._ask(
+                    client, params.model, "embed", texts.embed_params(params), longest, keep_alive_s
+                )
+        except TimeoutError:
+            if not patience.expired():  # a disk may raise it, too
+                raise
+            told = f"not done within {limit_s:g} s"
+            raise errors.DeadlineExceeded(told, phase="embedding", timeout_s=limit_s) from None
+        return texts.embedded(model, params.encoding, result)
+
+    async def _ask(
+        self, client: int, ref: str | msgspec.UnsetType, method: str, params: Any, characters: int,
+        keep_alive_s: float | None = None,
+    ) -> tuple[str, Any]:  # fmt: skip
+        """Ask a model's worker for what is no generation. Returns the model's id and the plain result."""
+        ref = self._settings.default_model if ref is UNSET else ref
+        # Leased, so that the model cannot go between loading and asking.
+        lease = await self.acquire(client, ref, keep_alive_s=keep_alive_s)
         try:
             link = self._link(lease.model.id)
-            counted: asyncio.Future[int] = self.loop.create_future()
-            link.count(count_params(params), lambda answer: settle(counted, answer))
-            return types.TokensResult(tokens=await counted)
+            answer: asyncio.Future[Any] = self.loop.create_future()
+            asked = link.ask(method, params, lambda told: settle(answer, told), characters=characters)
+            try:
+                return lease.model.id, await answer
+            except asyncio.CancelledError:
+                link.give_up(asked)
+                raise
         finally:
             self.tell(ev.Release(client, lease.lease))
-
-    def _link(self, model: str) -> WorkerLink:
-        """The worker of a loaded model. Raises WorkerDied."""
-        worker = self.core.models[model].worker
-        link = None if worker is None else self._links.get(worker)
-        if link is None:
-            raise errors.WorkerDied("the model's worker went away", cause="exit")
-        return link
 
     # --- what is kept of prompts ----------------------------------------------------------------------------------
 
@@ -756,7 +817,8 @@ class Runtime:
         self._prompts.close()
 
 
-def settle(future: asyncio.Future[T], answer: T | errors.RpcError) -> None:
+def settle(future: asyncio.Future[Any], answer: Any) -> None:
+    """Hand over a result, or an RpcError to raise."""
     if future.done():
         return
     if isinstance(answer, errors.RpcError):

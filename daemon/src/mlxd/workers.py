@@ -20,6 +20,8 @@ from .children.death import Death
 # Characters, and characters a second: a slow tokenizer on a busy machine.
 _LONG_TEXT = 100_000
 _READING_SPEED = 20_000
+# Seconds: a large vision tower looks at one image, on a slow device.
+_LOOKING_S = 60.0
 
 
 class WorkerEvents(Protocol):
@@ -28,14 +30,14 @@ class WorkerEvents(Protocol):
     def worker_progress(self, worker: int, progress: float) -> None: ...
     def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None: ...
     def worker_load_failed(self, worker: int, error: errors.RpcError) -> None: ...
-    def worker_piece(self, rid: int, text: str, reasoning: str) -> None: ...
+    def worker_piece(self, rid: int, text: str, reasoning: str, index: int = 0) -> None: ...
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None: ...
     def worker_memory(self, worker: int, memory_bytes: int) -> None: ...
     def worker_cache_failed(self, worker: int, failures: int) -> None: ...
     def worker_exited(self, worker: int, death: Death) -> None: ...
 
 
-Answer = Callable[[Any], None]
+Answered = Callable[[Any], None]  # with the plain result, or an RpcError
 Attached = Callable[[wire.Attached | errors.RpcError], None]
 
 
@@ -63,7 +65,8 @@ class WorkerLink:
         self._load_timer: asyncio.TimerHandle | None = None
         self._rids: dict[int, int] = {}  # the child's request id → rid
         self._ids: dict[int, int] = {}  # and back
-        self._asked: dict[int, Answer] = {}
+        self.adapter: wire.Adapter | None = None  # what requests get that name none
+        self._asked: dict[int, Answered] = {}  # what is no generation
         self._attaching: dict[int, Attached] = {}
         self._reading: dict[int, float] = {}  # requests with long texts, and the seconds that reading each may take
 
@@ -72,7 +75,7 @@ class WorkerLink:
     def generate(self, rid: int, params: wire.Generate) -> None:
         assert self.child is not None
         request_id = self.child.request("generate", params)
-        self._expect_reading(request_id, sum(len(turn.get("content", "")) for turn in params.messages))
+        self._expect_reading(request_id, *_size(params.messages))
         self._rids[request_id] = rid
         self._ids[rid] = request_id
 
@@ -86,19 +89,13 @@ class WorkerLink:
             self._load.kv_bytes = kv_bytes
             self.child.notify("allow", {"kv_bytes": kv_bytes})
 
-    def count(self, params: wire.CountTokens, answer: Callable[[int | errors.RpcError], None]) -> None:
-        """Count tokens; `answer` is called once, with the number or an error."""
-        turns = params.messages or ()
-        characters = len(params.text or "") + sum(len(turn.get("content", "")) for turn in turns)
-        self.ask("count", params, lambda told: answer(told["tokens"] if isinstance(told, dict) else told), characters)
-
-    def ask(self, method: str, params: Any, answer: Answer, characters: int = 0) -> int:
-        """Ask the worker something; `answer` is called once, with the result as a dict or with an error.
+    def ask(self, method: str, params: Any, answer: Answered, *, characters: int) -> int:
+        """Ask for what is no generation; `answer` is called once, with the result or an error.
 
         Args:
-            characters: of the text that it has to read for that.
+            characters: how much text is read without a sign of life.
 
-        Returns: the number of the request, for `give_up`.
+        Returns: what `give_up` takes.
         """
         assert self.child is not None
         request_id = self.child.request(method, params)
@@ -107,7 +104,7 @@ class WorkerLink:
         return request_id
 
     def give_up(self, request_id: int) -> None:
-        """Nobody waits for what was asked any more."""
+        """Nobody waits for the answer any more; it still comes."""
         if self.child is not None and request_id in self._asked:
             self.child.notify("cancel", {"id": request_id})
 
@@ -119,10 +116,24 @@ class WorkerLink:
         self._reading[request_id] = self._load_s  # as with a load, there may be no sign of life meanwhile
         self._bear_silence()
 
-    def _expect_reading(self, request_id: int, characters: int) -> None:
-        """A tokenizer gives no sign of life before it has read its whole text: bear with it in proportion."""
-        if characters > _LONG_TEXT:
-            self._reading[request_id] = characters / _READING_SPEED
+    def adapt(self, adapter: wire.Adapter | None, answer: Answered) -> None:
+        """Have requests get this adapter that name none, once it is read; `answer` is called then, or with why not."""
+
+        def answered(told: Any) -> None:
+            if not isinstance(told, errors.RpcError):
+                self.adapter = adapter
+            answer(told)
+
+        self.ask("adapt", wire.Adapt(adapter=None if adapter is None else adapter.path), answered, characters=0)
+
+    def _expect_reading(self, request_id: int, characters: int, images: int = 0) -> None:
+        """A tokenizer gives no sign of life before it has read its whole text, nor a vision tower before it has seen
+        an image: bear with them, with texts in proportion."""
+        patience_s = characters / _READING_SPEED if characters > _LONG_TEXT else 0.0
+        if images:
+            patience_s += _LOOKING_S
+        if patience_s:
+            self._reading[request_id] = patience_s
             self._bear_silence()
 
     def _bear_silence(self) -> None:
@@ -151,6 +162,10 @@ class WorkerLink:
                 rid = self._rids.get(request_id)
                 if rid is not None:
                     self._events.worker_piece(rid, text, reasoning)
+            for request_id, number, text, reasoning in message["params"].get("others", ()):
+                rid = self._rids.get(request_id)
+                if rid is not None:
+                    self._events.worker_piece(rid, text, reasoning, number)
         elif method == "progress":
             self._events.worker_progress(self.worker, min(1.0, max(0.0, float(message["params"]["progress"]))))
         elif "id" in message:
@@ -197,3 +212,17 @@ class WorkerLink:
             del self._ids[rid]
             outcome = failed if failed is not None else msgspec.convert(message["result"], wire.Generated)
             self._events.worker_answered(rid, outcome)
+
+
+def _size(messages: list[dict[str, Any]]) -> tuple[int, int]:
+    """How many characters of text, and how many images, turns have."""
+    characters = images = 0
+    for turn in messages:
+        content = turn.get("content", "")
+        if isinstance(content, str):
+            characters += len(content)
+        else:
+            texts = [part["text"] for part in content if part["type"] == "text"]
+            characters += sum(map(len, texts))
+            images += len(content) - len(texts)
+    return characters, images

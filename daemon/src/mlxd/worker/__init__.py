@@ -1,11 +1,20 @@
 """What runs inside a worker process: one loaded model and the requests that decode on it in one batch.
 
     __main__   starts the process and says `ready`
+    blas       which library multiplies matrices on a Linux CPU
+    alias      its functions, under the names that MLX calls
+    threads    how many threads it uses, as the machine has cores to spare
     loop       the pipe, one decode step, the pipe again
     load       a folder becomes a LoadedModel, or a typed error
+    families   what architectures cannot do in a batch
     options    what a request asks for, what the model defaults to, what is refused
     prompt     messages become tokens, through the model's chat template
+    shorten    which messages of a conversation go where it is too long
+    images     an image of a request becomes pixels, or a typed error
+    vision     a model that sees: mlx-vlm's, in two halves
+    sights     prompts with images, on their way into the batch
     engine     the requests in flight and how each ends
+    answers    several answers to one prompt, as one result
     lanes      a batch for each kind of rows that cannot share one, and whose turn it is
     lanecaches what rows decode on there, and what caches weigh
     admission  rows wait, or are refused, so that their caches fit
@@ -19,12 +28,18 @@
     grammar    schemas and grammars, compiled; or refused
     trial      compiles in a process that may be lost
     constraint what one answer may go on with, as masks over a batch's logits
+    adapters   the LoRA and DoRA adapters beside the model: read, kept, let go
+    adapterfile an adapter's folder becomes what it does to each layer
+    adapted    layers that compute adapters, for rows with different ones
     sampling   penalties, filters and seeded draws, for a whole batch
     speculation guesses ahead: whose they are, and what checking them takes
     lookup     guesses by looking up what was said before
     draft      guesses by a smaller model
     pace       what passes take, and how many guesses are worth one
     text       tokens become text: whole characters, stop strings, reasoning apart
+    tokens     texts as tokens, and back
+    embed      vectors for texts, a part at a time
+    pooling    how a folder says that a vector is made
 
 Only this package imports mlx, and only inside a worker.
 """

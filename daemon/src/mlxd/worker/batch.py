@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +21,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mlxd_client.errors import InternalError
 
+from .adapted import BASE, Mix
 from .constraint import allows_any, apply_masks
 from .kvcache import PromptCache, RowView, foreseen_bytes, take
 from .patience import Patience
@@ -28,6 +29,8 @@ from .sampling import PENALTY_WINDOW, Plan, Sampling
 from .speculation import Guess, can_take_back, prefixes, take_back
 from .waits import Reuse, Waits
 
+# A row that is still to be made: uid, max_tokens, sampling, processors, stops.
+Copy = tuple[int, int, Sampling, tuple[Any, ...], Any]
 # What a row's `logprobs` are where the model computed no finite numbers for it.
 NOT_FINITE = "not finite"
 # A row must have been alone for this many steps to get a plain cache: each change copies it.
@@ -39,6 +42,10 @@ PREFILL_S = 0.5
 LEAST_PREFILL = 4
 # How many prompts are read together.
 MOST_PREFILLS = 8
+# Prompts of which no more than this is to be read, all of them together, begin together wherever none is being read; so
+# do more, as far as they take no longer than so many seconds. Product for product and step for step, rows that go
+# together cost a CPU hardly more than one that goes alone.
+SHORT_PREFILLS, SHORT_S = 128, 0.25
 # How many tokens are read the first time, of all prompts together, while nobody knows yet how long that takes.
 FIRST_PREFILL = 64
 # How many steps the batch may grow before it is looked at again how much it holds.
@@ -105,7 +112,8 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
         count = inputs.shape[0]
         values = fed if isinstance(fed, list) else [0] * count  # what is not known is not looked at
         plan = Plan([row] * count, prefixes(tokens, values, PENALTY_WINDOW), inputs)
-        logits = self.model(inputs[None], cache=self.prompt_cache)[0]
+        with plan.mix or BASE:
+            logits = self.model(inputs[None], cache=self.prompt_cache)[0]
         for processor in self.logits_processors[0]:
             logits = processor(None, logits)
         logits = plan.penalise(inputs, logits)
@@ -158,7 +166,8 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
             if self._steps_alone >= STEPS_ALONE:
                 self._make_plain()
 
-        logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+        with plan.mix or BASE:
+            logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         self._next_logprobs = [None] * len(self.uids)
         if any(self.logits_processors):
             logits = self._run_processors(inputs, logits)
@@ -269,6 +278,10 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
 class RowPrompts(PromptProcessingBatch):  # type: ignore[misc]
     """A PromptProcessingBatch that hands over to a RowBatch."""
 
+    def prompt(self, tokens: list[list[int]]) -> None:
+        with Mix.of([row.adapter for row in self.samplers]) or BASE:
+            super().prompt(tokens)
+
     def extract_cache(self, idx: int) -> RowView | None:
         return take(self.prompt_cache, idx, len(self.tokens[idx]))
 
@@ -298,6 +311,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         prefill_step: how many tokens of each prompt are read between two decode steps at most; see PREFILL_S.
         prefill_joins: how many prompts begin to be read in one step at most. One that takes several steps is read
             together with those that begin after it.
+        most_prefills: how many prompts are read together at most.
         prompt_cache: where prompts find what was computed before; None computes everything.
         beside: what caches hold that are none of these rows', as far as the prompt cache has to mind them.
         fixed_prefill: this many tokens of a prompt are read at a time, however long it takes; 0 leaves it to PREFILL_S.
@@ -307,6 +321,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         crowded: there are rows elsewhere that take turns with these.
     """
 
+    _uid_count: int  # mlx_lm's
     completion_batch_size: int
 
     def __init__(
@@ -316,6 +331,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         max_batch: int,
         prefill_step: int,
         prefill_joins: int = MOST_PREFILLS,
+        most_prefills: int = MOST_PREFILLS,
         prompt_cache: PromptCache | None = None,
         beside: Callable[[], int] = lambda: 0,
         fixed_prefill: int = 0,
@@ -324,10 +340,10 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         super().__init__(
             model,
             completion_batch_size=max_batch,
-            prefill_batch_size=min(MOST_PREFILLS, max_batch),
+            prefill_batch_size=min(most_prefills, max_batch),
             prefill_step_size=prefill_step,
         )
-        self._most_prefills = min(MOST_PREFILLS, max_batch)
+        self._most_prefills = min(most_prefills, max_batch)
         self._prefill_joins = prefill_joins
         self._prompt_batch = RowPrompts.empty(model, greedy_sampler, prefill_step_size=prefill_step)
         self._generation_batch = RowBatch.empty(model, greedy_sampler)
@@ -342,6 +358,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self.may_read = True
         self.crowded = False
         self._steps = 0
+        self._copies: dict[int, list[Copy]] = {}  # by the uid of the row whose prompt they share, until that is read
+        self._copied: set[int] = set()  # uids of copies that wait for their place in the batch
 
     def pace_like(self, other: RowGenerator) -> None:
         """Begin with what another one learned of how fast the device reads."""
@@ -351,9 +369,12 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         alone = self.active == len(self._generation_batch) and not self.waiting and not self.crowded
         self._generation_batch.may_guess = alone
         held = self._patience.arrange(self) if self.may_read else []
-        reading = len(self._prompt_batch)
-        self.prefill_batch_size = min(reading + self._prefill_joins, self._most_prefills)
-        rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts()
+        if self._copies and self.may_read:
+            self._copy_read()
+        reading, copied = len(self._prompt_batch), len(self._copied)
+        joins = max(self._prefill_joins, self._short_prompts())
+        self.prefill_batch_size = min(reading + joins, self._most_prefills) + copied
+        rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts() - copied
         fitting = self._prefill_rate * PREFILL_S / max(rows, 1)
         self.prefill_step_size = int(max(min(fitting, self._most_prefill), min(LEAST_PREFILL, self._most_prefill)))
         self.prefill_step_size = self._fixed_prefill or self.prefill_step_size
@@ -378,6 +399,27 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
             if made[0] or self._steps % LOOK_STEPS == 0:
                 self._prompt_cache.tree.fit(self.live_bytes())
         return made
+
+    def _short_prompts(self) -> int:
+        """How many of those that wait are short enough to begin together; see SHORT_PREFILLS."""
+        count = longest = 0
+        most = max(SHORT_PREFILLS, self._prefill_rate * SHORT_S)
+        if self._fixed_prefill or not self.may_read:
+            return 0
+        if len(self._unprocessed_sequences) > 1 and len(self._prompt_batch) == self._read_prompts():
+            for uid, segments, *_ in itertools.islice(self._unprocessed_sequences, self._most_prefills):
+                if uid in self._copied:
+                    continue
+                left = sum(len(segment) for segment in segments)
+                reuse = self._reuses.get(uid)
+                if reuse is not None and self._prompt_cache is not None and left > LEAST_PREFILL:
+                    tokens = [token for segment in segments for token in segment]
+                    left -= self._prompt_cache.tree.peek(reuse.namespace, tokens, left - 1)
+                longest = max(longest, left)
+                if longest * (count + 1) > most:
+                    break
+                count += 1
+        return count
 
     def rest(self) -> list[Any]:
         """A further token that the last step brought, in a list; empty where that was all."""
@@ -413,7 +455,47 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                 reuse = self._reuses.pop(self._unprocessed_sequences[index][0], None)
                 if reuse is not None:
                     self._take_up(index, reuse, self._prompt_cache)
-        return super()._make_batch(n)
+        if not self._copies and not self._copied:
+            return super()._make_batch(n)
+        joining = list(itertools.islice(self._unprocessed_sequences, n))
+        made = super()._make_batch(n)
+        for uid, segments, _, caches, tokens, *_ in joining:
+            self._copied.discard(uid)
+            if uid in self._copies and _is_read(segments):
+                self._queue_copies(uid, segments[0][0], caches, tokens)
+        return made
+
+    # --- several answers to one prompt
+
+    def copy(
+        self, uid: int, samplings: Sequence[Sampling], max_tokens: int, processors: list[Any], stops: Any
+    ) -> list[int]:
+        """Have a prompt that was just added answered once more for each Sampling, from what is computed for it once.
+
+        Returns: their uids.
+        """
+        first = self._uid_count
+        self._uid_count = first + len(samplings)
+        uids = list(range(first, self._uid_count))
+        self._copies[uid] = [
+            (uid, max_tokens, sampling, tuple(processors), stops) for uid, sampling in zip(uids, samplings, strict=True)
+        ]
+        return uids
+
+    def _copy_read(self) -> None:
+        """Prompts that are read but for their last token, and are to be answered several times, are copied now."""
+        for index, (segments, *_) in enumerate(self._currently_processing):
+            uid = self._prompt_batch.uids[index]
+            if uid in self._copies and _is_read(segments):
+                caches = PromptProcessingBatch.extract_cache(self._prompt_batch, index)
+                self._queue_copies(uid, segments[0][0], caches, self._prompt_batch.tokens[index])
+
+    def _queue_copies(self, uid: int, last: int, caches: list[Any], tokens: list[int]) -> None:
+        """They are next in line, all with the same caches: those are copied when rows join a batch."""
+        for number, most, sampling, processors, stops in reversed(self._copies.pop(uid)):
+            row = (number, [[last]], most, caches, list(tokens), sampling, processors, stops)
+            self._unprocessed_sequences.appendleft(row)
+            self._copied.add(number)
 
     def _take_up(self, index: int, reuse: Reuse, prompt_cache: PromptCache) -> None:
         """Have the prompt of a waiting row begin where what is kept of it ends."""
@@ -435,11 +517,15 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         ahead = {self._prompt_batch: self._most_prefill, self._generation_batch: LOOK_STEPS}
         if self._patience.batch is not None:
             ahead[self._patience.batch] = 0
-        return sum(foreseen_bytes(batch.prompt_cache, len(batch), tokens) for batch, tokens in ahead.items())
+        total = sum(foreseen_bytes(batch.prompt_cache, len(batch), tokens) for batch, tokens in ahead.items())
+        if self._copied:  # copies of one prompt share their caches until they join
+            waiting = {id(row[3]): row[3] for row in self._unprocessed_sequences if row[0] in self._copied}
+            total += sum(cache.nbytes for caches in waiting.values() for cache in caches)
+        return total
 
     def _read_prompts(self) -> int:
         """How many prompts are read but for their last token, with which their first decode step begins."""
-        return sum(len(segments) == 1 and len(segments[0]) == 1 for segments, *_ in self._currently_processing)
+        return sum(_is_read(segments) for segments, *_ in self._currently_processing)
 
     def add(
         self,
@@ -458,20 +544,24 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
         Args:
             uid: that number, where it is not to be the next one.
-            caches: what the row decodes on, empty; None has the model make them.
+            caches: what the row decodes on, empty; None has the model make them. See also `Reuse.begun`.
             urgent: its prompt is read before those that are not.
         """
         if uid is not None:
             self._uid_count = uid
+        read = 0
+        if reuse is not None and reuse.begun is not None:
+            caches, read = reuse.begun
         uids: list[int] = self.insert(
-            [tokens],
+            [tokens[read:]],
             max_tokens=[max_tokens],
             caches=None if caches is None else [caches],
+            all_tokens=[tokens[:read]],
             samplers=[sampling],
             logits_processors=[processors],
             stop_sequences=[stops],
         )
-        if reuse is not None:
+        if reuse is not None and read == 0:
             self._reuses[uids[0]] = reuse
         if not urgent:
             self._patience.add(uids[0])
@@ -493,6 +583,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self.remove([uid])
         self._patience.remove(uid)
         self._reuses.pop(uid, None)
+        self._copies.pop(uid, None)
+        self._copied.discard(uid)
         if self._waits is not None:
             self._waits.remove(uid)
         return view
@@ -518,9 +610,15 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     @property
     def waiting(self) -> int:
-        return len(self._unprocessed_sequences) + len(self._waits or ())
+        unmade = sum(map(len, self._copies.values())) if self._copies else 0
+        return len(self._unprocessed_sequences) + len(self._waits or ()) + unmade
 
 
 def _ints(array: mx.array) -> list[int]:
     values: Any = array.tolist()
     return list(values)
+
+
+def _is_read(segments: list[list[int]]) -> bool:
+    """Nothing of a prompt is left to read but its last token."""
+    return len(segments) == 1 and len(segments[0]) == 1

@@ -10,35 +10,60 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import make_logits_processors
 
-from mlxd_client.errors import InternalError, ModelInvalid, RpcError, Unsupported
+from mlxd_client.errors import Cancelled, InternalError, InvalidParams, ModelInvalid, RpcError, Unsupported
 
-from ..childwire import CountTokens, Generate, Generated, Prewarm, PromptCacheStats, WorkerTimings
-from .batch import NOT_FINITE, RowFailure
+from ..childwire import (
+    Adapt,
+    Adapted,
+    CountTokens,
+    DecodeTokens,
+    Embedded,
+    EmbedTexts,
+    EncodeText,
+    Generate,
+    Generated,
+    Packed,
+    Prewarm,
+    PromptCacheStats,
+    WorkerTimings,
+)
+from .adapters import Adapter, Adapters
+from .answers import Answers, reportable
+from .batch import MOST_PREFILLS, NOT_FINITE, RowFailure
 from .constraint import Constraint
 from .diskcache import DiskCache, Fetched
 from .draft import Draft, check_pair
+from .embed import ALONE_S, BESIDE_S, Embedder
 from .grammar import Compiled, Compiler
+from .images import Picture, take_images
 from .kvcache import PromptCache, RowView
 from .lanes import PLAIN, Lanes
 from .load import LoadedModel
 from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
-from .sampling import Sampling
+from .sampling import Sampling, other_key
+from .shorten import shortened
+from .sights import Seen, Sights, check_options
 from .speculation import Guess, Guesses
 from .text import TextStream, make_machine
+from .tokens import decode, encode
+from .vision import Sight
 from .waits import LEAST, Reuse
 
-# What shares prefixes: all that the base model computes.
+# What shares prefixes: all that the base model computes, and all that an adapter of one content does.
 NAMESPACE = b""
 # The kind of a request that is of this worker's own: its prompt is to be kept, its answer is of no use.
 PREWARM = "prewarm"
 # After this many failed steps in a row, no further batch is tried.
 MAX_FAILED_STEPS = 2
-# How long a step waits where all there is to wait for is a rule that is being compiled.
+# How long a step waits where all there is to wait for is a rule that is being compiled, or an image's file.
 COMPILING_S = 0.01
+# Of the prompt cache's budget, for what was seen in images: a share of it, and bytes.
+SIGHT_SHARE, MOST_SIGHT_BYTES = 8, 256 * 1024 * 1024
 # A device that said this does not compute again in this process.
 _FATAL = ("[METAL]", "command buffer", "[CUDA]")
 
@@ -62,16 +87,28 @@ class Running:
     prompt_at: float = 0.0
     first_at: float = 0.0
     constraint: Constraint | None = None
+    sight: Sight | None = None
     guess: Guess | None = None
+    adapter: Adapter | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    number: int = 0  # among the answers to its request
+    fetched: bool = False  # what disk has of its prompt is read, if it has any
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What one step brought: `pieces` as in childwire.Step, and the requests that ended."""
+    """What one step brought: `pieces` and `others` as in childwire.Step, and the requests that ended."""
 
     pieces: list[tuple[int, str, str]] = field(default_factory=list)
-    ended: list[tuple[int, Generated | RpcError]] = field(default_factory=list)
+    others: list[tuple[int, int, str, str]] = field(default_factory=list)
+    ended: list[tuple[int, Generated | Embedded | Adapted | RpcError]] = field(default_factory=list)
+
+    def add(self, running: Running, text: str, reasoning: str) -> None:
+        """New text of a request that streams."""
+        if running.number:
+            self.others.append((running.id, running.number, text, reasoning))
+        else:
+            self.pieces.append((running.id, text, reasoning))
 
 
 class Engine:
@@ -101,43 +138,63 @@ class Engine:
         guard: Callable[[str, str], tuple[str, ...]] | None = None,
     ) -> None:
         self._loaded = loaded
-        cache = PromptCache(loaded.model, cache_bytes)
+        sight_bytes = min(cache_bytes // SIGHT_SHARE, MOST_SIGHT_BYTES) if loaded.vision is not None else 0
+        cache = PromptCache(loaded.model, cache_bytes - sight_bytes)
         self.cache = cache if cache_bytes > 0 and cache.usable else None
         self._limits: dict[str, Any] = {
-            "max_batch": max_batch,
+            "max_batch": 1 if loaded.batching == "alone" else max_batch,
             "prefill_step": prefill_step,
             "prefill_joins": prefill_joins,
             "prompt_cache": self.cache,
             "window": loaded.context_length,
             "kv_bytes": kv_bytes,
         }
-        self._cache_bytes = cache_bytes
+        if loaded.batching == "decode":
+            self._limits["most_prefills"] = 1
+        self._cache_bytes = cache_bytes - sight_bytes
         self._defaults = loaded.defaults | ({"kv_bits": kv_bits} if kv_bits else {})
         self._guard = guard
-        self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary)
+        sees = loaded.vision is not None
+        self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary, parts=sees)
+        self._sights: Sights | None = None
+        if loaded.vision is not None:
+            loaded.vision.features.budget_bytes = sight_bytes
+            self._sights = Sights(loaded.model, loaded.vision, self.cache, step=prefill_step)
         self._generator = Lanes(loaded.model, **self._limits)
         self.allow(kv_bytes)
         self._eos: set[int] = set(loaded.tokenizer.eos_token_ids)
         self._stops = StopSequences([(token,) for token in self._eos])
         tokenizer = loaded.tokenizer
+        # As mlx_lm's command line has it: what ends lines and texts is never left out.
+        spared = {*tokenizer.encode("\n", add_special_tokens=False), *self._eos}
+        self._spared = tuple(sorted(token for token in spared if token < loaded.vocabulary))
         self._think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
         self.guesses = Guesses(loaded.model)
         self._running: dict[int, Running] = {}  # by the generator's uid
         self._uids: dict[int, int] = {}  # request id → uid
+        self._several: dict[int, Answers] = {}  # by request id, of those that asked for several answers
         self._failed_steps = 0
         self._compiler = Compiler(tokenizer, loaded.vocabulary, self._eos)
         self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
         self.disk: DiskCache | None = None
         # By request id; without a request where that was cancelled.
-        self._fetching: dict[int, tuple[Running | None, Future[Fetched | None]]] = {}
+        self._fetching: dict[int, tuple[Running | None, Compiled | None, Future[Fetched | None]]] = {}
+        self.adapters = Adapters(loaded.model)
+        self._adapting: dict[int, tuple[Running, Compiled | None]] = {}  # by request id; their adapter is not read yet
+        self._keeping: dict[int, Adapter] = {}  # by request id
+        self._embedder = Embedder(loaded, most_tokens=MOST_PREFILLS * prefill_step)
 
     # --- requests
 
     @property
     def busy(self) -> bool:
         """There is something left to do for `step`."""
-        pending = self.cache is not None and self.cache.pending
-        return bool(self._running or self._compiling or self._fetching) or pending
+        return self._generating or self._embedder.busy
+
+    @property
+    def _generating(self) -> bool:
+        waiting = self._compiling or self._adapting or self._keeping or self.adapters.pending or self._sights
+        return bool(self._running or self._fetching or waiting) or (self.cache is not None and self.cache.pending)
 
     @property
     def active(self) -> int:
@@ -146,12 +203,12 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        fetching = sum(running is not None for running, _ in self._fetching.values())
-        return self._generator.waiting + len(self._compiling) + fetching
+        fetching = sum(running is not None for running, *_ in self._fetching.values())
+        held = len(self._compiling) + len(self._adapting) + len(self._sights or ())
+        return self._generator.waiting + held + fetching
 
     def submit(self, request_id: int, request: Generate) -> None:
-        """Take a request into the batch; it starts at the next step, or once its rule is compiled and what disk has of
-        its prompt is read.
+        """Take a request into the batch; it starts at the next step, or once its rule is compiled.
 
         Raises:
             RpcError: it cannot be honoured. Nothing of it remains.
@@ -168,24 +225,58 @@ class Engine:
     def _submit(self, request_id: int, request: Generate) -> None:
         received_at = time.perf_counter()
         choices = resolve(request.kind, request.options, self._defaults, self._loaded.vocabulary)
+        turns, sources = take_images(request.messages, blind=self._loaded.blind)
+        if sources and self._sights is not None:
+            check_options(request)
+            choices = replace(choices, lane=PLAIN)  # whatever the model's default is
+            request = msgspec.structs.replace(request, messages=[])  # the images' bytes go once they are read
+            self._sights.add(
+                request_id,
+                sources,
+                lambda pictures: self._accept(request_id, request, choices, turns, received_at, pictures),
+            )
+        else:
+            self._accept(request_id, request, choices, turns, received_at, [])
+
+    def _accept(
+        self,
+        request_id: int,
+        request: Generate,
+        choices: Choices,
+        turns: list[dict[str, Any]],
+        received_at: float,
+        pictures: list[Picture],
+    ) -> None:
+        apart = choices.rule is not None or choices.lane != PLAIN
+        guess = None if pictures else self.guesses.guess(choices.speculation, apart=apart)
         self._generator.check(choices.lane)
-        guess = self.guesses.guess(choices.speculation, apart=choices.rule is not None or choices.lane != PLAIN)
         if self.cache is None and request.options.get("cache_prompt") is True:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
         urgent = request.priority != "batch"
         reuse = Reuse(NAMESPACE, urgent=urgent) if self.cache is not None and choices.cache_prompt else None
-        cut = reuse is not None and self.cache is not None and self.cache.marked
-        prompt = self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut)
+        sight: Sight | None = None
+        if pictures:
+            prompt, sight = self._build_seeing(request.kind, turns, choices, pictures)
+            reuse = Reuse(sight.namespace, urgent=urgent) if reuse is not None else None
+        else:
+            cut = reuse is not None and self.cache is not None and self.cache.marked
+            prompt = self._build(request.kind, turns, choices, cut)
         if reuse is not None:
             reuse.cuts = prompt.cuts
-        think = self._think
-        if choices.rule is not None:
-            if choices.thinking:
-                prompt = self._prompts.open_thought(prompt)
-            think = self._think if prompt.in_reasoning else None
-        machine = make_machine(choices.stop, think, once=choices.rule is not None)
-        text = TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
-        self._fetch(Running(request_id, request, prompt, choices, text, received_at, reuse, guess=guess))
+        if choices.rule is not None and choices.thinking:
+            prompt = self._prompts.open_thought(prompt)
+        choices = self._fit(choices, prompt)
+        text = self._text(choices, prompt)
+        running = Running(request_id, request, prompt, choices, text, received_at, reuse, sight=sight, guess=guess)
+        running.adapter = self.adapters.want(request.adapter) if request.adapter is not None else None
+        if choices.rule is None:
+            self._join(running)
+            return
+        compiled = self._compiler.compile(choices.rule)
+        if compiled.done():
+            self._join(running, compiled.result())
+        else:
+            self._compiling[request_id] = running, compiled
 
     def prewarm(self, request_id: int, request: Prewarm) -> None:
         """Have the beginning of prompts with a system turn kept; ends as a request without text.
@@ -209,9 +300,12 @@ class Engine:
         if choices.lane != PLAIN:
             raise Unsupported("this model's KV caches are of a kind of which nothing is kept", option="system")
         prompt = self._prompts.system(request.system, thinking=choices.thinking)
-        text = TextStream(self._loaded.tokenizer.detokenizer, make_machine((), None))
+        choices = self._fit(choices, prompt)
         asked, reuse = Generate(kind=PREWARM, messages=[]), Reuse(NAMESPACE, prompt.cuts)
-        self._fetch(Running(request_id, asked, prompt, choices, text, time.perf_counter(), reuse))
+        text, now = self._text(choices, prompt), time.perf_counter()
+        running = Running(request_id, asked, prompt, choices, text, now, reuse)
+        running.adapter = self.adapters.want(request.adapter) if request.adapter is not None else None
+        self._join(running)
 
     def _is_warm(self, running: Running) -> bool:
         """Whether what was asked to be kept is kept."""
@@ -221,66 +315,165 @@ class Engine:
         (cut,) = running.prompt.cuts
         return self.cache.tree.peek(running.reuse.namespace, running.prompt.tokens[:cut], cut) == cut
 
-    def _fetch(self, running: Running) -> None:
-        """Begin with a request, or have what disk has of its prompt read first."""
-        reading, reuse = None, running.reuse if running.choices.lane == PLAIN else None
-        if self.disk is not None and self.cache is not None and reuse is not None:
-            self.cache.tree.fit(self._generator.live_bytes())
-            reading = self.disk.fetch(reuse.namespace, running.prompt.tokens)
+    def _fetch(self, running: Running, compiled: Compiled | None) -> bool:
+        """Begin to read what disk has of a prompt. Returns whether it has any; the request joins the batch then."""
+        running.fetched = True
+        reuse = running.reuse if running.choices.lane == PLAIN and running.sight is None else None
+        if self.disk is None or self.cache is None or reuse is None:
+            return False
+        self.cache.tree.fit(self._generator.live_bytes())
+        reading = self.disk.fetch(reuse.namespace, running.prompt.tokens)
         if reading is not None:
-            self._fetching[running.id] = running, reading
-        else:
-            self._begin(running)
+            self._fetching[running.id] = running, compiled, reading
+        return reading is not None
 
-    def _begin(self, running: Running) -> None:
-        rule = running.choices.rule
-        if rule is None:
-            self._join(running)
-            return
-        compiled = self._compiler.compile(rule)
-        if compiled.done():
-            self._join(running, compiled.result())
-        else:
-            self._compiling[running.id] = running, compiled
+    def _build_seeing(
+        self, kind: str, turns: list[dict[str, Any]], choices: Choices, pictures: list[Picture]
+    ) -> tuple[Prompt, Sight]:
+        assert self._loaded.vision is not None
+        vision, sights = self._loaded.vision, []
+
+        def expand(text: str) -> list[int]:
+            sights.append(vision.prepare(text, pictures, keep=choices.cache_prompt))
+            return sights[0].tokens
+
+        prompt = self._prompts.build(kind, turns, thinking=choices.thinking, encode=expand)
+        return prompt, sights[0]
+
+    def _build(self, kind: str, turns: list[dict[str, Any]], choices: Choices, cut: bool) -> Prompt:
+        if choices.context_policy != "drop_oldest":
+            return self._prompts.build(kind, turns, thinking=choices.thinking, cut=cut)
+        context = self._loaded.context_length
+        wished = choices.max_tokens if choices.asked_tokens else min(choices.max_tokens, context // 4)
+        room = min(wished, context // 2)
+        if choices.rule is not None and choices.thinking:  # see open_thought
+            room += len(self._loaded.tokenizer.think_start_tokens or ())
+        return shortened(self._prompts, kind, turns, thinking=choices.thinking, cut=cut, room=room)
+
+    def _text(self, choices: Choices, prompt: Prompt) -> TextStream:
+        think = self._think if choices.rule is None or prompt.in_reasoning else None
+        machine = make_machine(choices.stop, think, once=choices.rule is not None)
+        return TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
+
+    def _fit(self, choices: Choices, prompt: Prompt) -> Choices:
+        """With `max_tokens` fitted to the context, and to what one result can report. Raises InvalidParams where more
+        than that was asked for."""
+        most = choices.max_tokens
+        if not choices.lane.rotate:
+            most = min(most, self._loaded.context_length - len(prompt.tokens))
+        logprobs = choices.sampling.logprobs
+        if logprobs < 0:
+            return replace(choices, max_tokens=most)
+        fitting = reportable(choices.answers, logprobs, parsed=choices.rule is not None)
+        if most > fitting:
+            if choices.asked_tokens:
+                told = f"logprobs {logprobs} of {choices.answers} x {most} tokens are too many for one result"
+                raise InvalidParams(f"{told}: set max_tokens to {fitting} at most", field="logprobs", limit=fitting)
+            most = fitting
+        return replace(choices, max_tokens=most)
 
     def _join(self, running: Running, compiled: Compiled | None = None) -> None:
-        choices, prompt = running.choices, running.prompt
-        sampling = replace(choices.sampling, guess=running.guess)
-        if compiled is not None:
-            thought = self._loaded.tokenizer.think_end if prompt.in_reasoning else None
-            running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
-            sampling = replace(sampling, constraint=running.constraint)
-        lane, most = choices.lane, choices.max_tokens
-        if not lane.rotate:
-            most = min(most, self._loaded.context_length - len(prompt.tokens))
-        most = self._generator.fit(lane, len(prompt.tokens), most, asked=choices.asked_tokens)
+        choices, prompt, adapter = running.choices, running.prompt, running.adapter
+        if adapter is not None and not adapter.ready:
+            self._adapting[running.id] = running, compiled
+            return
+        if adapter is not None and running.reuse is not None:
+            running.reuse.namespace = adapter.identity
+        if not running.fetched and self._fetch(running, compiled):
+            return
+        rows = [running]
+        if choices.answers > 1:
+            rows += [self._another(running, number) for number in range(1, choices.answers)]
+        samplings = [self._sampling(row, compiled) for row in rows]
+        lane, length = choices.lane, len(prompt.tokens)
+        shared = len(rows) if lane == PLAIN else 1
+        most = self._generator.fit(lane, length, choices.max_tokens, asked=choices.asked_tokens, rows=shared)
         processors = make_logits_processors(choices.logit_bias)
         urgent = running.request.priority != "batch"
-        uid = self._generator.add(
-            prompt.tokens, most, sampling, processors, self._stops, running.reuse, key=lane, urgent=urgent
-        )
-        self._running[uid] = running
-        self._uids[running.id] = uid
+
+        def add(reuse: Reuse | None) -> int:
+            uids = self._generator.add_all(
+                prompt.tokens, most, samplings, processors, self._stops, reuse, key=lane, urgent=urgent
+            )
+            self._running.update(zip(uids, rows, strict=True))
+            self._uids[running.id] = uids[0]
+            if len(rows) > 1:
+                self._several[running.id] = Answers(dict(enumerate(uids)))
+            return uids[0]
+
+        if running.sight is not None and self._sights is not None:
+            self._sights.see(running.id, Seen(running.sight, prompt.tokens, running.reuse, add, running))
+            running.sight = None  # its images go as soon as they have served
+        else:
+            add(running.reuse)
+
+    def _another(self, first: Running, number: int) -> Running:
+        """A further answer to a request. It takes up nothing by itself: it shares the first one's prefill."""
+        prompt, reuse = first.prompt, first.reuse
+        kept = None if reuse is None else Reuse(reuse.namespace, cached=len(prompt.tokens))
+        text = self._text(first.choices, prompt)
+        return replace(first, text=text, reuse=kept, guess=None, logprobs=[], number=number)
+
+    def _sampling(self, running: Running, compiled: Compiled | None) -> Sampling:
+        """How the tokens of one answer are chosen: by the request's choices, a key and a constraint of its own."""
+        sampling = replace(running.choices.sampling, guess=running.guess, adapter=running.adapter)
+        if running.number:
+            sampling = replace(sampling, key=other_key(sampling.key, running.number))
+        if sampling.xtc_probability > 0:
+            sampling = replace(sampling, spared=self._spared)
+        if compiled is not None:
+            thought = self._loaded.tokenizer.think_end if running.prompt.in_reasoning else None
+            running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
+            sampling = replace(sampling, constraint=running.constraint)
+        return sampling
 
     def cancel(self, request_id: int) -> Outcome:
         """End a request now, with the text it has. One that has ended already, or never was, changes nothing."""
         outcome = Outcome()
         uid = self._uids.get(request_id)
-        if request_id in self._fetching:
-            waiting, reading = self._fetching[request_id]
-            if waiting is not None:
-                self._fetching[request_id] = None, reading  # the next one may be glad of it
-                outcome.ended.append((request_id, self._result(waiting, "cancelled")))
-        elif request_id in self._compiling:
+        if request_id in self._compiling:
             running, _ = self._compiling.pop(request_id)
             outcome.ended.append((request_id, self._result(running, "cancelled")))
+        elif request_id in self._fetching:
+            fetching, compiled, reading = self._fetching[request_id]
+            if fetching is not None:
+                self._fetching[request_id] = None, compiled, reading  # the next one may be glad of it
+                outcome.ended.append((request_id, self._result(fetching, "cancelled")))
+        elif request_id in self._adapting:
+            outcome.ended.append((request_id, self._result(self._adapting.pop(request_id)[0], "cancelled")))
+        elif request_id in self._several:
+            self._drop_all(list(self._several[request_id].uids.values()), outcome)
         elif uid is not None:
-            try:
-                self._keep(self._running[uid], *self._generator.drop(uid))
-            except Exception as error:
-                return self._fail_all(error, outcome)
-            self._end(uid, "cancelled", outcome)
+            self._drop_all([uid], outcome)
+        elif self._embedder.cancel(request_id):
+            outcome.ended.append((request_id, Cancelled("the request was cancelled")))
+        elif self._sights is not None:
+            with contextlib.suppress(KeyError):
+                owner = self._sights.drop(request_id)
+                nothing = Generated(text="", finish_reason="cancelled", prompt_tokens=0, completion_tokens=0)
+                outcome.ended.append((request_id, nothing if owner is None else self._result(owner, "cancelled")))
         return outcome
+
+    def adapt(self, request_id: int, request: Adapt) -> Outcome:
+        """Read an adapter and keep it; None lets go of the one that was kept. Raises as Adapters.want does."""
+        if request.adapter is not None:
+            self._keeping[request_id] = self.adapters.want(request.adapter)
+            return Outcome()
+        self.adapters.kept = None
+        return Outcome(ended=[(request_id, Adapted(adapters_bytes=self.adapters.nbytes))])
+
+    def _drop_all(self, uids: list[int], outcome: Outcome) -> None:
+        """Cancel rows."""
+        try:
+            for uid in uids:
+                self._drop(uid, "cancelled", outcome)
+        except Exception as error:
+            self._fail_all(error, outcome)
+
+    def _drop(self, uid: int, reason: str, outcome: Outcome) -> None:
+        """End a row that is in the batch, or on its way there."""
+        self._keep(self._running[uid], *self._generator.drop(uid))
+        self._end(uid, reason, outcome)
 
     def allow(self, kv_bytes: int) -> None:
         """Have the KV caches of all requests, and the prefixes that are kept, hold no more than this; 0 is no bound.
@@ -291,8 +484,14 @@ class Engine:
 
     def count(self, request: CountTokens) -> int:
         """Raises RpcError."""
+        turns = request.messages
+        if turns is not None:
+            turns, sources = take_images(turns, blind=self._loaded.blind)
+            if sources:
+                told = "tokens of images cannot be counted"
+                raise Unsupported(told, option="messages", field=sources[0].field)
         try:
-            return self._prompts.count(text=request.text, messages=request.messages)
+            return self._prompts.count(text=request.text, messages=turns)
         except Exception as error:
             raise _typed(error) from error
 
@@ -313,17 +512,48 @@ class Engine:
             self.guesses.draft.closed = True
         self.guesses.draft = made
 
+    def encode(self, request: EncodeText) -> Packed:
+        """Raises RpcError."""
+        try:
+            return encode(self._loaded.tokenizer, request)
+        except Exception as error:
+            raise _typed(error) from error
+
+    def decode(self, request: DecodeTokens) -> str:
+        """Raises RpcError."""
+        try:
+            return decode(self._loaded.tokenizer, self._loaded.vocabulary, request)
+        except Exception as error:
+            raise _typed(error) from error
+
+    def embed(self, request_id: int, request: EmbedTexts) -> None:
+        """Take texts to make vectors of; the steps that follow do, a part at a time. Raises RpcError."""
+        try:
+            self._embedder.submit(request_id, request)
+        except Exception as error:
+            _check_alive(error)
+            raise _typed(error) from error
+
     # --- steps
 
     def step(self) -> Outcome:
-        """One decode step for all, and one prefill step for those whose prompts are still being read.
+        """One decode step for all, one prefill step for those whose prompts are still being read, and a part of the
+        vectors that are asked for.
 
         Raises:
             EngineLost: no further step can work; every request in flight is lost with the process.
         """
         outcome = Outcome()
+        if self._adapting or self._keeping or self.adapters.pending:
+            self._read_adapters(outcome)
+        if self._sights:
+            self._see(self._sights, outcome)
+        if self._embedder.busy:
+            self._embed(outcome)
+            if not self._generating:
+                return outcome
         if self._fetching:
-            self._begin_fetched(outcome)
+            self._join_fetched(outcome)
         if self._compiling:
             self._join_compiled(outcome)
         if not self._running and (self._compiling or self._fetching):
@@ -362,13 +592,29 @@ class Engine:
                     self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
             responses = self._generator.rest()
 
-    def _begin_fetched(self, outcome: Outcome) -> None:
-        """Requests go on for which what disk had was read by now."""
+    def _see(self, sights: Sights, outcome: Outcome) -> None:
+        """Go on with prompts that have images, as far as that goes between two decode steps."""
+        failed = sights.take_read(wait_s=0.0 if self._running else COMPILING_S)
+        lost = sights.step(self._generator)
+        for request_id, error in [*failed, *([lost] if lost is not None else [])]:
+            _check_alive(error)
+            outcome.ended.append((request_id, _typed(error)))
+
+    def _embed(self, outcome: Outcome) -> None:
+        try:
+            with mx.stream(self._generator.plain.stream):
+                outcome.ended += self._embedder.step(BESIDE_S if self._running else ALONE_S)
+        except Exception as error:
+            _check_alive(error)
+            outcome.ended += self._embedder.fail(_typed(error))
+
+    def _join_fetched(self, outcome: Outcome) -> None:
+        """Requests join the batch for which what disk had was read by now."""
         assert self.disk is not None
         assert self.cache is not None
         if not self._running and not self._compiling:
-            wait([reading for _, reading in self._fetching.values()], COMPILING_S, "FIRST_COMPLETED")
-        for request_id, (running, reading) in list(self._fetching.items()):
+            wait([reading for *_, reading in self._fetching.values()], COMPILING_S, "FIRST_COMPLETED")
+        for request_id, (running, compiled, reading) in list(self._fetching.items()):
             if reading.done():
                 del self._fetching[request_id]
                 self.cache.tree.fit(self._generator.live_bytes())
@@ -376,7 +622,7 @@ class Engine:
                     self.disk.take_up(reading)
                 try:
                     if running is not None:
-                        self._begin(running)
+                        self._join(running, compiled)
                 except Exception as error:
                     outcome.ended.append((request_id, _typed(error)))
 
@@ -389,6 +635,28 @@ class Engine:
                 del self._compiling[request_id]
                 try:
                     self._join(running, compiled.result())
+                except Exception as error:
+                    outcome.ended.append((request_id, _typed(error)))
+
+    def _read_adapters(self, outcome: Outcome) -> None:
+        """Adapters are read on; requests whose adapter is there now join the batch."""
+        waiting = [running for running, _ in (*self._adapting.values(), *self._compiling.values())]
+        waiting += [running for running, *_ in self._fetching.values() if running is not None]
+        used = {each.adapter for each in (*self._running.values(), *waiting) if each.adapter is not None}
+        self.adapters.read(used | set(self._keeping.values()))
+        for request_id, adapter in list(self._keeping.items()):
+            if adapter.ready or adapter.error is not None:
+                del self._keeping[request_id]
+                self.adapters.kept = adapter if adapter.ready else self.adapters.kept
+                outcome.ended.append((request_id, adapter.error or Adapted(adapters_bytes=self.adapters.nbytes)))
+        for request_id, (running, compiled) in list(self._adapting.items()):
+            assert running.adapter is not None
+            if running.adapter.ready or running.adapter.error is not None:
+                del self._adapting[request_id]
+                try:
+                    if running.adapter.error is not None:
+                        raise running.adapter.error
+                    self._join(running, compiled)
                 except Exception as error:
                     outcome.ended.append((request_id, _typed(error)))
 
@@ -408,28 +676,45 @@ class Engine:
                 running.logprobs.append(self._report(running.choices.sampling.logprobs, token, note))
             text, reasoning = running.text.add(token)
             if (text or reasoning) and running.request.stream:
-                outcome.pieces.append((running.id, text, reasoning))
+                outcome.add(running, text, reasoning)
         stopped = running.text.stopped or (running.constraint is not None and running.constraint.finished)
         if response.finish_reason is not None:
             self._keep(running, response.prompt_cache, response.all_tokens)
             self._end(response.uid, "stop" if stopped else response.finish_reason, outcome)
         elif stopped:
-            self._keep(running, *self._generator.drop(response.uid))
-            self._end(response.uid, "stop", outcome)
+            self._drop(response.uid, "stop", outcome)
 
     def _end(self, uid: int, reason: str, outcome: Outcome) -> None:
-        """Say how a request ended. It has left the batch already."""
+        """Say how an answer ended. It has left the batch already."""
         running = self._running.pop(uid)
-        self._uids.pop(running.id, None)
+        several = self._several.get(running.id)
+        if several is None:
+            self._uids.pop(running.id, None)
         try:
             text, reasoning = running.text.finish()
             if (text or reasoning) and running.request.stream:
-                outcome.pieces.append((running.id, text, reasoning))
+                outcome.add(running, text, reasoning)
             if running.request.kind == PREWARM and reason != "cancelled" and not self._is_warm(running):
                 raise Unsupported("the prompt cache has no room for this system turn", option="system")
-            outcome.ended.append((running.id, self._result(running, reason)))
+            result = self._result(running, reason)
+            if several is not None:
+                joined = several.end(running.number, result)
+                if joined is None:
+                    return
+                self._forget(running.id)
+                result = joined
+            outcome.ended.append((running.id, result))
         except Exception as error:
             outcome.ended.append((running.id, _typed(error)))
+            self._forget(running.id)
+
+    def _forget(self, request_id: int) -> None:
+        """A request has its last word: what is left of its answers goes."""
+        self._uids.pop(request_id, None)
+        several = self._several.pop(request_id, None)
+        for uid in several.uids.values() if several is not None else ():
+            if self._running.pop(uid, None) is not None:
+                self._generator.drop(uid)
 
     def _result(self, running: Running, reason: str) -> Generated:
         text = "".join(running.text.text)
@@ -458,6 +743,7 @@ class Engine:
             invented=invented,
             structured=structured,
             speculation=running.guess.report() if running.guess is not None else None,
+            dropped_messages=running.prompt.dropped,
             alone=running.choices.lane.alone,
         )
 
@@ -501,12 +787,12 @@ class Engine:
         running = self._running.pop(uid, None)
         if running is None:
             return
-        self._uids.pop(running.id, None)
         if running.choices.rule is not None:
             self._compiler.forget(running.choices.rule)
         outcome.ended.append((running.id, _typed(error)))
         if in_batch:
             self._generator.drop(uid)
+        self._forget(running.id)
 
     def _fail_all(self, error: Exception, outcome: Outcome) -> Outcome:
         """The shared step raised: nobody's state in that lane can be trusted. End them all, and start a clean batch."""
@@ -517,8 +803,8 @@ class Engine:
         for uid in self._generator.fail():
             running = self._running.pop(uid, None)
             if running is not None:
-                self._uids.pop(running.id, None)
                 outcome.ended.append((running.id, _typed(error)))
+                self._forget(running.id)
         if self.cache is not None:
             self.cache.forget_pending()
         self.guesses.forget()

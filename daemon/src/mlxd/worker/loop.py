@@ -25,18 +25,22 @@ from mlxd_client.errors import (
 
 from ..childside import Pipe, PipeClosed, Pulse, Stopped
 from ..childwire import (
+    Adapt,
     Attach,
     Attached,
     Cleared,
     CountTokens,
+    DecodeTokens,
+    EmbedTexts,
+    EncodeText,
     Generate,
-    Generated,
     Heartbeat,
     Loaded,
     LoadModel,
     Prewarm,
 )
 from ..promptfiles import identity
+from .blas import Blas
 from .diskcache import open_disk
 from .engine import Engine, EngineLost, Outcome
 from .load import LoadedModel, load
@@ -53,10 +57,18 @@ T = TypeVar("T")
 
 
 class Worker:
-    """Serves one pipe. `run` returns on `stop` and raises PipeClosed when the daemon is gone."""
+    """Serves one pipe. `run` returns on `stop` and raises PipeClosed when the daemon is gone.
 
-    def __init__(self, pipe: Pipe) -> None:
+    Args:
+        pipe: to the daemon.
+        blas: what MLX multiplies with.
+        chosen: it was asked for by name. Where another had to be taken, no model is loaded.
+    """
+
+    def __init__(self, pipe: Pipe, blas: Blas, *, chosen: bool = False) -> None:
         self._pipe = pipe
+        self._refusal = blas.problem if chosen else ""
+        self._threads = blas.threads
         self._pulse = Pulse(pipe, self._vitals)
         self._engine: Engine | None = None
         self._early: list[dict[str, Any]] = []  # messages that came while a model was being loaded
@@ -71,6 +83,10 @@ class Worker:
             "prewarm": self._prewarm,
             "cache": self._cache,
             "clear": self._clear,
+            "adapt": self._adapt,
+            "encode": self._encode,
+            "decode": self._decode,
+            "embed": self._embed,
         }
 
     def run(self) -> None:
@@ -88,6 +104,8 @@ class Worker:
             self._busy_at, self._trimmed = time.monotonic(), False
         else:
             self._rest()
+        if self._threads is not None:
+            self._threads.adapt()
         self._pulse.beat()
         self._pipe.flush()
 
@@ -161,9 +179,11 @@ class Worker:
         request = _convert(params, LoadModel)
         if self._engine is not None:
             raise InvalidRequest("a worker loads one model in its life")
+        if self._refusal:
+            raise LoadFailed(f"the setting `blas` names a library that cannot be used: {self._refusal}")
         started = time.perf_counter()
         facts = _identity(request)
-        loaded = load(request.path, self._progress)
+        loaded = load(request.path, self._progress, request.context_length)
         engine = Engine(
             loaded,
             **limits(request),
@@ -236,6 +256,8 @@ class Worker:
 
     def _progress(self, fraction: float) -> None:
         """Between two parts of a load: say how far it got, and notice whether it is still wanted."""
+        if self._threads is not None:
+            self._threads.adapt()
         self._pipe.notify("progress", {"progress": fraction})
         self._pulse.beat()
         self._pipe.flush()
@@ -266,19 +288,33 @@ class Worker:
             raise PermissionDenied(f"the prompt cache could not be removed: {error.strerror or error}") from None
         self._pipe.reply(request_id, Cleared(memory_bytes=memory, disk_bytes=disk))
 
+    def _adapt(self, request_id: int, params: Any) -> None:
+        self._send(self._loaded().adapt(request_id, _convert(params, Adapt)))
+
+    def _encode(self, request_id: int, params: Any) -> None:
+        self._pipe.reply(request_id, self._loaded().encode(_convert(params, EncodeText)))
+
+    def _decode(self, request_id: int, params: Any) -> None:
+        self._pipe.reply(request_id, {"text": self._loaded().decode(_convert(params, DecodeTokens))})
+
+    def _embed(self, request_id: int, params: Any) -> None:
+        self._loaded().embed(request_id, _convert(params, EmbedTexts))
+
     def _loaded(self) -> Engine:
         if self._engine is None:
             raise LoadFailed("no model is loaded in this worker")
         return self._engine
 
     def _send(self, outcome: Outcome) -> None:
-        if outcome.pieces:
+        if outcome.others:
+            self._pipe.notify("step", {"pieces": outcome.pieces, "others": outcome.others})
+        elif outcome.pieces:
             self._pipe.notify("step", {"pieces": outcome.pieces})
         for request_id, end in outcome.ended:
-            if isinstance(end, Generated):
-                self._pipe.reply(request_id, end)
-            else:
+            if isinstance(end, RpcError):
                 self._pipe.fail(request_id, end)
+            else:
+                self._pipe.reply(request_id, end)
 
 
 def _identity(request: LoadModel) -> bytes | None:

@@ -9,20 +9,21 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
 
 from mlxd_client.errors import ContextExceeded, InvalidParams, ModelInvalid, RpcError, Unsupported
+from mlxd_client.types import MAX_TEXT_CHARACTERS
 
 # A template is a program from the model's folder: it gets this long.
 TEMPLATE_LIMIT_S = 5.0
 # Tokenizing takes seconds for each million characters, and nobody else is served meanwhile: a text longer than the
 # probe is first judged by its start, and nothing longer than the limit is counted.
 PROBE_CHARACTERS = 200_000
-MAX_COUNT_CHARACTERS = 2_000_000
+MAX_COUNT_CHARACTERS = MAX_TEXT_CHARACTERS
 # How many tokens a cut through a text may add at its end.
 _CUT_TOKENS = 8
 ROLES = ("system", "user", "assistant")
@@ -31,12 +32,14 @@ ROLES = ("system", "user", "assistant")
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """`source` is the text that the last user turn brought; `in_reasoning` says that the template opened a thought;
-    `cuts` are where other prompts may go on differently, in tokens: after the system turn, and after the last one."""
+    `cuts` are where other prompts may go on differently, in tokens: after the system turn, and after the last one;
+    `dropped` is how many messages were left out, see shorten.py."""
 
     tokens: list[int]
     source: str
     in_reasoning: bool = False
     cuts: tuple[int, ...] = ()
+    dropped: int = 0
 
 
 class PromptBuilder:
@@ -46,17 +49,30 @@ class PromptBuilder:
         tokenizer: mlx_lm's TokenizerWrapper.
         context_length: in tokens; longer prompts are refused.
         vocabulary: how many rows the model's embeddings have.
+        parts: the template takes a turn's content as parts.
     """
 
-    def __init__(self, tokenizer: Any, context_length: int, vocabulary: int) -> None:
+    def __init__(self, tokenizer: Any, context_length: int, vocabulary: int, *, parts: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._context_length = context_length
+        self.context_length = context_length
         self._vocabulary = vocabulary
+        self._parts = parts
         # No token spells more bytes than this, so that huge texts are refused without tokenizing them.
         self._longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
 
-    def build(self, kind: str, messages: list[dict[str, Any]], *, thinking: bool, cut: bool = False) -> Prompt:
+    def build(
+        self,
+        kind: str,
+        messages: list[dict[str, Any]],
+        *,
+        thinking: bool,
+        cut: bool = False,
+        encode: Callable[[str], list[int]] | None = None,
+    ) -> Prompt:
         """The prompt for an answer to `messages`; with `cuts` if `cut`.
+
+        Args:
+            encode: makes tokens of the rendered text, where that takes more than the tokenizer.
 
         Raises:
             InvalidParams: no or malformed messages, or ones that the template refuses.
@@ -65,7 +81,7 @@ class PromptBuilder:
             ContextExceeded: too long to leave room for one token.
         """
         check_messages(messages)
-        source = next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), "")
+        source = next((_text(turn["content"]) for turn in reversed(messages) if turn["role"] == "user"), "")
         if not self._tokenizer.has_chat_template:
             if kind != "process":
                 raise Unsupported("this model has no chat template: it can process, not chat", option="messages")
@@ -75,7 +91,7 @@ class PromptBuilder:
             raise Unsupported("this model has no thinking mode", option="thinking")
         text = self._render(messages, thinking)
         opened = self._tokenizer.has_thinking and text.rstrip().endswith(self._tokenizer.think_start)
-        tokens = self._encode(text, special=False)
+        tokens = self._encode(text, special=False) if encode is None else self._checked(encode(text))
         return Prompt(tokens, source, opened, self._cuts(messages, thinking, text, tokens) if cut else ())
 
     def _cuts(self, messages: list[dict[str, Any]], thinking: bool, text: str, tokens: list[int]) -> tuple[int, ...]:
@@ -118,9 +134,9 @@ class PromptBuilder:
         if prompt.in_reasoning:
             return prompt
         tokens = [*prompt.tokens, *self._tokenizer.think_start_tokens]
-        if len(tokens) >= self._context_length:
+        if len(tokens) >= self.context_length:
             raise self._too_long(len(tokens))
-        return Prompt(tokens, prompt.source, True)
+        return Prompt(tokens, prompt.source, True, dropped=prompt.dropped)
 
     def count(self, *, text: str | None, messages: list[dict[str, Any]] | None) -> int:
         """How many tokens a plain text has, or the prompt that `chat` would make of messages, context or not.
@@ -143,16 +159,18 @@ class PromptBuilder:
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         least = len(text) // self._longest_token
-        if least >= self._context_length:
+        if least >= self.context_length:
             raise self._too_long(least)
         if len(text) > PROBE_CHARACTERS:
             least = len(self._tokenizer.encode(text[:PROBE_CHARACTERS], add_special_tokens=special)) - _CUT_TOKENS
-            if least >= self._context_length:
+            if least >= self.context_length:
                 raise self._too_long(least)
-        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
+        return self._checked(self._tokenizer.encode(text, add_special_tokens=special))
+
+    def _checked(self, tokens: list[int]) -> list[int]:
         if not tokens:
             raise InvalidParams("the prompt is empty", field="messages")
-        if len(tokens) >= self._context_length:
+        if len(tokens) >= self.context_length:
             raise self._too_long(len(tokens))
         if max(tokens) >= self._vocabulary:
             raise Unsupported("the prompt holds a token that the model has no embedding for", option="messages")
@@ -160,10 +178,10 @@ class PromptBuilder:
 
     def _too_long(self, tokens: int) -> ContextExceeded:
         return ContextExceeded(
-            f"the prompt has {tokens} tokens or more; the model's context holds {self._context_length},"
+            f"the prompt has {tokens} tokens or more; the model's context holds {self.context_length},"
             " of which one is for the answer",
             prompt_tokens=tokens,
-            context_length=self._context_length,
+            context_length=self.context_length,
         )
 
     def _render(self, messages: list[dict[str, Any]], thinking: bool) -> str:
@@ -182,6 +200,8 @@ class PromptBuilder:
         raise refusal
 
     def _apply(self, messages: list[dict[str, Any]], thinking: bool, *, answer: bool = True) -> str:
+        if self._parts:
+            messages = [{**turn, "content": _in_parts(turn["content"])} for turn in messages]
         with time_limit(TEMPLATE_LIMIT_S):
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=answer, enable_thinking=thinking
@@ -201,7 +221,8 @@ def _same(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 
 def check_messages(messages: list[dict[str, Any]]) -> None:
-    """Raises InvalidParams or Unsupported unless `messages` are turns of text that this engine can take."""
+    """Raises InvalidParams or Unsupported unless `messages` are turns that this engine can take. Their parts, where
+    content has any, were checked before."""
     if not messages:
         raise InvalidParams("there are no messages", field="messages")
     for index, turn in enumerate(messages):
@@ -210,11 +231,19 @@ def check_messages(messages: list[dict[str, Any]]) -> None:
             raise Unsupported("this engine cannot take tool turns yet", option="messages", field=f"{field}.role")
         if role not in ROLES:
             raise InvalidParams(f"a message's role is one of {', '.join(ROLES)}", field=f"{field}.role")
-        if not isinstance(turn.get("content", ""), str):
-            raise InvalidParams("a message's content is text", field=f"{field}.content")
+        if not isinstance(turn.get("content", ""), str | list):
+            raise InvalidParams("a message's content is text, or parts", field=f"{field}.content")
         if turn.get("tool_calls") or turn.get("tool_call_id"):
             raise Unsupported("this engine cannot take tool calls yet", option="messages", field=field)
         turn.setdefault("content", "")
+
+
+def _text(content: str | list[dict[str, Any]]) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _in_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _refusal(error: Exception) -> RpcError:
