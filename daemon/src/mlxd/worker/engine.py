@@ -308,6 +308,7 @@ class Engine:
         if choices.lane != PLAIN:
             raise Unsupported("this model's KV caches are of a kind of which nothing is kept", option="system")
         prompt = self._prompts.system(request.system, thinking=choices.thinking)
+        choices = self._fit(choices, prompt)
         text = TextStream(self._loaded.tokenizer.detokenizer, make_machine((), None))
         asked, reuse = Generate(kind=PREWARM, messages=[]), Reuse(NAMESPACE, prompt.cuts)
         running = Running(request_id, asked, prompt, choices, text, time.perf_counter(), reuse)
