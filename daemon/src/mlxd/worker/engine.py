@@ -237,6 +237,9 @@ class Engine:
         pictures: list[Picture],
     ) -> None:
         apart = choices.rule is not None or choices.lane != PLAIN
+        if pictures and request.adapter is not None:
+            told = "a prompt with images is read by the model alone: it takes no adapter"
+            raise Unsupported(told, option="adapter", field="adapter")
         guess = None if pictures else self.guesses.guess(choices.speculation, apart=apart)
         self._generator.check(choices.lane)
         if self.cache is None and request.options.get("cache_prompt") is True:
