@@ -168,7 +168,7 @@ def test_stop_without_a_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_ended_processes_are_seen(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    assert service._gone(str(tmp_path / "no-socket"), process.pid, 0)
+    assert service.gone(str(tmp_path / "no-socket"), process.pid, 0)
 
 
 # --- run ------------------------------------------------------------------------------------------------------------

@@ -307,6 +307,7 @@ class Methods:
 
         Args:
             keep_alive: seconds until an idle model is unloaded; -1 never, 0 at once.
+            adapter: what requests get that name none: an absolute folder, or an id of the hub; `none` takes it away.
             wait_s: the caller's patience in seconds; unset or None has no limit.
 
         Raises ModelNotFound, ModelInvalid, InsufficientMemory, LoadFailed.

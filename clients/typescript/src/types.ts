@@ -99,6 +99,7 @@ export interface Completion {
   structured?: unknown;
   logprobs?: TokenLogprob[];
   invented?: string[];
+  adapter?: string;
   speculation?: Speculation;
   alternatives?: Alternative[];
   dropped_messages?: number;

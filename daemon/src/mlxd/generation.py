@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # What goes to the worker as it stands on the wire; the rest of the params is the daemon's own business.
 _NOT_FOR_WORKERS = frozenset(
-    {"model", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *wire.NOT_YET}
+    {"model", "adapter", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *wire.NOT_YET}
 )
 _SAMPLING = tuple(f for f in types.GenerateParams.__struct_fields__ if f not in _NOT_FOR_WORKERS)
 
@@ -29,8 +29,8 @@ class Generation:
     """A generation that has had no last word yet. Also its caller's ticket."""
 
     __slots__ = (
-        "accepted_at", "client", "dispatched_at", "gave_up", "kind", "model", "outcome", "params", "ready_at", "rid",
-        "sink", "tell", "waiting",
+        "accepted_at", "adapter", "client", "dispatched_at", "gave_up", "kind", "model", "outcome", "params",
+        "ready_at", "rid", "sink", "tell", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +54,7 @@ class Generation:
         self.gave_up = False
         self.waiting: asyncio.Task[None] | None = None  # what looks for the model, and may fetch it, before the core
         self.model = ""
+        self.adapter: wire.Adapter | None = None
         self.ready_at = 0.0
 
     def cancel(self) -> None:
@@ -84,6 +85,7 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
         logprobs=_logprobs(made.logprobs), structured=made.structured, dropped_messages=made.dropped_messages,
         alternatives=None if made.alternatives is None else [_alternative(answer) for answer in made.alternatives],
         alone=made.alone, speculation=made.speculation,
+        adapter=None if request.adapter is None else request.adapter.id,
     )  # fmt: skip
 
 
@@ -157,7 +159,7 @@ def turn_params(messages: list[types.Message]) -> list[dict[str, Any]]:
     return [msgspec.to_builtins(message, builtin_types=(bytes,)) for message in messages]
 
 
-def worker_params(kind: str, params: types.GenerateParams) -> wire.Generate:
+def worker_params(kind: str, params: types.GenerateParams, adapter: wire.Adapter | None = None) -> wire.Generate:
     """The request as its worker gets it: turns, and the options that were set."""
     if isinstance(params, types.ChatParams):
         messages = turn_params(params.messages)
@@ -166,7 +168,10 @@ def worker_params(kind: str, params: types.GenerateParams) -> wire.Generate:
         messages = [] if params.system is UNSET else [{"role": "system", "content": params.system}]
         messages.append({"role": "user", "content": params.prompt})
     options = {name: value for name in _SAMPLING if (value := getattr(params, name)) is not UNSET}
-    return wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority)
+    path = None if adapter is None else adapter.path
+    return wire.Generate(
+        kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority, adapter=path
+    )
 
 
 def characters(messages: list[types.Message]) -> int:

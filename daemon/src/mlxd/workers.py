@@ -63,6 +63,7 @@ class WorkerLink:
         self._load_timer: asyncio.TimerHandle | None = None
         self._rids: dict[int, int] = {}  # the child's request id → rid
         self._ids: dict[int, int] = {}  # and back
+        self.adapter: wire.Adapter | None = None  # what requests get that name none
         self._asked: dict[int, Answered] = {}  # what is no generation
         self._attaching: dict[int, Attached] = {}
         self._reading: dict[int, float] = {}  # requests with long texts, and the seconds that reading each may take
@@ -112,6 +113,16 @@ class WorkerLink:
         self._attaching[request_id] = answer
         self._reading[request_id] = self._load_s  # as with a load, there may be no sign of life meanwhile
         self._bear_silence()
+
+    def adapt(self, adapter: wire.Adapter | None, answer: Answered) -> None:
+        """Have requests get this adapter that name none, once it is read; `answer` is called then, or with why not."""
+
+        def answered(told: Any) -> None:
+            if not isinstance(told, errors.RpcError):
+                self.adapter = adapter
+            answer(told)
+
+        self.ask("adapt", wire.Adapt(adapter=None if adapter is None else adapter.path), answered, characters=0)
 
     def _expect_reading(self, request_id: int, characters: int, images: int = 0) -> None:
         """A tokenizer gives no sign of life before it has read its whole text, nor a vision tower before it has seen

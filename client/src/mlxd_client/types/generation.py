@@ -68,7 +68,8 @@ class GenerateParams(Params, kw_only=True):
     `xtc_probability` is how often, for each token, all but the least likely of those above `xtc_threshold` (0.1) are
     left out; ends of lines and of the answer are spared.
 
-    `adapter` is a LoRA or DoRA folder, absolute, or the id of one from the hub. `speculation`: `auto`, the default,
+    `adapter` is a LoRA or DoRA folder, absolute, or the id of one from the hub that is on this machine; unset means the
+    one that the model was loaded with, and `none` the model alone. `speculation`: `auto`, the default,
     guesses ahead where that pays, by the model's draft model if it has one, else by looking up what the prompt says;
     neither changes the answer. `lookup` and `draft` guess by that means whenever the request decodes alone, whether it
     pays or not; `off` never.
@@ -186,7 +187,7 @@ class Completion(Result, kw_only=True):
     rewrite faithfully (see `guard` in their mlxd.json) are checked. Whoever needs certainty keeps the prompt then.
     `structured` is the parsed answer where a `schema` was asked and the answer is whole; null, and what the wire cannot
     carry, are in `text` only. `alone`: `context_policy` rotate or `deterministic` had this request served by itself.
-    `speculation` is set where any token was guessed ahead.
+    `speculation` is set where any token was guessed ahead. `adapter` is the id of the adapter that the model had.
 
     `alternatives` are the answers after the first, where `n` were asked: `usage.completion_tokens` is of all together,
     the other fields are the first one's. `dropped_messages` is how many `context_policy` left out."""
@@ -201,6 +202,7 @@ class Completion(Result, kw_only=True):
     structured: Any = None
     logprobs: list[TokenLogprob] | None = None
     invented: list[str] | None = None
+    adapter: str | None = None
     speculation: Speculation | None = None
     alternatives: list[Alternative] | None = None
     dropped_messages: int = 0

@@ -17,6 +17,8 @@ from mlx_lm.sample_utils import make_logits_processors
 from mlxd_client.errors import Cancelled, InternalError, InvalidParams, ModelInvalid, RpcError, Unsupported
 
 from ..childwire import (
+    Adapt,
+    Adapted,
     CountTokens,
     DecodeTokens,
     Embedded,
@@ -27,6 +29,7 @@ from ..childwire import (
     Packed,
     WorkerTimings,
 )
+from .adapters import Adapter, Adapters
 from .answers import Answers, reportable
 from .batch import MOST_PREFILLS, NOT_FINITE, RowFailure
 from .constraint import Constraint
@@ -48,7 +51,7 @@ from .tokens import decode, encode
 from .vision import Sight
 from .waits import LEAST, Reuse
 
-# What shares prefixes: all that the base model computes.
+# What shares prefixes: all that the base model computes, and all that an adapter of one content does.
 NAMESPACE = b""
 # After this many failed steps in a row, no further batch is tried.
 MAX_FAILED_STEPS = 2
@@ -81,6 +84,7 @@ class Running:
     constraint: Constraint | None = None
     sight: Sight | None = None
     guess: Guess | None = None
+    adapter: Adapter | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     number: int = 0  # among the answers to its request
 
@@ -91,7 +95,7 @@ class Outcome:
 
     pieces: list[tuple[int, str, str]] = field(default_factory=list)
     others: list[tuple[int, int, str, str]] = field(default_factory=list)
-    ended: list[tuple[int, Generated | Embedded | RpcError]] = field(default_factory=list)
+    ended: list[tuple[int, Generated | Embedded | Adapted | RpcError]] = field(default_factory=list)
 
     def add(self, running: Running, text: str, reasoning: str) -> None:
         """New text of a request that streams."""
@@ -132,13 +136,15 @@ class Engine:
         cache = PromptCache(loaded.model, cache_bytes - sight_bytes)
         self.cache = cache if cache_bytes > 0 and cache.usable else None
         self._limits: dict[str, Any] = {
-            "max_batch": max_batch,
+            "max_batch": 1 if loaded.batching == "alone" else max_batch,
             "prefill_step": prefill_step,
             "prefill_joins": prefill_joins,
             "prompt_cache": self.cache,
             "window": loaded.context_length,
             "kv_bytes": kv_bytes,
         }
+        if loaded.batching == "decode":
+            self._limits["most_prefills"] = 1
         self._cache_bytes = cache_bytes - sight_bytes
         self._defaults = loaded.defaults | ({"kv_bits": kv_bits} if kv_bits else {})
         self._guard = guard
@@ -164,6 +170,9 @@ class Engine:
         self._failed_steps = 0
         self._compiler = Compiler(tokenizer, loaded.vocabulary, self._eos)
         self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
+        self.adapters = Adapters(loaded.model)
+        self._adapting: dict[int, tuple[Running, Compiled | None]] = {}  # by request id; their adapter is not read yet
+        self._keeping: dict[int, Adapter] = {}  # by request id
         self._embedder = Embedder(loaded, most_tokens=MOST_PREFILLS * prefill_step)
 
     # --- requests
@@ -175,7 +184,8 @@ class Engine:
 
     @property
     def _generating(self) -> bool:
-        return bool(self._running or self._compiling or self._sights) or (self.cache is not None and self.cache.pending)
+        waiting = self._compiling or self._sights or self._adapting or self._keeping or self.adapters.pending
+        return bool(self._running or waiting) or (self.cache is not None and self.cache.pending)
 
     @property
     def active(self) -> int:
@@ -184,7 +194,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return self._generator.waiting + len(self._compiling) + len(self._sights or ())
+        return self._generator.waiting + len(self._compiling) + len(self._adapting) + len(self._sights or ())
 
     def submit(self, request_id: int, request: Generate) -> None:
         """Take a request into the batch; it starts at the next step, or once its rule is compiled.
@@ -247,6 +257,7 @@ class Engine:
         choices = self._fit(choices, prompt)
         text = self._text(choices, prompt)
         running = Running(request_id, request, prompt, choices, text, received_at, reuse, sight=sight, guess=guess)
+        running.adapter = self.adapters.want(request.adapter) if request.adapter is not None else None
         if choices.rule is None:
             self._join(running)
             return
@@ -302,7 +313,12 @@ class Engine:
         return replace(choices, max_tokens=most)
 
     def _join(self, running: Running, compiled: Compiled | None = None) -> None:
-        choices, prompt = running.choices, running.prompt
+        choices, prompt, adapter = running.choices, running.prompt, running.adapter
+        if adapter is not None and not adapter.ready:
+            self._adapting[running.id] = running, compiled
+            return
+        if adapter is not None and running.reuse is not None:
+            running.reuse.namespace = adapter.identity
         rows = [running]
         if choices.answers > 1:
             rows += [self._another(running, number) for number in range(1, choices.answers)]
@@ -338,7 +354,7 @@ class Engine:
 
     def _sampling(self, running: Running, compiled: Compiled | None) -> Sampling:
         """How the tokens of one answer are chosen: by the request's choices, a key and a constraint of its own."""
-        sampling = replace(running.choices.sampling, guess=running.guess)
+        sampling = replace(running.choices.sampling, guess=running.guess, adapter=running.adapter)
         if running.number:
             sampling = replace(sampling, key=other_key(sampling.key, running.number))
         if sampling.xtc_probability > 0:
@@ -356,6 +372,8 @@ class Engine:
         if request_id in self._compiling:
             running, _ = self._compiling.pop(request_id)
             outcome.ended.append((request_id, self._result(running, "cancelled")))
+        elif request_id in self._adapting:
+            outcome.ended.append((request_id, self._result(self._adapting.pop(request_id)[0], "cancelled")))
         elif request_id in self._several:
             self._drop_all(list(self._several[request_id].uids.values()), outcome)
         elif uid is not None:
@@ -368,6 +386,14 @@ class Engine:
                 nothing = Generated(text="", finish_reason="cancelled", prompt_tokens=0, completion_tokens=0)
                 outcome.ended.append((request_id, nothing if owner is None else self._result(owner, "cancelled")))
         return outcome
+
+    def adapt(self, request_id: int, request: Adapt) -> Outcome:
+        """Read an adapter and keep it; None lets go of the one that was kept. Raises as Adapters.want does."""
+        if request.adapter is not None:
+            self._keeping[request_id] = self.adapters.want(request.adapter)
+            return Outcome()
+        self.adapters.kept = None
+        return Outcome(ended=[(request_id, Adapted(adapters_bytes=self.adapters.nbytes))])
 
     def _drop_all(self, uids: list[int], outcome: Outcome) -> None:
         """Cancel rows."""
@@ -453,6 +479,8 @@ class Engine:
         outcome = Outcome()
         if self._sights:
             self._see(self._sights, outcome)
+        if self._adapting or self._keeping or self.adapters.pending:
+            self._read_adapters(outcome)
         if self._embedder.busy:
             self._embed(outcome)
             if not self._generating:
@@ -521,6 +549,27 @@ class Engine:
                 except Exception as error:
                     outcome.ended.append((request_id, _typed(error)))
         return bool(self._running)
+
+    def _read_adapters(self, outcome: Outcome) -> None:
+        """Adapters are read on; requests whose adapter is there now join the batch."""
+        waiting = [running for running, _ in (*self._adapting.values(), *self._compiling.values())]
+        used = {each.adapter for each in (*self._running.values(), *waiting) if each.adapter is not None}
+        self.adapters.read(used | set(self._keeping.values()))
+        for request_id, adapter in list(self._keeping.items()):
+            if adapter.ready or adapter.error is not None:
+                del self._keeping[request_id]
+                self.adapters.kept = adapter if adapter.ready else self.adapters.kept
+                outcome.ended.append((request_id, adapter.error or Adapted(adapters_bytes=self.adapters.nbytes)))
+        for request_id, (running, compiled) in list(self._adapting.items()):
+            assert running.adapter is not None
+            if running.adapter.ready or running.adapter.error is not None:
+                del self._adapting[request_id]
+                try:
+                    if running.adapter.error is not None:
+                        raise running.adapter.error
+                    self._join(running, compiled)
+                except Exception as error:
+                    outcome.ended.append((request_id, _typed(error)))
 
     def _advance(self, running: Running, response: Any, now: float, outcome: Outcome) -> None:
         token, note = response.token, response.logprobs

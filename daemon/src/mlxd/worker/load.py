@@ -7,6 +7,8 @@ folder runs, and numbers that would make building the model hang are refused fir
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +18,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_config, load_model, load_tokenizer
 
@@ -25,12 +26,15 @@ from mlxd_client.errors import LoadFailed, ModelInvalid, RpcError
 from ..childside import PipeClosed
 from ..store.safetensors import SafetensorsError, check_safetensors
 from .early import start_early
+from .families import Batching, prepare
 from .grammar import can_constrain
 from .options import check_defaults
 from .pooling import Pooling, inner_of, read_pooling
 from .vision import FAMILIES, HOW_TO_INSTALL, Family, Vision, family_of, installed, load_seeing
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
+# Of what is no weights, and is read into memory whole.
+MAX_OTHER_BYTES = 512 * 1024 * 1024
 DEFAULT_CONTEXT = 4096
 MIN_CONTEXT, MAX_CONTEXT = 8, 16_777_216
 # Weights are brought to memory in parts of this size, with a word to the daemon in between.
@@ -67,6 +71,7 @@ class LoadedModel:
         vocabulary: rows of the embeddings: tokens are 0 to vocabulary - 1.
         context_length: tokens of prompt and answer together.
         defaults: sampling options for requests that set none, checked.
+        batching: how far its requests may be computed together.
         faithful: the model promises to invent no words when it processes text.
         vision: what sees, where the model does and can be asked to.
         blind: else why not.
@@ -81,11 +86,12 @@ class LoadedModel:
     faithful: bool = False
     vision: Vision | None = None
     blind: str | None = "this model sees no images"
+    batching: Batching = "together"
     pooling: Pooling = field(default_factory=Pooling)
 
     @property
     def capabilities(self) -> list[str]:
-        found = ["process", "logprobs", "seed"]
+        found = ["process", "logprobs", "seed", "adapters"]
         if self.tokenizer.has_chat_template:
             found.append("chat")
         if self.tokenizer.has_thinking:
@@ -115,6 +121,7 @@ def load(path: str, progress: Callable[[float], None], most_context: int = 0) ->
     folder = Path(path)
     config: dict[str, Any] = {}
     try:
+        check_files(folder)
         config = read_config(folder)
         settings = _read_settings(folder)
         check_weights(folder)
@@ -127,7 +134,7 @@ def load(path: str, progress: Callable[[float], None], most_context: int = 0) ->
         raise
     except (OSError, MemoryError) as error:
         raise LoadFailed(f"the model could not be read: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # an architecture that lacks a package of its own ends the program
         # mlx_lm, transformers and MLX raise nearly anything on a folder that is no model.
         told = f"the folder is no model that mlx_lm can load: {type(error).__name__}: {error}"
         if config.get("model_type") in FAMILIES and not installed():
@@ -144,8 +151,7 @@ def _load(
         loaded_config = load_config(folder)
     else:
         model, loaded_config = load_model(folder, lazy=True)
-    if not all(hasattr(cache, "merge") for cache in make_prompt_cache(model)):
-        raise ModelInvalid("mlx_lm cannot batch this architecture")
+    batching = prepare(model)
     vocabulary = model.vocabulary if vision is not None else _whole(_text_config(config).get("vocab_size"))
     if vocabulary is None:
         raise ModelInvalid("config.json: no vocab_size", file="config.json")
@@ -174,6 +180,7 @@ def _load(
         faithful=settings.get("guard") == "faithful",
         vision=vision,
         blind=None if vision is not None else _blind(family),
+        batching=batching,
         pooling=read_pooling(folder, config),
     )
 
@@ -213,6 +220,27 @@ def _materialise(model: Any, progress: Callable[[float], None]) -> None:
                 spoken_at = time.monotonic()
     mx.eval(part)
     progress(1.0)
+
+
+def check_files(folder: Path) -> None:
+    """Check that nothing in the folder would block, or never end, when it is read. Raises ModelInvalid, OSError."""
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelInvalid("there is no such folder") from None
+    for entry in entries:
+        try:
+            status = entry.stat()
+        except OSError:
+            continue  # a link that leads nowhere is as good as no file
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise ModelInvalid(f"{entry.name} is no file", file=entry.name)
+        if status.st_size > MAX_OTHER_BYTES and not entry.name.endswith(".safetensors") and _is_read(entry.name):
+            raise ModelInvalid(f"{entry.name} has {status.st_size} bytes", file=entry.name)
+
+
+def _is_read(name: str) -> bool:
+    return name.endswith((".json", ".jinja", ".model", ".txt", ".tiktoken"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
