@@ -12,6 +12,9 @@ Daemon → worker, requests (id, method, params), each answered once by a result
     encode    EncodeText     → Packed, of types.EncodeResult
     decode    DecodeTokens   → {text}
     embed     EmbedTexts     → Embedded
+    prewarm   Prewarm        → Generated        of no text: the beginning of prompts with a system turn is kept then
+    cache     {}             → PromptCacheStats, or {} where nothing is kept
+    clear     {}             → Cleared          what is kept of prompts, in memory and on disk
 Daemon → fetcher, requests; each answered once by a result or an error; one fetcher gets one of them:
     plan      PlanFetch      → FetchPlan
     fetch     Fetch          → Fetched          with `fetching` notifications on the way
@@ -64,12 +67,16 @@ class Ready(msgspec.Struct, omit_defaults=True):
 
 class PromptCacheStats(msgspec.Struct, omit_defaults=True):
     """What became of the prefix cache since the model was loaded: requests that found a prefix and that found none,
-    tokens that were not computed; `bytes` is what it holds now."""
+    tokens that were not computed; `bytes` is what it holds now. `disk_hits` requests took up `disk_tokens` from files;
+    `disk_failures` files could not be read or written."""
 
     hits: int = 0
     misses: int = 0
     saved_tokens: int = 0
     bytes: int = 0
+    disk_hits: int = 0
+    disk_tokens: int = 0
+    disk_failures: int = 0
 
 
 class Heartbeat(msgspec.Struct, omit_defaults=True):
@@ -94,13 +101,16 @@ class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     their KV caches and the prefixes that are kept hold together, where 0 keeps none. `kv_bytes` is what they may hold
     at all: requests wait, or are refused, so that it is enough; 0 is no bound. `kv_bits` is for requests that say
     nothing; 0 leaves their KV caches as they are. `context_length` is how many tokens prompt and answer may have, where
-    it is not 0. The model is loaded also where `draft` cannot be its draft model."""
+    it is not 0. The model is loaded also where `draft` cannot be its draft model. `disk_cache` is the folder of all
+    models' prefixes on disk, `disk_cache_bytes` what they may hold together."""
 
     model: str
     path: str
     max_batch: int = 32
     prefill_step: int = 512
     cache_bytes: int = 0
+    disk_cache: str = ""
+    disk_cache_bytes: int = 0
     draft: Attach | None = None
     context_length: int = 0
     kv_bytes: int = 0
@@ -238,6 +248,18 @@ class Embedded(msgspec.Struct, kw_only=True):
     vectors: bytes
     dimensions: int
     prompt_tokens: int
+
+
+class Prewarm(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """The text of a system turn; `adapter` as in Generate."""
+
+    system: str
+    adapter: str | None = None
+
+
+class Cleared(msgspec.Struct, omit_defaults=True, kw_only=True):
+    memory_bytes: int = 0
+    disk_bytes: int = 0
 
 
 class Step(msgspec.Struct, omit_defaults=True):

@@ -33,6 +33,7 @@ class WorkerEvents(Protocol):
     def worker_piece(self, rid: int, text: str, reasoning: str, index: int = 0) -> None: ...
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None: ...
     def worker_memory(self, worker: int, memory_bytes: int) -> None: ...
+    def worker_cache_failed(self, worker: int, failures: int) -> None: ...
     def worker_exited(self, worker: int, death: Death) -> None: ...
 
 
@@ -56,6 +57,7 @@ class WorkerLink:
         self.child: Child | None = None
         self.loaded: wire.Loaded | None = None
         self.ready_at: float | None = None
+        self.prompt_cache: wire.PromptCacheStats | None = None  # as it said last
         self._load = load
         self._load_s = load_s
         self._events = events
@@ -87,7 +89,7 @@ class WorkerLink:
             self._load.kv_bytes = kv_bytes
             self.child.notify("allow", {"kv_bytes": kv_bytes})
 
-    def ask(self, method: str, params: Any, answer: Answered, *, characters: int) -> int:
+    def ask(self, method: str, params: Any, answer: Answered, characters: int = 0) -> int:
         """Ask for what is no generation; `answer` is called once, with the result or an error.
 
         Args:
@@ -147,7 +149,11 @@ class WorkerLink:
 
     def on_heartbeat(self, child: Child, heartbeat: wire.Heartbeat, /) -> None:
         if self.loaded is not None:
+            before, self.prompt_cache = self.prompt_cache, heartbeat.prompt_cache
             self._events.worker_memory(self.worker, heartbeat.memory_bytes)
+            failures = heartbeat.prompt_cache.disk_failures if heartbeat.prompt_cache is not None else 0
+            if failures > (before.disk_failures if before is not None else 0):
+                self._events.worker_cache_failed(self.worker, failures)
 
     def on_message(self, child: Child, message: dict[str, Any], /) -> None:
         method = message.get("method")

@@ -84,9 +84,9 @@ class LoadedModel:
     vocabulary: int
     defaults: dict[str, Any] = field(default_factory=dict)
     faithful: bool = False
+    batching: Batching = "together"
     vision: Vision | None = None
     blind: str | None = "this model sees no images"
-    batching: Batching = "together"
     pooling: Pooling = field(default_factory=Pooling)
 
     @property
@@ -178,9 +178,9 @@ def _load(
         vocabulary=vocabulary,
         defaults=check_defaults(settings.get("defaults", {})),
         faithful=settings.get("guard") == "faithful",
+        batching=batching,
         vision=vision,
         blind=None if vision is not None else _blind(family),
-        batching=batching,
         pooling=read_pooling(folder, config),
     )
 

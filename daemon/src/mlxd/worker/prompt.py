@@ -10,7 +10,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
@@ -103,11 +103,31 @@ class PromptBuilder:
             found.add(len(tokens) - len(self._tokenizer.encode(rest, add_special_tokens=False)))
         if messages[0]["role"] == "system" and len(messages) > 1:
             with contextlib.suppress(Exception):
-                # Up to where another first turn would make a difference.
-                other = {**messages[1], "content": "y" if messages[1]["content"].startswith("x") else "x"}
-                same = text[: _same(text, self._apply([messages[0], other], thinking))]
-                found.add(_same(tokens, self._tokenizer.encode(same, add_special_tokens=False)))
+                found.add(self._system_cut(messages, thinking, text, tokens))
         return tuple(sorted(cut for cut in found if 0 < cut < len(tokens)))
+
+    def _system_cut(self, messages: list[dict[str, Any]], thinking: bool, text: str, tokens: list[int]) -> int:
+        """After how many tokens another first turn would make a difference. Raises what the template raises."""
+        other = {**messages[1], "content": "y" if messages[1]["content"].startswith("x") else "x"}
+        same = text[: _same(text, self._apply([messages[0], other], thinking))]
+        return _same(tokens, self._tokenizer.encode(same, add_special_tokens=False))
+
+    def system(self, text: str, *, thinking: bool) -> Prompt:
+        """A prompt with this system turn and a first turn; its only cut is where other first turns would differ.
+
+        Raises:
+            Unsupported: the model's template takes no such turn, or no prompts begin alike with it.
+            RpcError: as `build`.
+        """
+        if not self._tokenizer.has_chat_template:
+            raise Unsupported("this model has no chat template: it takes no system turn", option="system")
+        messages = [{"role": "system", "content": text}, {"role": "user", "content": "x"}]
+        prompt = self.build("chat", messages, thinking=thinking)
+        rendered = self._render(messages, thinking)
+        cut = self._system_cut(messages, thinking, rendered, prompt.tokens)
+        if not 0 < cut < len(prompt.tokens):
+            raise Unsupported("the prompts of this model do not begin with the system turn", option="system")
+        return replace(prompt, cuts=(cut,))
 
     def open_thought(self, prompt: Prompt) -> Prompt:
         """The prompt, with a thought begun where the template left that to the model. Raises ContextExceeded."""
