@@ -168,7 +168,7 @@ def test_stop_without_a_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_ended_processes_are_seen(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    assert service._gone(str(tmp_path / "no-socket"), process.pid, 0)
+    assert service.gone(str(tmp_path / "no-socket"), process.pid, 0)
 
 
 # --- run ------------------------------------------------------------------------------------------------------------
@@ -389,6 +389,28 @@ def test_chat_from_a_pipe(daemon: ScriptedDaemon, mlxd: Run, monkeypatch: pytest
         ["system: be brief", "user: hello", "assistant: HELLO", "user: world"],
         ["system: be brief", "user: two\nlines"],
     ]
+
+
+def test_chat_shows_images(daemon: ScriptedDaemon, mlxd: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def seen(connection: Connection, request: dict[str, Any]) -> Any:
+        connection.stream(request["id"], 0, text="seen")
+        return completion("seen")
+
+    daemon.on("chat", seen)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"what is it\n/image /other.png\nand that\n")))
+    assert mlxd("chat", "--image", "cat.png", "--image", "/dog.png")[0] == 0
+    sent = [
+        request["params"]["messages"] for connection in daemon.connections for request in connection.requests("chat")
+    ]
+    first = [
+        {"type": "image", "path": str(tmp_path / "cat.png")},
+        {"type": "image", "path": "/dog.png"},
+        {"type": "text", "text": "what is it"},
+    ]
+    second = [{"type": "image", "path": "/other.png"}, {"type": "text", "text": "and that"}]
+    assert [turn["content"] for turn in sent[0]] == [first]
+    assert [turn["content"] for turn in sent[-1]][::2] == [first, second]
 
 
 def test_chat_from_a_pipe_ends_with_the_first_failure(

@@ -30,7 +30,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.worker": (
         {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.store"},
         {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance", "jsonschema",
-         "referencing"},
+         "referencing", "PIL"},
     ),
     "mlxd.fetch": (
         {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.store"},
@@ -152,7 +152,9 @@ def test_the_core_does_not_look_at_the_world() -> None:
 def test_only_workers_touch_mlx() -> None:
     for part, package, path in SOURCES:
         tops = {name.split(".")[0] for name in imports(path, package)}
-        assert part == "mlxd.worker" or tops.isdisjoint({"mlx", "mlx_lm", "transformers", "tokenizers"}), path
+        assert part == "mlxd.worker" or tops.isdisjoint(
+            {"mlx", "mlx_lm", "mlx_vlm", "transformers", "tokenizers", "PIL"}
+        ), path
 
 
 def test_only_fetchers_ask_the_hub() -> None:
@@ -168,6 +170,9 @@ def test_the_daemon_loads_nothing_heavy() -> None:
     heavy = {
         "mlx",
         "mlx_lm",
+        "mlx_vlm",
+        "PIL",
+        "requests",
         "numpy",
         "transformers",
         "tokenizers",

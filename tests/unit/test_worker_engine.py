@@ -310,7 +310,7 @@ def test_a_cancelled_row_leaves_its_text(engine: Engine, loaded: LoadedModel) ->
         ({"schema": [1]}, InvalidParams, "schema"),
         ({"thinking_budget": 5, "thinking": False}, InvalidParams, "thinking_budget"),
         ({"thinking_budget": -1}, InvalidParams, "thinking_budget"),
-        ({"adapter": "x"}, Unsupported, "adapter"),
+        ({"adapter": "x"}, InvalidParams, "adapter"),
         ({"draft_model": "x"}, Unsupported, "draft_model"),
         ({"cache_prompt": True}, Unsupported, "cache_prompt"),
         ({"frobnicate": 1}, InvalidParams, "frobnicate"),

@@ -12,7 +12,9 @@ from mlx_lm.utils import load_model
 
 from mlxd.worker import batch
 from mlxd.worker.batch import RowGenerator
+from mlxd.worker.kvcache import PromptCache
 from mlxd.worker.sampling import Sampling
+from mlxd.worker.waits import Reuse
 from support import tiny_model
 
 pytestmark = pytest.mark.model
@@ -103,12 +105,61 @@ def test_a_short_prompt_overtakes_a_long_one_that_is_being_read(model: Any) -> N
     assert order_of_first_tokens(model, [200, 12, 12], joins=1) == [1, 2, 0]
 
 
-def test_one_by_one_no_step_goes_by_without_reading(model: Any) -> None:
+def steps_until_all_are_read(model: Any, lengths: list[int]) -> int:
     generator = RowGenerator(model, max_batch=8, prefill_step=16, prefill_joins=1)
-    for _ in range(4):
-        generator.add([5] * 12, 64, Sampling(), [], StopSequences())
+    for length in lengths:
+        generator.add([5] * length, 64, Sampling(), [], StopSequences())
     steps = 0
-    while generator.active < 4 or generator.waiting:
+    while generator.active < len(lengths) or generator.waiting:
         generator.next()
         steps += 1
-    assert steps == 4
+    return steps
+
+
+def test_one_by_one_no_step_goes_by_without_reading(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "SHORT_S", 0.0)
+    monkeypatch.setattr(batch, "SHORT_PREFILLS", 12)
+    assert steps_until_all_are_read(model, [12] * 4) == 4
+
+
+def test_prompts_that_are_short_together_are_read_together(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "SHORT_S", 0.0)
+    monkeypatch.setattr(batch, "SHORT_PREFILLS", 24)
+    assert steps_until_all_are_read(model, [12, 12, 6, 6, 6, 6]) == 2
+    assert steps_until_all_are_read(model, [12, 13, 12]) == 3
+    monkeypatch.setattr(batch, "SHORT_PREFILLS", 128)
+    assert steps_until_all_are_read(model, [12] * 8) == 1
+
+
+def test_on_a_quick_device_longer_prompts_are_short(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "SHORT_PREFILLS", 12)
+    monkeypatch.setattr(batch, "SHORT_S", 0.5)
+    monkeypatch.setattr(batch, "FIRST_PREFILL", 48)  # in PREFILL_S, half a second
+    assert steps_until_all_are_read(model, [12] * 4) == 1
+
+
+def test_short_prompts_do_not_join_a_long_one_together(model: Any) -> None:
+    """Each would be as long as what is read of the long one."""
+    generator = RowGenerator(model, max_batch=8, prefill_step=16, prefill_joins=1)
+    generator.add([5] * 200, 64, Sampling(), [], StopSequences())
+    generator.next()
+    for _ in range(4):
+        generator.add([5] * 12, 64, Sampling(), [], StopSequences())
+    generator.next()
+    assert (generator.active, generator.waiting) == (2, 3)
+
+
+def test_what_is_kept_of_a_prompt_makes_it_a_short_one(model: Any) -> None:
+    cache = PromptCache(model, 10**9)
+    generator = RowGenerator(model, max_batch=8, prefill_step=512, prefill_joins=1, prompt_cache=cache)
+    shared = [7] * 100
+    first = generator.add([*shared, 8, 9], 1, Sampling(), [], StopSequences(), Reuse(b""))
+    while generator.active or generator.waiting:
+        for made in generator.next()[1]:
+            assert made.uid == first
+            cache.keep(b"", made.all_tokens, made.prompt_cache)
+    generator.settle()
+    for row in range(4):
+        generator.add([*shared, *range(20 + row, 40 + row)], 64, Sampling(), [], StopSequences(), Reuse(b""))
+    generator.next()
+    assert (generator.active, generator.waiting) == (4, 0)

@@ -47,11 +47,11 @@ class Prompts:
     such words for the other."""
 
     def __init__(self, model: Path) -> None:
-        self._random = random.Random(0)
+        self.random = random.Random(0)
         self._sentence = "{} um so i think we should uh meet at {} or {} pm" if model.name == "cleanup" else "{} {} {}"
 
     def one(self) -> Messages:
-        words = ("".join(self._random.choices(ascii_lowercase, k=3)) for _ in range(3))
+        words = ("".join(self.random.choices(ascii_lowercase, k=3)) for _ in range(3))
         return [{"role": "user", "content": self._sentence.format(*words)}]
 
     def several(self) -> list[Messages]:

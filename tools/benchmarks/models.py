@@ -1,8 +1,9 @@
-"""The two models that everything is measured on, as folders that daemon, mlx_lm and its server load alike.
+"""The models that everything is measured on, as folders that daemon, mlx_lm and its server load alike.
 
-`cleanup` is the built-in model, `shape` a Qwen3 of random weights, quantised to 4 bits. Both name a token that does
-not exist as their end of text: every answer then has exactly as many tokens as were asked for, on every side. On a CPU
-both are float32, as workers have it there, because half precision is far slower with mlx's CPU backend.
+`cleanup` is the built-in model, `shape` a Qwen3 of random weights, quantised to 4 bits, `dense` a smaller one that is
+not, so that a CPU makes the more of it the more rows there are. All name a token that does not exist as their end of
+text: every answer then has exactly as many tokens as were asked for, on every side. On a CPU all are float32, as
+workers have it there, because half precision is far slower with mlx's CPU backend.
 
 Run as a process, since only processes that end may import mlx here: `python -m benchmarks.models NAME FOLDER [WIDTH
 LAYERS]`.
@@ -34,7 +35,7 @@ def make(name: str, temp: Path, width: int = 0, layers: int = 0) -> Path:
     """The folder of the model `name`, made anew in `temp`."""
     folder = temp / name
     command = [sys.executable, "-m", "benchmarks.models", name, str(folder)]
-    if name == "shape":
+    if name != "cleanup":
         command += [str(width), str(layers)]
     subprocess.run(command, env=environment(temp), check=True)
     return folder
@@ -62,7 +63,7 @@ def make_cleanup(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def make_shape(folder: Path, width: int, layers: int) -> None:
+def make_shape(folder: Path, width: int, layers: int, *, quantised: bool) -> None:
     """A Qwen3 of the given size, made of noise. Only tokens of two or three letters are ever chosen, so that each
     brings text at once."""
     import mlx.core as mx
@@ -74,15 +75,14 @@ def make_shape(folder: Path, width: int, layers: int) -> None:
     tokens = write_tokenizer(folder)
     vocabulary = -(-len(tokens) // 64) * 64
     dtype, dtype_name = _dtype()
-    quantization = {"group_size": 32 if width % 64 else 64, "bits": 4}
+    quantization = {"group_size": 32 if width % 64 else 64, "bits": 4} if quantised else None
     config = {
         "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": width,
         "num_hidden_layers": layers, "intermediate_size": width * 8 // 3 // 64 * 64,
         "num_attention_heads": max(1, width // 64), "num_key_value_heads": max(1, width // 192), "head_dim": 64,
         "rms_norm_eps": 1e-6, "vocab_size": vocabulary, "max_position_embeddings": CONTEXT, "rope_theta": 1e6,
         "tie_word_embeddings": True, "torch_dtype": dtype_name, "eos_token_id": vocabulary,
-        "quantization": quantization,
-    }  # fmt: skip
+    } | ({"quantization": quantization} if quantization else {})  # fmt: skip
     mx.random.seed(0)
     model = Model(ModelArgs.from_dict(config))
     # Wider than nn's default, which keeps the logits apart: greedy decoding has no near-ties. Rows of zeros make
@@ -91,7 +91,8 @@ def make_shape(folder: Path, width: int, layers: int) -> None:
     chosen = mx.concatenate([chosen, mx.zeros((vocabulary - len(tokens), 1))])
     model.model.embed_tokens.weight = mx.random.normal((vocabulary, width)) * 0.5 * chosen
     model.set_dtype(dtype)
-    nn.quantize(model, **quantization)
+    if quantization:
+        nn.quantize(model, **quantization)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -138,4 +139,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "cleanup":
         make_cleanup(Path(sys.argv[2]))
     else:
-        make_shape(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+        make_shape(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), quantised=sys.argv[1] == "shape")

@@ -40,7 +40,7 @@ def environment(temp: Path, **more: str) -> dict[str, str]:
     return env | {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_CACHE": str(temp / "hub"),
-        "PYTHONPATH": str(TOOLS),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(TOOLS), os.environ.get("PYTHONPATH")))),
         "TMPDIR": str(temp),
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",  # it minds that the end of text is no token
@@ -150,11 +150,11 @@ class Reference:
 
 @contextlib.contextmanager
 def http_server(model: Path, temp: Path) -> Iterator[int]:
-    """mlx_lm.server with `model` loaded. Gives its port on the loopback interface."""
+    """mlx_lm.server with `model` loaded, on a worker's BLAS. Gives its port on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlx_lm.server", "--model", str(model), "--port", str(port)]
+    command = [sys.executable, "-m", "benchmarks.lm_server", "--model", str(model), "--port", str(port)]
     command += ["--log-level", "ERROR"]
     with open(temp / "http.log", "w+") as log:
         process = subprocess.Popen(command, env=environment(temp), stdout=log, stderr=log)

@@ -10,7 +10,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from . import download_rows, generation_rows, models, prefix_rows, size_rows, socket_rows, speculation_rows, table
+from . import (
+    download_rows,
+    generation_rows,
+    load_rows,
+    mixed_rows,
+    models,
+    prefix_rows,
+    profile_rows,
+    size_rows,
+    socket_rows,
+    speculation_rows,
+    table,
+)
 from .effort import FULL, QUICK, SMOKE, Effort
 from .processes import Daemon, Echo, Reference, folder
 
@@ -22,6 +34,8 @@ NAMES = (
     "download",
     *(f"speculation/{kind}" for kind in ("copy", "clean-ups", "draft")),
     *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "schema", "http", "prefix")),
+    *(f"{kind}/cleanup" for kind in ("load", "profile")),
+    *(f"{kind}/dense" for kind in ("load", "blas", "mixed", "profile")),
 )
 
 
@@ -78,24 +92,34 @@ def measure(wanted: Sequence[str], effort: Effort) -> Iterator[table.Row]:
         if any(name.endswith("/shape") for name in wanted):
             shape = models.make("shape", temp, effort.width, effort.layers)
             yield from generation(wanted, "shape", daemon, temp, shape, effort)
+        if any(name.endswith("/dense") for name in wanted):
+            dense = models.make("dense", temp, effort.dense_width, effort.dense_layers)
+            yield from generation(wanted, "dense", daemon, temp, dense, effort)
 
 
 def generation(
     wanted: Sequence[str], model: str, daemon: Daemon, temp: Path, path: Path, effort: Effort
 ) -> Iterator[table.Row]:
     """The rows of one model, which is unloaded afterwards."""
-    scale = effort.cleanup if model == "cleanup" else effort.shape
-    label = model if model == "cleanup" else f"{models.parameters(path) / 1e6:.0f} M, 4-bit"
+    scale = {"cleanup": effort.cleanup, "shape": effort.shape, "dense": effort.dense}[model]
+    width = "4-bit" if model == "shape" else "float"
+    label = model if model == "cleanup" else f"{models.parameters(path) / 1e6:.0f} M, {width}"
     if not any(name.endswith(f"/{model}") for name in wanted):
         return
     with daemon.client() as client:
         client.load(str(path), keep_alive=-1)
-        if {f"stream/{model}", f"batch/{model}"} & set(wanted):
+        if {f"stream/{model}", f"batch/{model}", f"load/{model}"} & set(wanted):
             with Reference(path, temp) as reference:
                 if f"stream/{model}" in wanted:
                     yield from generation_rows.stream_rows(label, daemon, reference, path, scale)
                 if f"batch/{model}" in wanted:
                     yield from generation_rows.batch_rows(label, daemon, reference, path, scale)
+                if f"load/{model}" in wanted:
+                    yield from load_rows.load_rows(label, daemon, reference, path, scale)
+        if f"blas/{model}" in wanted and sys.platform == "linux":
+            yield from load_rows.blas_rows(label, daemon, path, scale)
+        if f"mixed/{model}" in wanted:
+            yield from mixed_rows.mixed_rows(label, daemon, temp, path, scale)
         if f"schema/{model}" in wanted:
             yield from generation_rows.schema_rows(label, daemon, path, scale)
         if f"http/{model}" in wanted:
@@ -103,3 +127,5 @@ def generation(
         if f"prefix/{model}" in wanted:
             yield from prefix_rows.prefix_rows(label, daemon, path, scale)
         client.unload(str(path))
+    if f"profile/{model}" in wanted:
+        yield from profile_rows.profile_rows(label, path, temp, scale)

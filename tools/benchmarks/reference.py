@@ -12,9 +12,13 @@ import sys
 import time
 from typing import Any
 
-import mlx.core as mx
-from mlx_lm.generate import BatchGenerator, stream_generate
-from mlx_lm.utils import load
+from mlxd.worker.blas import use_blas
+
+use_blas("auto")  # the same as a worker's: what is compared is not the BLAS
+
+import mlx.core as mx  # noqa: E402
+from mlx_lm.generate import BatchGenerator, stream_generate  # noqa: E402
+from mlx_lm.utils import load  # noqa: E402
 
 
 class Runner:

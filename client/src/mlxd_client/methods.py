@@ -49,6 +49,7 @@ from .types import (
     PlanParams,
     ProcessParams,
     Status,
+    TextPart,
     TokensParams,
     TokensResult,
     VerifyResult,
@@ -221,7 +222,15 @@ def _set(options: Mapping[str, Any]) -> dict[str, Any]:
 def _turns(messages: Messages) -> list[Message]:
     if isinstance(messages, str):
         return [Message(role="user", content=messages)]
-    return [turn if isinstance(turn, Message) else Message(**turn) for turn in messages]
+    return [turn if isinstance(turn, Message) else Message(**_in_parts(turn)) for turn in messages]
+
+
+def _in_parts(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The turn, with texts that lie bare among its parts made parts."""
+    content = turn.get("content")
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return turn
+    return {**turn, "content": [TextPart(text=part) if isinstance(part, str) else part for part in content]}
 
 
 def _generate(method: str, params: ProcessParams | ChatParams, wait_s: Wait) -> Request[Completion]:
@@ -298,6 +307,7 @@ class Methods:
 
         Args:
             keep_alive: seconds until an idle model is unloaded; -1 never, 0 at once.
+            adapter: what requests get that name none: an absolute folder, or an id of the hub; `none` takes it away.
             wait_s: the caller's patience in seconds; unset or None has no limit.
 
         Raises ModelNotFound, ModelInvalid, InsufficientMemory, LoadFailed.
@@ -402,7 +412,8 @@ class Methods:
         """The next turn of a conversation.
 
         Args:
-            messages: the turns so far, as Message or dict {role, content, …}; a str is one user turn.
+            messages: the turns so far, as Message or dict {role, content, …}; a str is one user turn. Content is a
+                text, or a list of texts and images: see `mlxd_client.image`.
             wait_s: the caller's patience in seconds; giving up cancels the request.
             options: see GenerateParams, `tools` and `tool_choice`. Raises TypeError for names that are none.
         """

@@ -100,6 +100,7 @@ export interface Completion {
   structured?: unknown;
   logprobs?: TokenLogprob[];
   invented?: string[];
+  adapter?: string;
   speculation?: Speculation;
   alternatives?: Alternative[];
   dropped_messages?: number;
@@ -201,6 +202,22 @@ export interface HelloResult {
   capabilities: string[];
 }
 
+export interface ImagePart {
+  type: "image";
+  path?: string;
+  data?: string;
+}
+
+export interface ImageUrl {
+  url: string;
+  detail?: "auto";
+}
+
+export interface ImageUrlPart {
+  type: "image_url";
+  image_url: ImageUrl;
+}
+
 export interface Job {
   job: string;
   kind: "batch" | "download" | "load";
@@ -268,7 +285,7 @@ export interface Memory {
 
 export interface Message {
   role: "assistant" | "system" | "tool" | "user";
-  content?: string;
+  content?: string | (TextPart | ImagePart | ImageUrlPart)[];
   name?: string;
   tool_calls?: Record<string, unknown>[];
   tool_call_id?: string;
@@ -431,6 +448,11 @@ export interface SubscribeResult {
 
 export interface SubscriptionParams {
   subscription: number;
+}
+
+export interface TextPart {
+  type: "text";
+  text: string;
 }
 
 export interface Timings {

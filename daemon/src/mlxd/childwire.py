@@ -8,6 +8,7 @@ Daemon → worker, requests (id, method, params), each answered once by a result
     attach    Attach         → Attached         a draft model for the loaded one, in place of the one it has
     generate  Generate       → Generated        with `step` notifications on the way
     count     CountTokens    → {tokens}
+    adapt     Adapt          → Adapted          once the adapter is read; the one before it stays until then
     encode    EncodeText     → Packed, of types.EncodeResult
     decode    DecodeTokens   → {text}
     embed     EmbedTexts     → Embedded
@@ -44,11 +45,10 @@ MAX_DEPTH = types.MAX_DEPTH + 4
 MAX_RULE_BYTES = 256 * 1024
 # So may the tools of a request, as JSON: each schema is checked, and all are in the prompt.
 MAX_TOOLS, MAX_TOOLS_BYTES = 128, 256 * 1024
+# How many images a request may bring.
+MAX_IMAGES = 16
 # Options of the wire that no worker honours yet: refused before anything is loaded for them.
-NOT_YET = (
-    "adapter",
-    "draft_model",
-)
+NOT_YET = ("draft_model",)
 
 
 class Ready(msgspec.Struct, omit_defaults=True):
@@ -121,9 +121,10 @@ class Attached(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """One request. `messages` are chat turns as on the public wire, as are `tools` and `tool_choice`; `options` the
-    sampling options that were set, under the public wire's names; what is not set falls to the model's defaults, then
-    the worker's. `priority` as on the public wire: where requests wait inside the worker, interactive ones go first."""
+    """One request. `messages` are chat turns as on the public wire, images included, as are `tools` and `tool_choice`;
+    `options` the sampling options that were set, under the public wire's names; what is not set falls to the model's
+    defaults, then the worker's. `priority` as on the public wire: where requests wait inside the worker, interactive
+    ones go first. `adapter`: an absolute folder."""
 
     kind: str  # "process" | "chat"
     messages: list[dict[str, Any]]
@@ -132,6 +133,26 @@ class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
     tools: list[dict[str, Any]] = []
     tool_choice: str | dict[str, Any] | None = None
     priority: str = "interactive"
+    adapter: str | None = None
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """What a name was found to stand for: `id` is said to clients; to workers the absolute folder `path` is."""
+
+    id: str
+    path: str
+
+
+class Adapt(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`adapter` is an absolute folder; that adapter is kept in memory, whatever else is read. None lets go of it."""
+
+    adapter: str | None = None
+
+
+class Adapted(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """What the adapters hold now."""
+
+    adapters_bytes: int = 0
 
 
 class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # What goes to the worker as it stands on the wire; the rest of the params is the daemon's own business.
 _NOT_FOR_WORKERS = frozenset(
-    {"model", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *wire.NOT_YET}
+    {"model", "adapter", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *wire.NOT_YET}
 )
 _SAMPLING = tuple(f for f in types.GenerateParams.__struct_fields__ if f not in _NOT_FOR_WORKERS)
 
@@ -30,8 +30,8 @@ class Generation:
     """A generation that has had no last word yet. Also its caller's ticket."""
 
     __slots__ = (
-        "accepted_at", "client", "dispatched_at", "gave_up", "kind", "model", "outcome", "params", "ready_at", "rid",
-        "sink", "tell", "waiting",
+        "accepted_at", "adapter", "client", "dispatched_at", "gave_up", "kind", "model", "outcome", "params",
+        "ready_at", "rid", "sink", "tell", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -55,6 +55,7 @@ class Generation:
         self.gave_up = False
         self.waiting: asyncio.Task[None] | None = None  # what looks for the model, and may fetch it, before the core
         self.model = ""
+        self.adapter: wire.Adapter | None = None
         self.ready_at = 0.0
 
     def cancel(self) -> None:
@@ -87,6 +88,7 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
         alternatives=None if made.alternatives is None else [_alternative(answer) for answer in made.alternatives],
         tool_calls=made.tool_calls, malformed_tool_calls=made.malformed_tool_calls,
         alone=made.alone, speculation=made.speculation,
+        adapter=None if request.adapter is None else request.adapter.id,
     )  # fmt: skip
 
 
@@ -114,6 +116,7 @@ def refuse_unsupported(params: types.GenerateParams) -> None:
         check_tools(params.tools)
         if params.tool_choice is not UNSET and not params.tools:
             raise errors.InvalidParams("there are no tools to choose from", field="tool_choice")
+        check_images(params.messages)
 
 
 def check_rule(params: types.GenerateParams) -> None:
@@ -145,26 +148,67 @@ def check_tools(tools: list[dict[str, Any]] | UnsetType) -> None:
         raise errors.InvalidParams(told, field="tools", limit_bytes=wire.MAX_TOOLS_BYTES)
 
 
-def worker_params(kind: str, params: types.GenerateParams) -> wire.Generate:
+def check_images(messages: list[types.Message]) -> int:
+    """How many images there are. Raises InvalidParams for those that no worker would read, as far as that shows from
+    outside: whether a file is there, and is an image, is for the worker to see."""
+    count = 0
+    for number, turn in enumerate(messages):
+        for place, part in enumerate(turn.content if isinstance(turn.content, list) else ()):
+            if isinstance(part, types.TextPart):
+                continue
+            count += 1
+            field = f"messages[{number}].content[{place}]"
+            if count > wire.MAX_IMAGES:
+                told = f"{field}: a request brings {wire.MAX_IMAGES} images at most"
+                raise errors.InvalidParams(told, field=field, limit=wire.MAX_IMAGES)
+            if isinstance(part, types.ImageUrlPart):
+                if not part.image_url.url[:5].lower() == "data:":
+                    raise errors.InvalidParams(f"{field}: nothing is fetched; send a data: URL or a path", field=field)
+            elif (part.path is UNSET) == (part.data is UNSET):
+                raise errors.InvalidParams(f"{field}: an image is either a path or data", field=field)
+            elif part.path is not UNSET and (not part.path.startswith("/") or "\0" in part.path):
+                raise errors.InvalidParams(f"{field}: the path of an image is absolute", field=field)
+    return count
+
+
+def turn_params(messages: list[types.Message]) -> list[dict[str, Any]]:
+    """Turns as their worker gets them."""
+    return [msgspec.to_builtins(message, builtin_types=(bytes,)) for message in messages]
+
+
+def worker_params(kind: str, params: types.GenerateParams, adapter: wire.Adapter | None = None) -> wire.Generate:
     """The request as its worker gets it: turns, and the options that were set."""
     if isinstance(params, types.ChatParams):
-        messages = [msgspec.to_builtins(message) for message in params.messages]
+        messages = turn_params(params.messages)
     else:
         assert isinstance(params, types.ProcessParams)
         messages = [] if params.system is UNSET else [{"role": "system", "content": params.system}]
         messages.append({"role": "user", "content": params.prompt})
     options = {name: value for name in _SAMPLING if (value := getattr(params, name)) is not UNSET}
-    made = wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority)
+    path = None if adapter is None else adapter.path
+    made = wire.Generate(
+        kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority, adapter=path
+    )
     if isinstance(params, types.ChatParams) and params.tools:
         made.tools = params.tools
         made.tool_choice = None if params.tool_choice is UNSET else params.tool_choice
     return made
 
 
+def characters(messages: list[types.Message]) -> int:
+    """How much text turns have."""
+    total = 0
+    for turn in messages:
+        if isinstance(turn.content, str):
+            total += len(turn.content)
+        else:
+            total += sum(len(part.text) for part in turn.content if isinstance(part, types.TextPart))
+    return total
+
+
 def count_params(params: types.TokensParams) -> wire.CountTokens:
     if params.messages is not UNSET:
-        turns = [msgspec.to_builtins(message) for message in params.messages]
-        return wire.CountTokens(messages=turns, tools=params.tools or [])
+        return wire.CountTokens(messages=turn_params(params.messages), tools=params.tools or [])
     return wire.CountTokens(text=params.text or "")
 
 

@@ -27,7 +27,16 @@ from .core import actions as do
 from .core import events as ev
 from .core.core import Core, Limits
 from .fetchers import Fetchers
-from .generation import Generation, check_tools, completion, count_params, refuse_unsupported, with_text, worker_params
+from .generation import (
+    Generation,
+    characters,
+    check_tools,
+    completion,
+    count_params,
+    refuse_unsupported,
+    with_text,
+    worker_params,
+)
 from .library import Library, draft_bytes
 from .server.events import EventLog
 from .workers import Attached, WorkerLink
@@ -37,6 +46,9 @@ if TYPE_CHECKING:
     from .server.runtime_api import Log, Sink
     from .settings import Settings
     from .store import Found, Store
+
+# What a request says that wants the model without the adapter that it was loaded with.
+NO_ADAPTER = "none"
 
 T = TypeVar("T")
 
@@ -160,7 +172,8 @@ class Runtime:
         )  # fmt: skip
         link = WorkerLink(action.worker, load, self, load_s=settings.load_s)
         self._links[action.worker] = link
-        spec = ChildSpec(kind="worker", name=action.model, argv=settings.worker_command)
+        environment = {"MLXD_BLAS": settings.blas}
+        spec = ChildSpec(kind="worker", name=action.model, argv=settings.worker_command, env=environment)
         link.child = self._supervisor.spawn(spec, link)
         self._log.info("loading", model=action.model, worker=action.worker, pid=link.child.pid)
         self._share_memory()
@@ -188,7 +201,9 @@ class Runtime:
         request.dispatched_at = time.monotonic()
         request.ready_at = link.ready_at or 0.0
         try:
-            link.generate(request.rid, worker_params(request.kind, request.params))
+            if request.params.adapter is UNSET:
+                request.adapter = link.adapter
+            link.generate(request.rid, worker_params(request.kind, request.params, request.adapter))
         except Exception as error:  # a bug; the caller must hear of it all the same
             self._log.error("handing a request over failed", request=request.sink.request_name, exc_info=error)
             request.outcome = errors.InternalError(f"the request could not be handed over: {type(error).__name__}")
@@ -337,16 +352,28 @@ class Runtime:
             return self.core.view(named)  # it is on its way, or was
 
     async def load(self, client: int, params: types.LoadParams) -> types.Model:
-        if params.adapter is not UNSET:
-            raise errors.Unsupported("adapter is not supported by the models' backend", option="adapter")
+        adapter = None if params.adapter is UNSET else await self._adapter(params.adapter)
         model = await self._have(params.model)
         keep_alive = None if params.keep_alive is UNSET else params.keep_alive
         draft = None if params.draft_model is UNSET else await self._have_draft(params.draft_model, model)
         room = 0 if draft is None else draft_bytes(draft)
-        view: types.Model = await self._reach(
-            lambda rid: ev.Ensure(rid, client, model, keep_alive_s=keep_alive, draft_bytes=room)
-        )
-        return view if draft is None else await self._attach(client, model, draft)
+        # It cannot go before its adapter is there.
+        lease = None if params.adapter is UNSET else self._new_lease()
+        try:
+            view: types.Model = await self._reach(
+                lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive, draft_bytes=room)
+            )
+            if draft is not None:
+                view = await self._attach(client, model, draft)
+            if lease is None:
+                return view
+            adapted: asyncio.Future[Any] = self.loop.create_future()
+            self._link(model).adapt(adapter, lambda answer: settle(adapted, answer))
+            await adapted
+        finally:
+            if lease is not None:
+                self.tell(ev.Release(client, lease))
+        return self.core.view(model)
 
     async def _have_draft(self, ref: str, model: str) -> Found:
         """The draft model that `ref` names. Raises what `_have` does, and InvalidParams for what is none."""
@@ -392,6 +419,23 @@ class Runtime:
 
         link.attach(wire.Attach(draft=draft.model, path=draft.path), attached)
 
+    async def _adapter(self, ref: str) -> wire.Adapter | None:
+        if ref == NO_ADAPTER:
+            return None
+        found = await self._library.adapter(ref)
+        return wire.Adapter(id=found.adapter, path=found.path)
+
+    def _new_lease(self) -> str:
+        return f"{self.epoch[:6]}-{next(self._leases)}"
+
+    def _link(self, model: str) -> WorkerLink:
+        """The worker of a model that is Ready."""
+        worker = self.core.models[model].worker
+        link = None if worker is None else self._links.get(worker)
+        if link is None:
+            raise errors.WorkerDied("the model's worker went away", cause="exit")
+        return link
+
     async def unload(self, ref: str) -> types.Model:
         model = await self._library.resolve(ref)
         view: types.Model = await self._reach(lambda rid: ev.Unload(rid, 0, model))
@@ -399,7 +443,7 @@ class Runtime:
 
     async def acquire(self, client: int, ref: str, *, keep_alive_s: float | None = None) -> types.Lease:
         model = await self._have(ref)
-        lease = f"{self.epoch[:6]}-{next(self._leases)}"
+        lease = self._new_lease()
         try:
             view = await self._reach(lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive_s))
         except asyncio.CancelledError:
@@ -568,7 +612,7 @@ class Runtime:
         request = Generation(self.tell, next(self._rids), client, kind, params, sink)
         self._open[request.rid] = request
         known = self._library.known(ref)
-        if known is not None:
+        if known is not None and params.adapter is UNSET:
             self._submit(request, known)
         else:
             task = request.waiting = self.loop.create_task(self._resolve_and_submit(request, ref))
@@ -581,6 +625,8 @@ class Runtime:
         patience = asyncio.timeout(limit_s)
         try:
             async with patience:
+                if request.params.adapter is not UNSET:
+                    request.adapter = await self._adapter(request.params.adapter)
                 model = await self._have(ref, lambda progress: request.sink.phase("downloading", progress))
         except errors.RpcError as error:
             self._turn_away(request, error)
@@ -630,9 +676,9 @@ class Runtime:
             raise errors.InvalidParams("give either text or messages", field="text")
         check_tools(params.tools)
         turns = [] if params.messages is UNSET else params.messages
-        characters = len(params.text or "") + sum(len(turn.content) for turn in turns)
-        characters += sum(len(msgspec.json.encode(tool)) for tool in params.tools or ())
-        _, result = await self._ask(client, params.model, "count", count_params(params), characters)
+        length = len(params.text or "") + characters(turns)
+        length += sum(len(msgspec.json.encode(tool)) for tool in params.tools or ())
+        _, result = await self._ask(client, params.model, "count", count_params(params), length)
         return msgspec.convert(result, types.TokensResult)
 
     async def encode(self, client: int, params: types.EncodeParams) -> types.EncodeResult:
@@ -669,10 +715,7 @@ class Runtime:
         # Leased, so that the model cannot go between loading and asking.
         lease = await self.acquire(client, ref, keep_alive_s=keep_alive_s)
         try:
-            worker = self.core.models[lease.model.id].worker
-            link = None if worker is None else self._links.get(worker)
-            if link is None:
-                raise errors.WorkerDied("the model's worker went away", cause="exit")
+            link = self._link(lease.model.id)
             answer: asyncio.Future[Any] = self.loop.create_future()
             asked = link.ask(method, params, lambda told: settle(answer, told), characters=characters)
             try:

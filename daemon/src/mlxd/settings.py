@@ -81,6 +81,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             together with those that run; 0 keeps none.
         kv_bits: models, by id, whose KV caches are quantised for requests that say nothing, and to how many bits.
         max_batch: how many requests decode together in one model.
+        blas: the library that multiplies matrices where MLX runs on a Linux CPU. `auto` takes OpenBLAS, as installed
+            with the daemon or the system, or else what MLX brings; `bundled` that one; an absolute path that library,
+            or no model loads.
         queue_limit: how many requests may wait, over all models.
         requests_in_flight: how many requests one connection may have open.
         max_clients: how many connections are taken at a time.
@@ -119,6 +122,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prompt_cache_bytes: Annotated[int, Meta(ge=0, le=2**53)] = msgspec.field(default_factory=prompt_cache_budget)
     kv_bits: dict[Name, Literal[4, 8]] = {}
     max_batch: Annotated[int, Meta(ge=1, le=1024)] = 32
+    blas: Annotated[str, Meta(pattern=r"^(auto|bundled|/[^\0]+)$", max_length=4096)] = "auto"
     queue_limit: Count = 512
     requests_in_flight: Count = 1024
     max_clients: Count = 2048

@@ -20,6 +20,8 @@ from .children.death import Death
 # Characters, and characters a second: a slow tokenizer on a busy machine.
 _LONG_TEXT = 100_000
 _READING_SPEED = 20_000
+# Seconds: a large vision tower looks at one image, on a slow device.
+_LOOKING_S = 60.0
 
 
 class WorkerEvents(Protocol):
@@ -62,6 +64,7 @@ class WorkerLink:
         self._load_timer: asyncio.TimerHandle | None = None
         self._rids: dict[int, int] = {}  # the child's request id → rid
         self._ids: dict[int, int] = {}  # and back
+        self.adapter: wire.Adapter | None = None  # what requests get that name none
         self._asked: dict[int, Answered] = {}  # what is no generation
         self._attaching: dict[int, Attached] = {}
         self._reading: dict[int, float] = {}  # requests with long texts, and the seconds that reading each may take
@@ -71,7 +74,7 @@ class WorkerLink:
     def generate(self, rid: int, params: wire.Generate) -> None:
         assert self.child is not None
         request_id = self.child.request("generate", params)
-        self._expect_reading(request_id, _characters(params.messages, params.tools))
+        self._expect_reading(request_id, *_size(params.messages, params.tools))
         self._rids[request_id] = rid
         self._ids[rid] = request_id
 
@@ -112,10 +115,24 @@ class WorkerLink:
         self._reading[request_id] = self._load_s  # as with a load, there may be no sign of life meanwhile
         self._bear_silence()
 
-    def _expect_reading(self, request_id: int, characters: int) -> None:
-        """A tokenizer gives no sign of life before it has read its whole text: bear with it in proportion."""
-        if characters > _LONG_TEXT:
-            self._reading[request_id] = characters / _READING_SPEED
+    def adapt(self, adapter: wire.Adapter | None, answer: Answered) -> None:
+        """Have requests get this adapter that name none, once it is read; `answer` is called then, or with why not."""
+
+        def answered(told: Any) -> None:
+            if not isinstance(told, errors.RpcError):
+                self.adapter = adapter
+            answer(told)
+
+        self.ask("adapt", wire.Adapt(adapter=None if adapter is None else adapter.path), answered, characters=0)
+
+    def _expect_reading(self, request_id: int, characters: int, images: int = 0) -> None:
+        """A tokenizer gives no sign of life before it has read its whole text, nor a vision tower before it has seen
+        an image: bear with them, with texts in proportion."""
+        patience_s = characters / _READING_SPEED if characters > _LONG_TEXT else 0.0
+        if images:
+            patience_s += _LOOKING_S
+        if patience_s:
+            self._reading[request_id] = patience_s
             self._bear_silence()
 
     def _bear_silence(self) -> None:
@@ -200,7 +217,17 @@ class WorkerLink:
             self._events.worker_answered(rid, outcome)
 
 
-def _characters(turns: list[dict[str, Any]], tools: list[dict[str, Any]]) -> int:
-    """How long the prompt will be, about."""
-    others = [tools, *(turn["tool_calls"] for turn in turns if turn.get("tool_calls"))]
-    return sum(len(turn.get("content", "")) for turn in turns) + sum(len(msgspec.json.encode(o)) for o in others if o)
+def _size(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> tuple[int, int]:
+    """How many characters of text, and how many images, turns have."""
+    images, characters = 0, len(msgspec.json.encode(tools)) if tools else 0
+    for turn in messages:
+        if turn.get("tool_calls"):
+            characters += len(msgspec.json.encode(turn["tool_calls"]))
+        content = turn.get("content", "")
+        if isinstance(content, str):
+            characters += len(content)
+        else:
+            texts = [part["text"] for part in content if part["type"] == "text"]
+            characters += sum(map(len, texts))
+            images += len(content) - len(texts)
+    return characters, images

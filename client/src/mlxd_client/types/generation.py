@@ -9,11 +9,41 @@ from msgspec import UNSET, Meta, UnsetType
 from .base import MAX_INTEGER, FinishReason, KeepAlive, ModelRef, Name, Params, Result
 
 Role = Literal["system", "user", "assistant", "tool"]
-Text = str
+
+
+class TextPart(Params, kw_only=True, tag_field="type", tag="text"):
+    """Some of a turn's text."""
+
+    text: str
+
+
+class ImagePart(Params, kw_only=True, tag_field="type", tag="image"):
+    """An image, where the turn speaks of it: the `path` of a file, absolute, or its bytes as `data` (base64 in JSON).
+    PNG, JPEG, WebP or GIF, of one frame."""
+
+    path: Annotated[str, Meta(min_length=1, max_length=4096)] | UnsetType = UNSET
+    data: Annotated[bytes, Meta(min_length=1)] | UnsetType = UNSET
+
+
+class ImageUrl(Params, kw_only=True):
+    """`url` is a `data:` URL with base64. Nothing is fetched. `detail` is for others: images are read as the model
+    reads them."""
+
+    url: Annotated[str, Meta(min_length=1)]
+    detail: Literal["auto"] | UnsetType = UNSET
+
+
+class ImageUrlPart(Params, kw_only=True, tag_field="type", tag="image_url"):
+    """An image as OpenAI's clients send it."""
+
+    image_url: ImageUrl
+
+
+Part = TextPart | ImagePart | ImageUrlPart
 
 
 class Message(Params, kw_only=True):
-    """One turn. `content` is text.
+    """One turn. `content` is text, or parts: texts and images in the order in which they are read.
 
     `tool_calls` are an assistant turn's: {id, name, arguments}, as a Completion has them, or {id, type: "function",
     function: {name, arguments}}, whose arguments may be JSON text. A `tool` turn brings what one of them returned:
@@ -21,7 +51,7 @@ class Message(Params, kw_only=True):
     """
 
     role: Role
-    content: Text = ""
+    content: str | Annotated[list[Part], Meta(max_length=1024)] = ""
     name: Name | UnsetType = UNSET
     tool_calls: list[dict[str, Any]] | UnsetType = UNSET
     tool_call_id: Name | UnsetType = UNSET
@@ -43,7 +73,8 @@ class GenerateParams(Params, kw_only=True):
     `xtc_probability` is how often, for each token, all but the least likely of those above `xtc_threshold` (0.1) are
     left out; ends of lines and of the answer are spared.
 
-    `adapter` is a LoRA or DoRA folder, absolute, or the id of one from the hub. `speculation`: `auto`, the default,
+    `adapter` is a LoRA or DoRA folder, absolute, or the id of one from the hub that is on this machine; unset means the
+    one that the model was loaded with, and `none` the model alone. `speculation`: `auto`, the default,
     guesses ahead where that pays, by the model's draft model if it has one, else by looking up what the prompt says;
     neither changes the answer. `lookup` and `draft` guess by that means whenever the request decodes alone, whether it
     pays or not; `off` never.
@@ -183,7 +214,7 @@ class Completion(Result, kw_only=True):
     `structured` is the parsed answer where a `schema` was asked and the answer is whole; null, and what the wire cannot
     carry, are in `text` only. `alone`: `context_policy` rotate or `deterministic` had this request served by itself.
     `speculation` is set where any token was guessed ahead. `finish_reason` is `tool_calls` where the answer ended by
-    itself with whole calls in it.
+    itself with whole calls in it. `adapter` is the id of the adapter that the model had.
 
     `alternatives` are the answers after the first, where `n` were asked: `usage.completion_tokens` is of all together,
     the other fields are the first one's. `dropped_messages` is how many `context_policy` left out."""
@@ -199,6 +230,7 @@ class Completion(Result, kw_only=True):
     structured: Any = None
     logprobs: list[TokenLogprob] | None = None
     invented: list[str] | None = None
+    adapter: str | None = None
     speculation: Speculation | None = None
     alternatives: list[Alternative] | None = None
     dropped_messages: int = 0

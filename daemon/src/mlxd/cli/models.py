@@ -27,6 +27,12 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--keep-alive", type=duration, metavar="TIME", help="unload when unused for so long: 90, 5m, 2h, forever"
     )
+    parser.add_argument(
+        "--adapter",
+        type=model_ref,
+        metavar="MODEL",
+        help="a LoRA or DoRA folder or repository, for requests without one",
+    )
 
     parser.add_argument(
         "--draft-model",
@@ -137,7 +143,9 @@ def load(args: argparse.Namespace, output: Output) -> int:
     output.progress(f"loading {args.model}")
     try:
         with connect(args) as client:
-            model = client.load(args.model, keep_alive=args.keep_alive, draft_model=args.draft_model)
+            model = client.load(
+                args.model, keep_alive=args.keep_alive, adapter=args.adapter, draft_model=args.draft_model
+            )
     finally:
         output.progress(None)
     if output.json:

@@ -1,8 +1,12 @@
 """What runs inside a worker process: one loaded model and the requests that decode on it in one batch.
 
     __main__   starts the process and says `ready`
+    blas       which library multiplies matrices on a Linux CPU
+    alias      its functions, under the names that MLX calls
+    threads    how many threads it uses, as the machine has cores to spare
     loop       the pipe, one decode step, the pipe again
     load       a folder becomes a LoadedModel, or a typed error
+    families   what architectures cannot do in a batch
     options    what a request asks for, what the model defaults to, what is refused
     prompt     messages become tokens, through the model's chat template
     turns      the turns of a conversation, checked
@@ -12,6 +16,9 @@
     toolflat   those that spell argument by argument
     calls      tool calls out of what a model wrote
     shorten    which messages of a conversation go where it is too long
+    images     an image of a request becomes pixels, or a typed error
+    vision     a model that sees: mlx-vlm's, in two halves
+    sights     prompts with images, on their way into the batch
     engine     the requests in flight and how each ends
     answers    several answers to one prompt, as one result
     lanes      a batch for each kind of rows that cannot share one, and whose turn it is
@@ -25,6 +32,9 @@
     grammar    schemas and grammars, compiled; or refused
     trial      compiles in a process that may be lost
     constraint what one answer may go on with, as masks over a batch's logits
+    adapters   the LoRA and DoRA adapters beside the model: read, kept, let go
+    adapterfile an adapter's folder becomes what it does to each layer
+    adapted    layers that compute adapters, for rows with different ones
     sampling   penalties, filters and seeded draws, for a whole batch
     speculation guesses ahead: whose they are, and what checking them takes
     lookup     guesses by looking up what was said before

@@ -11,6 +11,7 @@ import os
 import sys
 
 from ..childside import Pipe, PipeClosed, Stopped, settle
+from .blas import VARIABLE, use_blas
 
 
 def main() -> int:
@@ -29,15 +30,19 @@ def main() -> int:
 def serve(pipe: Pipe) -> int:
     import importlib.metadata
 
+    wished = os.environ.get(VARIABLE) or "auto"
+    blas = use_blas(wished)  # comes before whatever imports MLX
+
     from ..childwire import Ready
     from .engine import EngineLost
     from .loop import Worker
 
     versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")}
+    versions["blas"] = f"{blas.name} ({blas.problem})" if blas.problem else blas.name
     pipe.notify("ready", Ready(pid=os.getpid(), kind="worker", versions=versions))
     pipe.flush()
     try:
-        Worker(pipe).run()
+        Worker(pipe, blas, chosen=wished != "auto").run()
     except EngineLost as error:
         print(f"the engine is lost: {error}", file=sys.stderr)
         return 1

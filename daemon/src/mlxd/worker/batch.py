@@ -21,6 +21,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mlxd_client.errors import InternalError
 
+from .adapted import BASE, Mix
 from .constraint import allows_any, apply_masks
 from .kvcache import PromptCache, RowView, foreseen_bytes, take
 from .patience import Patience
@@ -41,6 +42,10 @@ PREFILL_S = 0.5
 LEAST_PREFILL = 4
 # How many prompts are read together.
 MOST_PREFILLS = 8
+# Prompts of which no more than this is to be read, all of them together, begin together wherever none is being read; so
+# do more, as far as they take no longer than so many seconds. Product for product and step for step, rows that go
+# together cost a CPU hardly more than one that goes alone.
+SHORT_PREFILLS, SHORT_S = 128, 0.25
 # How many tokens are read the first time, of all prompts together, while nobody knows yet how long that takes.
 FIRST_PREFILL = 64
 # How many steps the batch may grow before it is looked at again how much it holds.
@@ -107,7 +112,8 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
         count = inputs.shape[0]
         values = fed if isinstance(fed, list) else [0] * count  # what is not known is not looked at
         plan = Plan([row] * count, prefixes(tokens, values, PENALTY_WINDOW), inputs)
-        logits = self.model(inputs[None], cache=self.prompt_cache)[0]
+        with plan.mix or BASE:
+            logits = self.model(inputs[None], cache=self.prompt_cache)[0]
         for processor in self.logits_processors[0]:
             logits = processor(None, logits)
         logits = plan.penalise(inputs, logits)
@@ -160,7 +166,8 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
             if self._steps_alone >= STEPS_ALONE:
                 self._make_plain()
 
-        logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+        with plan.mix or BASE:
+            logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         self._next_logprobs = [None] * len(self.uids)
         if any(self.logits_processors):
             logits = self._run_processors(inputs, logits)
@@ -275,6 +282,10 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
 class RowPrompts(PromptProcessingBatch):  # type: ignore[misc]
     """A PromptProcessingBatch that hands over to a RowBatch."""
 
+    def prompt(self, tokens: list[list[int]]) -> None:
+        with Mix.of([row.adapter for row in self.samplers]) or BASE:
+            super().prompt(tokens)
+
     def extract_cache(self, idx: int) -> RowView | None:
         return take(self.prompt_cache, idx, len(self.tokens[idx]))
 
@@ -304,6 +315,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         prefill_step: how many tokens of each prompt are read between two decode steps at most; see PREFILL_S.
         prefill_joins: how many prompts begin to be read in one step at most. One that takes several steps is read
             together with those that begin after it.
+        most_prefills: how many prompts are read together at most.
         prompt_cache: where prompts find what was computed before; None computes everything.
         beside: what caches hold that are none of these rows', as far as the prompt cache has to mind them.
         fixed_prefill: this many tokens of a prompt are read at a time, however long it takes; 0 leaves it to PREFILL_S.
@@ -323,6 +335,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         max_batch: int,
         prefill_step: int,
         prefill_joins: int = MOST_PREFILLS,
+        most_prefills: int = MOST_PREFILLS,
         prompt_cache: PromptCache | None = None,
         beside: Callable[[], int] = lambda: 0,
         fixed_prefill: int = 0,
@@ -331,10 +344,10 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         super().__init__(
             model,
             completion_batch_size=max_batch,
-            prefill_batch_size=min(MOST_PREFILLS, max_batch),
+            prefill_batch_size=min(most_prefills, max_batch),
             prefill_step_size=prefill_step,
         )
-        self._most_prefills = min(MOST_PREFILLS, max_batch)
+        self._most_prefills = min(most_prefills, max_batch)
         self._prefill_joins = prefill_joins
         self._prompt_batch = RowPrompts.empty(model, greedy_sampler, prefill_step_size=prefill_step)
         self._generation_batch = RowBatch.empty(model, greedy_sampler)
@@ -363,7 +376,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         if self._copies and self.may_read:
             self._copy_read()
         reading, copied = len(self._prompt_batch), len(self._copied)
-        self.prefill_batch_size = min(reading + self._prefill_joins, self._most_prefills) + copied
+        joins = max(self._prefill_joins, self._short_prompts())
+        self.prefill_batch_size = min(reading + joins, self._most_prefills) + copied
         rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts() - copied
         fitting = self._prefill_rate * PREFILL_S / max(rows, 1)
         self.prefill_step_size = int(max(min(fitting, self._most_prefill), min(LEAST_PREFILL, self._most_prefill)))
@@ -389,6 +403,27 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
             if made[0] or self._steps % LOOK_STEPS == 0:
                 self._prompt_cache.tree.fit(self.live_bytes())
         return made
+
+    def _short_prompts(self) -> int:
+        """How many of those that wait are short enough to begin together; see SHORT_PREFILLS."""
+        count = longest = 0
+        most = max(SHORT_PREFILLS, self._prefill_rate * SHORT_S)
+        if self._fixed_prefill or not self.may_read:
+            return 0
+        if len(self._unprocessed_sequences) > 1 and len(self._prompt_batch) == self._read_prompts():
+            for uid, segments, *_ in itertools.islice(self._unprocessed_sequences, self._most_prefills):
+                if uid in self._copied:
+                    continue
+                left = sum(len(segment) for segment in segments)
+                reuse = self._reuses.get(uid)
+                if reuse is not None and self._prompt_cache is not None and left > LEAST_PREFILL:
+                    tokens = [token for segment in segments for token in segment]
+                    left -= self._prompt_cache.tree.peek(reuse.namespace, tokens, left - 1)
+                longest = max(longest, left)
+                if longest * (count + 1) > most:
+                    break
+                count += 1
+        return count
 
     def rest(self) -> list[Any]:
         """A further token that the last step brought, in a list; empty where that was all."""
@@ -513,20 +548,24 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
         Args:
             uid: that number, where it is not to be the next one.
-            caches: what the row decodes on, empty; None has the model make them.
+            caches: what the row decodes on, empty; None has the model make them. See also `Reuse.begun`.
             urgent: its prompt is read before those that are not.
         """
         if uid is not None:
             self._uid_count = uid
+        read = 0
+        if reuse is not None and reuse.begun is not None:
+            caches, read = reuse.begun
         uids: list[int] = self.insert(
-            [tokens],
+            [tokens[read:]],
             max_tokens=[max_tokens],
             caches=None if caches is None else [caches],
+            all_tokens=[tokens[:read]],
             samplers=[sampling],
             logits_processors=[processors],
             stop_sequences=[stops],
         )
-        if reuse is not None:
+        if reuse is not None and read == 0:
             self._reuses[uids[0]] = reuse
         if not urgent:
             self._patience.add(uids[0])

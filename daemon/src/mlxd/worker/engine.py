@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -9,12 +10,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import make_logits_processors
 
 from mlxd_client.errors import Cancelled, InternalError, InvalidParams, ModelInvalid, RpcError, Unsupported
 
 from ..childwire import (
+    Adapt,
+    Adapted,
     Calls,
     CountTokens,
     DecodeTokens,
@@ -26,6 +30,7 @@ from ..childwire import (
     Packed,
     WorkerTimings,
 )
+from .adapters import Adapter, Adapters
 from .answers import Answers, reportable
 from .batch import MOST_PREFILLS, NOT_FINITE, RowFailure
 from .calls import Toolbox, ToolUse, news
@@ -33,6 +38,7 @@ from .constraint import Constraint, Thought
 from .draft import Draft, check_pair
 from .embed import ALONE_S, BESIDE_S, Embedder
 from .grammar import Compiled, Compiler
+from .images import Picture, take_images
 from .kvcache import PromptCache, RowView
 from .lanes import PLAIN, Lanes
 from .load import LoadedModel
@@ -40,17 +46,21 @@ from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
 from .sampling import Sampling, other_key
 from .shorten import shortened
+from .sights import Seen, Sights, check_options
 from .speculation import Guess, Guesses
 from .text import TextStream, make_machine
 from .tokens import decode, encode
+from .vision import Sight
 from .waits import LEAST, Reuse
 
-# What shares prefixes: all that the base model computes.
+# What shares prefixes: all that the base model computes, and all that an adapter of one content does.
 NAMESPACE = b""
 # After this many failed steps in a row, no further batch is tried.
 MAX_FAILED_STEPS = 2
-# How long a step waits where all there is to wait for is a rule that is being compiled.
+# How long a step waits where all there is to wait for is a rule that is being compiled, or an image's file.
 COMPILING_S = 0.01
+# Of the prompt cache's budget, for what was seen in images: a share of it, and bytes.
+SIGHT_SHARE, MOST_SIGHT_BYTES = 8, 256 * 1024 * 1024
 # A device that said this does not compute again in this process.
 _FATAL = ("[METAL]", "command buffer", "[CUDA]")
 
@@ -75,7 +85,9 @@ class Running:
     first_at: float = 0.0
     constraint: Constraint | None = None
     tools: ToolUse | None = None
+    sight: Sight | None = None
     guess: Guess | None = None
+    adapter: Adapter | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     number: int = 0  # among the answers to its request
 
@@ -87,7 +99,7 @@ class Outcome:
     pieces: list[tuple[int, str, str]] = field(default_factory=list)
     calls: list[Calls] = field(default_factory=list)
     others: list[tuple[int, int, str, str]] = field(default_factory=list)
-    ended: list[tuple[int, Generated | Embedded | RpcError]] = field(default_factory=list)
+    ended: list[tuple[int, Generated | Embedded | Adapted | RpcError]] = field(default_factory=list)
 
     def add(self, running: Running, text: str, reasoning: str) -> None:
         """New text of a request that streams."""
@@ -124,20 +136,28 @@ class Engine:
         guard: Callable[[str, str], tuple[str, ...]] | None = None,
     ) -> None:
         self._loaded = loaded
-        cache = PromptCache(loaded.model, cache_bytes)
+        sight_bytes = min(cache_bytes // SIGHT_SHARE, MOST_SIGHT_BYTES) if loaded.vision is not None else 0
+        cache = PromptCache(loaded.model, cache_bytes - sight_bytes)
         self.cache = cache if cache_bytes > 0 and cache.usable else None
         self._limits: dict[str, Any] = {
-            "max_batch": max_batch,
+            "max_batch": 1 if loaded.batching == "alone" else max_batch,
             "prefill_step": prefill_step,
             "prefill_joins": prefill_joins,
             "prompt_cache": self.cache,
             "window": loaded.context_length,
             "kv_bytes": kv_bytes,
         }
-        self._cache_bytes = cache_bytes
+        if loaded.batching == "decode":
+            self._limits["most_prefills"] = 1
+        self._cache_bytes = cache_bytes - sight_bytes
         self._defaults = loaded.defaults | ({"kv_bits": kv_bits} if kv_bits else {})
         self._guard = guard
-        self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary)
+        sees = loaded.vision is not None
+        self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary, parts=sees)
+        self._sights: Sights | None = None
+        if loaded.vision is not None:
+            loaded.vision.features.budget_bytes = sight_bytes
+            self._sights = Sights(loaded.model, loaded.vision, self.cache, step=prefill_step)
         self._generator = Lanes(loaded.model, **self._limits)
         self.allow(kv_bytes)
         self._eos: set[int] = set(loaded.tokenizer.eos_token_ids)
@@ -155,6 +175,9 @@ class Engine:
         self._compiler = Compiler(tokenizer, loaded.vocabulary, self._eos)
         self._toolbox = Toolbox(tokenizer, self._eos)
         self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
+        self.adapters = Adapters(loaded.model)
+        self._adapting: dict[int, tuple[Running, Compiled | None]] = {}  # by request id; their adapter is not read yet
+        self._keeping: dict[int, Adapter] = {}  # by request id
         self._embedder = Embedder(loaded, most_tokens=MOST_PREFILLS * prefill_step)
 
     # --- requests
@@ -166,7 +189,8 @@ class Engine:
 
     @property
     def _generating(self) -> bool:
-        return bool(self._running or self._compiling) or (self.cache is not None and self.cache.pending)
+        waiting = self._compiling or self._adapting or self._keeping or self.adapters.pending or self._sights
+        return bool(self._running or waiting) or (self.cache is not None and self.cache.pending)
 
     @property
     def active(self) -> int:
@@ -175,7 +199,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return self._generator.waiting + len(self._compiling)
+        return self._generator.waiting + len(self._compiling) + len(self._adapting) + len(self._sights or ())
 
     def submit(self, request_id: int, request: Generate) -> None:
         """Take a request into the batch; it starts at the next step, or once its rule is compiled.
@@ -195,23 +219,53 @@ class Engine:
     def _submit(self, request_id: int, request: Generate) -> None:
         received_at = time.perf_counter()
         choices = resolve(request.kind, request.options, self._defaults, self._loaded.vocabulary)
-        self._generator.check(choices.lane)
+        turns, sources = take_images(request.messages, blind=self._loaded.blind)
+        if sources and self._sights is not None:
+            check_options(request)
+            choices = replace(choices, lane=PLAIN)  # whatever the model's default is
+            request = msgspec.structs.replace(request, messages=[])  # the images' bytes go once they are read
+            self._sights.add(
+                request_id,
+                sources,
+                lambda pictures: self._accept(request_id, request, choices, turns, received_at, pictures),
+            )
+        else:
+            self._accept(request_id, request, choices, turns, received_at, [])
+
+    def _accept(
+        self,
+        request_id: int,
+        request: Generate,
+        choices: Choices,
+        turns: list[dict[str, Any]],
+        received_at: float,
+        pictures: list[Picture],
+    ) -> None:
         tools = self._toolbox.use(request)
         choices = self._complete(choices, tools)
-        guess = self.guesses.guess(choices.speculation, apart=choices.bound or choices.lane != PLAIN)
+        apart = choices.bound or choices.lane != PLAIN
+        guess = None if pictures else self.guesses.guess(choices.speculation, apart=apart)
+        self._generator.check(choices.lane)
         if self.cache is None and request.options.get("cache_prompt") is True:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
         urgent = request.priority != "batch"
         reuse = Reuse(NAMESPACE, urgent=urgent) if self.cache is not None and choices.cache_prompt else None
-        cut = reuse is not None and self.cache is not None and self.cache.marked
-        prompt = self._build(request, choices, cut, tools)
+        sight: Sight | None = None
+        if pictures:
+            prompt, sight = self._build_seeing(request.kind, turns, choices, pictures, tools)
+            reuse = Reuse(sight.namespace, urgent=urgent) if reuse is not None else None
+        else:
+            cut = reuse is not None and self.cache is not None and self.cache.marked
+            prompt = self._build(request.kind, turns, choices, cut, tools)
         if reuse is not None:
             reuse.cuts = prompt.cuts
         if choices.bound and choices.thinking:
             prompt = self._prompts.open_thought(prompt)
         choices = self._fit(choices, prompt)
         text = self._text(choices, prompt, tools)
-        running = Running(request_id, request, prompt, choices, text, received_at, reuse, guess=guess, tools=tools)
+        running = Running(request_id, request, prompt, choices, text, received_at, reuse, sight=sight, guess=guess)
+        running.tools = tools
+        running.adapter = self.adapters.want(request.adapter) if request.adapter is not None else None
         if choices.rule is None:
             self._join(running)
             return
@@ -221,17 +275,31 @@ class Engine:
         else:
             self._compiling[request_id] = running, compiled
 
-    def _build(self, request: Generate, choices: Choices, cut: bool, tools: ToolUse | None) -> Prompt:
-        kind, messages, thinking = request.kind, request.messages, choices.thinking
-        shown = tools.tools.shown if tools is not None else None
+    def _build_seeing(
+        self, kind: str, turns: list[dict[str, Any]], choices: Choices, pictures: list[Picture], tools: ToolUse | None
+    ) -> tuple[Prompt, Sight]:
+        assert self._loaded.vision is not None
+        vision, sights = self._loaded.vision, []
+
+        def expand(text: str) -> list[int]:
+            sights.append(vision.prepare(text, pictures, keep=choices.cache_prompt))
+            return sights[0].tokens
+
+        prompt = self._prompts.build(kind, turns, thinking=choices.thinking, encode=expand, tools=_shown(tools))
+        return prompt, sights[0]
+
+    def _build(
+        self, kind: str, turns: list[dict[str, Any]], choices: Choices, cut: bool, tools: ToolUse | None
+    ) -> Prompt:
+        thinking, shown = choices.thinking, _shown(tools)
         if choices.context_policy != "drop_oldest":
-            return self._prompts.build(kind, messages, thinking=thinking, cut=cut, tools=shown)
+            return self._prompts.build(kind, turns, thinking=thinking, cut=cut, tools=shown)
         context = self._loaded.context_length
         wished = choices.max_tokens if choices.asked_tokens else min(choices.max_tokens, context // 4)
         room = min(wished, context // 2)
         if choices.bound and choices.thinking:  # see open_thought
             room += len(self._loaded.tokenizer.think_start_tokens or ())
-        return shortened(self._prompts, kind, messages, thinking=thinking, cut=cut, room=room, tools=shown)
+        return shortened(self._prompts, kind, turns, thinking=thinking, cut=cut, room=room, tools=shown)
 
     def _text(self, choices: Choices, prompt: Prompt, tools: ToolUse | None) -> TextStream:
         tokenizer = self._loaded.tokenizer
@@ -259,7 +327,12 @@ class Engine:
         return replace(choices, max_tokens=most)
 
     def _join(self, running: Running, compiled: Compiled | None = None) -> None:
-        choices, prompt = running.choices, running.prompt
+        choices, prompt, adapter = running.choices, running.prompt, running.adapter
+        if adapter is not None and not adapter.ready:
+            self._adapting[running.id] = running, compiled
+            return
+        if adapter is not None and running.reuse is not None:
+            running.reuse.namespace = adapter.identity
         rows = [running]
         if choices.answers > 1:
             rows += [self._another(running, number) for number in range(1, choices.answers)]
@@ -269,13 +342,22 @@ class Engine:
         most = self._generator.fit(lane, length, choices.max_tokens, asked=choices.asked_tokens, rows=shared)
         processors = make_logits_processors(choices.logit_bias)
         urgent = running.request.priority != "batch"
-        uids = self._generator.add_all(
-            prompt.tokens, most, samplings, processors, self._stops, running.reuse, key=lane, urgent=urgent
-        )
-        self._running.update(zip(uids, rows, strict=True))
-        self._uids[running.id] = uids[0]
-        if len(rows) > 1:
-            self._several[running.id] = Answers(dict(enumerate(uids)))
+
+        def add(reuse: Reuse | None) -> int:
+            uids = self._generator.add_all(
+                prompt.tokens, most, samplings, processors, self._stops, reuse, key=lane, urgent=urgent
+            )
+            self._running.update(zip(uids, rows, strict=True))
+            self._uids[running.id] = uids[0]
+            if len(rows) > 1:
+                self._several[running.id] = Answers(dict(enumerate(uids)))
+            return uids[0]
+
+        if running.sight is not None and self._sights is not None:
+            self._sights.see(running.id, Seen(running.sight, prompt.tokens, running.reuse, add, running))
+            running.sight = None  # its images go as soon as they have served
+        else:
+            add(running.reuse)
 
     def _another(self, first: Running, number: int) -> Running:
         """A further answer to a request. It takes up nothing by itself: it shares the first one's prefill."""
@@ -286,7 +368,7 @@ class Engine:
 
     def _sampling(self, running: Running, compiled: Compiled | None) -> Sampling:
         """How the tokens of one answer are chosen: by the request's choices, a key and a constraint of its own."""
-        sampling = replace(running.choices.sampling, guess=running.guess)
+        sampling = replace(running.choices.sampling, guess=running.guess, adapter=running.adapter)
         if running.number:
             sampling = replace(sampling, key=other_key(sampling.key, running.number))
         if sampling.xtc_probability > 0:
@@ -338,13 +420,28 @@ class Engine:
         if request_id in self._compiling:
             running, _ = self._compiling.pop(request_id)
             outcome.ended.append((request_id, self._result(running, "cancelled")))
+        elif request_id in self._adapting:
+            outcome.ended.append((request_id, self._result(self._adapting.pop(request_id)[0], "cancelled")))
         elif request_id in self._several:
             self._drop_all(list(self._several[request_id].uids.values()), outcome)
         elif uid is not None:
             self._drop_all([uid], outcome)
         elif self._embedder.cancel(request_id):
             outcome.ended.append((request_id, Cancelled("the request was cancelled")))
+        elif self._sights is not None:
+            with contextlib.suppress(KeyError):
+                owner = self._sights.drop(request_id)
+                nothing = Generated(text="", finish_reason="cancelled", prompt_tokens=0, completion_tokens=0)
+                outcome.ended.append((request_id, nothing if owner is None else self._result(owner, "cancelled")))
         return outcome
+
+    def adapt(self, request_id: int, request: Adapt) -> Outcome:
+        """Read an adapter and keep it; None lets go of the one that was kept. Raises as Adapters.want does."""
+        if request.adapter is not None:
+            self._keeping[request_id] = self.adapters.want(request.adapter)
+            return Outcome()
+        self.adapters.kept = None
+        return Outcome(ended=[(request_id, Adapted(adapters_bytes=self.adapters.nbytes))])
 
     def _drop_all(self, uids: list[int], outcome: Outcome) -> None:
         """Cancel rows."""
@@ -368,9 +465,15 @@ class Engine:
 
     def count(self, request: CountTokens) -> int:
         """Raises RpcError."""
+        turns = request.messages
+        if turns is not None:
+            turns, sources = take_images(turns, blind=self._loaded.blind)
+            if sources:
+                told = "tokens of images cannot be counted"
+                raise Unsupported(told, option="messages", field=sources[0].field)
         try:
             shown = self._toolbox.read(request.tools).shown if request.tools else None
-            return self._prompts.count(text=request.text, messages=request.messages, tools=shown)
+            return self._prompts.count(text=request.text, messages=turns, tools=shown)
         except Exception as error:
             raise _typed(error) from error
 
@@ -423,6 +526,10 @@ class Engine:
             EngineLost: no further step can work; every request in flight is lost with the process.
         """
         outcome = Outcome()
+        if self._adapting or self._keeping or self.adapters.pending:
+            self._read_adapters(outcome)
+        if self._sights:
+            self._see(self._sights, outcome)
         if self._embedder.busy:
             self._embed(outcome)
             if not self._generating:
@@ -463,6 +570,14 @@ class Engine:
                     self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
             responses = self._generator.rest()
 
+    def _see(self, sights: Sights, outcome: Outcome) -> None:
+        """Go on with prompts that have images, as far as that goes between two decode steps."""
+        failed = sights.take_read(wait_s=0.0 if self._running else COMPILING_S)
+        lost = sights.step(self._generator)
+        for request_id, error in [*failed, *([lost] if lost is not None else [])]:
+            _check_alive(error)
+            outcome.ended.append((request_id, _typed(error)))
+
     def _embed(self, outcome: Outcome) -> None:
         try:
             with mx.stream(self._generator.plain.stream):
@@ -483,6 +598,27 @@ class Engine:
                 except Exception as error:
                     outcome.ended.append((request_id, _typed(error)))
         return bool(self._running)
+
+    def _read_adapters(self, outcome: Outcome) -> None:
+        """Adapters are read on; requests whose adapter is there now join the batch."""
+        waiting = [running for running, _ in (*self._adapting.values(), *self._compiling.values())]
+        used = {each.adapter for each in (*self._running.values(), *waiting) if each.adapter is not None}
+        self.adapters.read(used | set(self._keeping.values()))
+        for request_id, adapter in list(self._keeping.items()):
+            if adapter.ready or adapter.error is not None:
+                del self._keeping[request_id]
+                self.adapters.kept = adapter if adapter.ready else self.adapters.kept
+                outcome.ended.append((request_id, adapter.error or Adapted(adapters_bytes=self.adapters.nbytes)))
+        for request_id, (running, compiled) in list(self._adapting.items()):
+            assert running.adapter is not None
+            if running.adapter.ready or running.adapter.error is not None:
+                del self._adapting[request_id]
+                try:
+                    if running.adapter.error is not None:
+                        raise running.adapter.error
+                    self._join(running, compiled)
+                except Exception as error:
+                    outcome.ended.append((request_id, _typed(error)))
 
     def _advance(self, running: Running, response: Any, now: float, outcome: Outcome) -> None:
         token, note = response.token, response.logprobs
@@ -663,6 +799,10 @@ class Engine:
                 self._generator.next()
             if time.perf_counter() - started > 1.0:  # a large model on a slow device: the rest can wait
                 return
+
+
+def _shown(tools: ToolUse | None) -> list[dict[str, Any]] | None:
+    return tools.tools.shown if tools is not None else None
 
 
 def _check_alive(error: Exception) -> None:

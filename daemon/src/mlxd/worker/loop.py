@@ -22,6 +22,7 @@ from mlxd_client.errors import (
 
 from ..childside import Pipe, PipeClosed, Pulse, Stopped
 from ..childwire import (
+    Adapt,
     Attach,
     Attached,
     CountTokens,
@@ -33,6 +34,7 @@ from ..childwire import (
     Loaded,
     LoadModel,
 )
+from .blas import Blas
 from .engine import Engine, EngineLost, Outcome
 from .load import LoadedModel, load
 
@@ -43,10 +45,18 @@ T = TypeVar("T")
 
 
 class Worker:
-    """Serves one pipe. `run` returns on `stop` and raises PipeClosed when the daemon is gone."""
+    """Serves one pipe. `run` returns on `stop` and raises PipeClosed when the daemon is gone.
 
-    def __init__(self, pipe: Pipe) -> None:
+    Args:
+        pipe: to the daemon.
+        blas: what MLX multiplies with.
+        chosen: it was asked for by name. Where another had to be taken, no model is loaded.
+    """
+
+    def __init__(self, pipe: Pipe, blas: Blas, *, chosen: bool = False) -> None:
         self._pipe = pipe
+        self._refusal = blas.problem if chosen else ""
+        self._threads = blas.threads
         self._pulse = Pulse(pipe, self._vitals)
         self._engine: Engine | None = None
         self._early: list[dict[str, Any]] = []  # messages that came while a model was being loaded
@@ -58,6 +68,7 @@ class Worker:
             "attach": self._attach,
             "generate": self._generate,
             "count": self._count,
+            "adapt": self._adapt,
             "encode": self._encode,
             "decode": self._decode,
             "embed": self._embed,
@@ -81,6 +92,8 @@ class Worker:
         elif not self._trimmed and time.monotonic() - self._busy_at > IDLE_TRIM_S:
             mx.clear_cache()
             self._trimmed = True
+        if self._threads is not None:
+            self._threads.adapt()
         self._pulse.beat()
         self._pipe.flush()
 
@@ -129,6 +142,8 @@ class Worker:
         request = _convert(params, LoadModel)
         if self._engine is not None:
             raise InvalidRequest("a worker loads one model in its life")
+        if self._refusal:
+            raise LoadFailed(f"the setting `blas` names a library that cannot be used: {self._refusal}")
         started = time.perf_counter()
         loaded = load(request.path, self._progress, request.context_length)
         engine = Engine(
@@ -198,6 +213,8 @@ class Worker:
 
     def _progress(self, fraction: float) -> None:
         """Between two parts of a load: say how far it got, and notice whether it is still wanted."""
+        if self._threads is not None:
+            self._threads.adapt()
         self._pipe.notify("progress", {"progress": fraction})
         self._pulse.beat()
         self._pipe.flush()
@@ -214,6 +231,9 @@ class Worker:
         if (request.text is None) == (request.messages is None):
             raise InvalidParams("count takes either text or messages", field="text")
         self._pipe.reply(request_id, {"tokens": self._loaded().count(request)})
+
+    def _adapt(self, request_id: int, params: Any) -> None:
+        self._send(self._loaded().adapt(request_id, _convert(params, Adapt)))
 
     def _encode(self, request_id: int, params: Any) -> None:
         self._pipe.reply(request_id, self._loaded().encode(_convert(params, EncodeText)))

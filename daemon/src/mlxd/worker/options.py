@@ -120,10 +120,13 @@ def _lane(params: GenerateParams) -> LaneKey:
 
 
 def refuse_unsupported(options: Mapping[str, Any]) -> None:
-    """Raises Unsupported for the first option that exists on the wire and cannot be honoured here."""
+    """Raises Unsupported for the first option that exists on the wire and cannot be honoured here; InvalidParams for
+    one that comes beside the options."""
     for name in NOT_YET:
         if name in options:
             raise Unsupported(f"this engine cannot honour {name} yet", option=name)
+    if "adapter" in options:
+        raise InvalidParams("an adapter is named beside the options", field="adapter")
 
 
 def check_defaults(raw: Any) -> dict[str, Any]:

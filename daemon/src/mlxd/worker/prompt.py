@@ -7,7 +7,7 @@ A model without a template can still `process`: its prompt is the plain text, wh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +51,14 @@ class PromptBuilder:
         tokenizer: mlx_lm's TokenizerWrapper.
         context_length: in tokens; longer prompts are refused.
         vocabulary: how many rows the model's embeddings have.
+        parts: the template takes a turn's content as parts.
     """
 
-    def __init__(self, tokenizer: Any, context_length: int, vocabulary: int) -> None:
+    def __init__(self, tokenizer: Any, context_length: int, vocabulary: int, *, parts: bool = False) -> None:
         self._tokenizer = tokenizer
         self.context_length = context_length
         self._vocabulary = vocabulary
+        self._parts = parts
         # No token spells more bytes than this, so that huge texts are refused without tokenizing them.
         self._longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
         self._shows_tools = False  # the template was seen to
@@ -69,8 +71,12 @@ class PromptBuilder:
         thinking: bool,
         cut: bool = False,
         tools: Tools | None = None,
+        encode: Callable[[str], list[int]] | None = None,
     ) -> Prompt:
         """The prompt for an answer to `messages`, with `tools` shown to the model; with `cuts` if `cut`.
+
+        Args:
+            encode: makes tokens of the rendered text, where that takes more than the tokenizer.
 
         Raises:
             InvalidParams: no or malformed messages, or ones that the template refuses.
@@ -79,7 +85,7 @@ class PromptBuilder:
             ContextExceeded: too long to leave room for one token.
         """
         messages = self._read(messages)
-        source = next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), "")
+        source = next((_text(turn["content"]) for turn in reversed(messages) if turn["role"] == "user"), "")
         if not self._tokenizer.has_chat_template:
             if kind != "process":
                 raise Unsupported("this model has no chat template: it can process, not chat", option="messages")
@@ -89,7 +95,7 @@ class PromptBuilder:
             raise Unsupported("this model has no thinking mode", option="thinking")
         text = self._render(messages, thinking, tools)
         opened = self._tokenizer.has_thinking and text.rstrip().endswith(self._tokenizer.think_start)
-        tokens = self._encode(text, special=False)
+        tokens = self._encode(text, special=False) if encode is None else self._checked(encode(text))
         return Prompt(tokens, source, opened, self._cuts(messages, thinking, tools, text, tokens) if cut else ())
 
     def _read(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,7 +159,9 @@ class PromptBuilder:
             least = len(self._tokenizer.encode(text[:PROBE_CHARACTERS], add_special_tokens=special)) - _CUT_TOKENS
             if least >= self.context_length:
                 raise self._too_long(least)
-        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
+        return self._checked(self._tokenizer.encode(text, add_special_tokens=special))
+
+    def _checked(self, tokens: list[int]) -> list[int]:
         if not tokens:
             raise InvalidParams("the prompt is empty", field="messages")
         if len(tokens) >= self.context_length:
@@ -194,6 +202,8 @@ class PromptBuilder:
         self, messages: list[dict[str, Any]], thinking: bool, tools: Tools | None = None, *, answer: bool = True
     ) -> str:
         more: dict[str, Any] = {"tools": tools} if tools else {}
+        if self._parts:
+            messages = [{**turn, "content": _in_parts(turn["content"])} for turn in messages]
         with time_limit(TEMPLATE_LIMIT_S):
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=answer, enable_thinking=thinking, **more
@@ -210,6 +220,14 @@ def _same(one: Sequence[Any], other: Sequence[Any]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
     return low
+
+
+def _text(content: str | list[dict[str, Any]]) -> str:
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def _in_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _refusal(error: Exception) -> RpcError:

@@ -41,8 +41,8 @@ def read_turns(messages: list[dict[str, Any]], *, tools: bool, short_ids: bool =
         if not tools and (role == "tool" or turn.get("tool_calls") or turn.get("tool_call_id")):
             told = f"{field}: this model takes no turns of tools"
             raise Unsupported(told, option="messages", field=field)
-        if not isinstance(turn.get("content", ""), str):
-            raise InvalidParams("a message's content is text", field=f"{field}.content")
+        if not isinstance(turn.get("content", ""), str | list):  # parts were checked before
+            raise InvalidParams("a message's content is text, or parts", field=f"{field}.content")
         turn = {**turn, "content": turn.get("content", "")}
         calls = turn.pop("tool_calls", None)
         if calls and role != "assistant":
