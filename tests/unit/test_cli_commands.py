@@ -127,6 +127,66 @@ def test_load_and_unload(daemon: ScriptedDaemon, mlxd: Run) -> None:
     assert daemon.connections[-1].requests("models.unload")[0]["params"] == {"model": os.path.abspath("x")}
 
 
+def test_load_with_a_system_turn(daemon: ScriptedDaemon, mlxd: Run, tmp_path: Path) -> None:
+    daemon.on("models.load", MODELS[0])
+    (tmp_path / "system").write_text("be brief\n")
+    for words, system in ((("--system", "be kind"), "be kind"), (("--system-file", "system"), "be brief\n")):
+        words = words if words[0] == "--system" else (words[0], str(tmp_path / words[1]))
+        assert mlxd("load", "org/m", *words)[0] == 0
+        asked = daemon.connections[-1].requests("models.load")[0]["params"]
+        assert asked == {"model": "org/m", "system": system}
+    (tmp_path / "latin").write_bytes(b"\xe4\xff")
+    for name in ("latin", "missing"):
+        status, _, err = mlxd("load", "org/m", "--system-file", str(tmp_path / name))
+        assert status == exits.USAGE
+        assert f"{tmp_path / name} cannot be read" in err
+
+
+# --- cache ------------------------------------------------------------------------------------------------------------
+
+KEPT = types.CacheResult(
+    models=[
+        types.ModelCache(
+            model="mlxd/cleanup",
+            memory=types.CacheInMemory(hits=5, misses=2, saved_tokens=12_345, bytes=9_000_000),
+            disk=types.CacheOnDisk(entries=7, bytes=4_000_000, hits=1, saved_tokens=64, failures=2),
+        ),
+        types.ModelCache(model="org/fresh", memory=types.CacheInMemory()),
+        types.ModelCache(model="org/gone", disk=types.CacheOnDisk(entries=1, bytes=1_000_000)),
+    ],
+    disk_bytes=5_000_000, memory_budget_bytes=800_000_000, disk_budget_bytes=4_000_000_000,
+)  # fmt: skip
+
+
+def test_cache(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    for one in KEPT.models:
+        if one.disk is not None:
+            one.disk.last_used_at = time.time() - 130
+    daemon.on("cache.list", KEPT)
+    assert [" ".join(line.split()) for line in mlxd("cache")[1].splitlines()] == [
+        "MODEL HITS MISSES TOKENS SAVED MEMORY ENTRIES DISK LAST USED",
+        "mlxd/cleanup 5 2 12,345 9.0 MB 7 4.0 MB 2 min ago",
+        "org/fresh 0 0 0 0 B - - -",
+        "org/gone - - - - 1 1.0 MB 2 min ago",
+        "2 files could not be read or written, and were removed",
+        "memory: at most 800 MB for each model; disk: 5.0 MB of at most 4.0 GB",
+    ]
+    assert json.loads(mlxd("cache", "--json")[1])["disk_bytes"] == 5_000_000
+    daemon.on("cache.list", types.CacheResult(models=[], disk_bytes=0, memory_budget_bytes=0, disk_budget_bytes=0))
+    assert mlxd("cache")[1].splitlines() == ["nothing is kept", "memory: off; disk: off"]
+
+
+def test_cache_clear(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    daemon.on("cache.clear", types.ClearCacheResult(memory_bytes=9_000_000, disk_bytes=4_000_000))
+    assert mlxd("cache", "clear")[1] == "cleared: 9.0 MB in memory and 4.0 MB on disk are free again\n"
+    assert daemon.connections[-1].requests("cache.clear")[0].get("params", {}) == {}
+    assert json.loads(mlxd("cache", "clear", "org/m", "--json")[1]) == {
+        "memory_bytes": 9_000_000,
+        "disk_bytes": 4_000_000,
+    }
+    assert daemon.connections[-1].requests("cache.clear")[0]["params"] == {"model": "org/m"}
+
+
 # --- stop -----------------------------------------------------------------------------------------------------------
 
 

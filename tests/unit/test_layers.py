@@ -25,12 +25,13 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.settings": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.core": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.store": ({"mlxd_client"}, {"msgspec"}),
+    "mlxd.promptfiles": ({"mlxd.store"}, {"msgspec"}),
     "mlxd.childside": ({"mlxd_client", "mlxd.childwire"}, {"msgspec"}),
     "mlxd.children": ({"mlxd_client", "mlxd.childwire"}, {"msgspec", "psutil"}),
     "mlxd.worker": (
-        {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.store"},
-        {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance", "jsonschema",
-         "referencing", "PIL"},
+        {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.promptfiles", "mlxd.store"},
+        {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance", "PIL", "jsonschema",
+         "referencing"},
     ),
     "mlxd.fetch": (
         {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.store"},
@@ -51,9 +52,14 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
          "mlxd.settings", "mlxd.store"},
         set(),
     ),
+    "mlxd.prompts": (
+        {"mlxd_client", "mlxd.childwire", "mlxd.promptfiles", "mlxd.server", "mlxd.settings", "mlxd.workers"},
+        {"msgspec"},
+    ),
     "mlxd.runtime": (
         {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.generation",
-         "mlxd.library", "mlxd.logs", "mlxd.server", "mlxd.settings", "mlxd.store", "mlxd.texts", "mlxd.workers"},
+         "mlxd.library", "mlxd.logs", "mlxd.prompts", "mlxd.server", "mlxd.settings", "mlxd.store", "mlxd.texts",
+         "mlxd.workers"},
         {"msgspec", "psutil"},
     ),
     "mlxd.notify": (set(), set()),

@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec,
 from msgspec import UNSET, UnsetType
 
 from .types import (
+    CacheResult,
     CancelJobParams,
     CancelParams,
     CancelResult,
     CatalogResult,
     ChatParams,
+    ClearCacheParams,
+    ClearCacheResult,
     Completion,
     DecodeParams,
     DecodeResult,
@@ -301,6 +304,7 @@ class Methods:
         keep_alive: float | None = None,
         adapter: str | None = None,
         draft_model: str | None = None,
+        system: str | None = None,
         wait_s: Wait = UNSET,
     ) -> Request[Model]:
         """Load a model and return it once it is Ready.
@@ -308,13 +312,15 @@ class Methods:
         Args:
             keep_alive: seconds until an idle model is unloaded; -1 never, 0 at once.
             adapter: what requests get that name none: an absolute folder, or an id of the hub; `none` takes it away.
+            system: a system turn whose prompts are to begin at once; raises Unsupported where that cannot be.
             wait_s: the caller's patience in seconds; unset or None has no limit.
 
         Raises ModelNotFound, ModelInvalid, InsufficientMemory, LoadFailed.
         """
         params = LoadParams(
-            model=model, keep_alive=_unset(keep_alive), adapter=_unset(adapter), draft_model=_unset(draft_model)
-        )
+            model=model, keep_alive=_unset(keep_alive), adapter=_unset(adapter), draft_model=_unset(draft_model),
+            system=_unset(system),
+        )  # fmt: skip
         return Request("models.load", params, Model, wait_s, long=True)
 
     @remote
@@ -367,6 +373,16 @@ class Methods:
     def catalog(self, *, wait_s: Wait = UNSET) -> Request[CatalogResult]:
         """The recommended models, each with whether it is here and whether it can run here."""
         return Request("models.catalog", None, CatalogResult, wait_s)
+
+    @remote
+    def cache(self, *, wait_s: Wait = UNSET) -> Request[CacheResult]:
+        """What is kept of prompts, by model, in memory and on disk."""
+        return Request("cache.list", None, CacheResult, wait_s)
+
+    @remote
+    def clear_cache(self, model: str | None = None, *, wait_s: Wait = UNSET) -> Request[ClearCacheResult]:
+        """Forget what is kept of prompts, of one model or of all. Returns what that freed. Raises ModelNotFound."""
+        return Request("cache.clear", ClearCacheParams(model=_unset(model)), ClearCacheResult, wait_s, long=True)
 
     @leased
     def acquire(self, model: str, *, wait_s: Wait = UNSET) -> Request[Lease]:

@@ -16,6 +16,29 @@ export interface BadFile {
   reason: string;
 }
 
+export interface CacheInMemory {
+  hits?: number;
+  misses?: number;
+  saved_tokens?: number;
+  bytes?: number;
+}
+
+export interface CacheOnDisk {
+  entries?: number;
+  bytes?: number;
+  last_used_at?: number;
+  hits?: number;
+  saved_tokens?: number;
+  failures?: number;
+}
+
+export interface CacheResult {
+  models: ModelCache[];
+  disk_bytes: number;
+  memory_budget_bytes: number;
+  disk_budget_bytes: number;
+}
+
 export interface CancelJobParams {
   job: string;
   discard?: boolean;
@@ -81,6 +104,15 @@ export interface ChatParams {
   messages: Message[];
   tools?: Record<string, unknown>[];
   tool_choice?: string | Record<string, unknown>;
+}
+
+export interface ClearCacheParams {
+  model?: string;
+}
+
+export interface ClearCacheResult {
+  memory_bytes: number;
+  disk_bytes: number;
 }
 
 export interface ClientInfo {
@@ -267,6 +299,7 @@ export interface ListParams {
 
 export interface LoadParams {
   model: string;
+  system?: string;
   keep_alive?: number;
   adapter?: string;
   draft_model?: string;
@@ -308,6 +341,12 @@ export interface Model {
   leases?: number;
   idle_unload_at?: number;
   draft_model?: string;
+}
+
+export interface ModelCache {
+  model: string;
+  memory?: CacheInMemory;
+  disk?: CacheOnDisk;
 }
 
 export interface ModelParams {
@@ -517,7 +556,7 @@ export interface Methods {
   "rpc.discover": { params: Record<string, never>; result: Record<string, unknown> };
   "models.list": { params: { updates?: boolean }; result: ModelsResult };
   "models.get": { params: { model: string }; result: Model };
-  "models.load": { params: { model: string; keep_alive?: number; adapter?: string; draft_model?: string }; result: Model };
+  "models.load": { params: { model: string; system?: string; keep_alive?: number; adapter?: string; draft_model?: string }; result: Model };
   "models.unload": { params: { model: string }; result: Model };
   "models.acquire": { params: { model: string }; result: Lease };
   "models.release": { params: { lease: string }; result: Empty };
@@ -526,6 +565,8 @@ export interface Methods {
   "models.delete": { params: { model: string }; result: DeleteResult };
   "models.verify": { params: { model: string }; result: VerifyResult };
   "models.catalog": { params: Record<string, never>; result: CatalogResult };
+  "cache.list": { params: Record<string, never>; result: CacheResult };
+  "cache.clear": { params: { model?: string }; result: ClearCacheResult };
   "jobs.list": { params: Record<string, never>; result: JobsResult };
   "jobs.get": { params: { job: string }; result: Job };
   "jobs.wait": { params: { job: string }; result: Job };

@@ -12,6 +12,9 @@ Daemon → worker, requests (id, method, params), each answered once by a result
     encode    EncodeText     → Packed, of types.EncodeResult
     decode    DecodeTokens   → {text}
     embed     EmbedTexts     → Embedded
+    prewarm   Prewarm        → Generated        of no text: the beginning of prompts with a system turn is kept then
+    cache     {}             → PromptCacheStats, or {} where nothing is kept
+    clear     {}             → Cleared          what is kept of prompts, in memory and on disk
 Daemon → fetcher, requests; each answered once by a result or an error; one fetcher gets one of them:
     plan      PlanFetch      → FetchPlan
     fetch     Fetch          → Fetched          with `fetching` notifications on the way
@@ -43,11 +46,11 @@ MAX_FRAME_BYTES = types.MAX_FRAME_BYTES + 65_536
 MAX_DEPTH = types.MAX_DEPTH + 4
 # A schema, as JSON, or a grammar may be this long: compiling takes time and memory.
 MAX_RULE_BYTES = 256 * 1024
-# So may the tools of a request, as JSON: each schema is checked, and all are in the prompt.
-MAX_TOOLS, MAX_TOOLS_BYTES = 128, 256 * 1024
 # How many images a request may bring.
 MAX_IMAGES = 16
-# Options of the wire that no worker honours yet: refused before anything is loaded for them.
+# So long may the tools of a request be, as JSON: each schema is checked, and all are in the prompt.
+MAX_TOOLS, MAX_TOOLS_BYTES = 128, 256 * 1024
+# Options that no worker honours.
 NOT_YET = ("draft_model",)
 
 
@@ -61,12 +64,16 @@ class Ready(msgspec.Struct, omit_defaults=True):
 
 class PromptCacheStats(msgspec.Struct, omit_defaults=True):
     """What became of the prefix cache since the model was loaded: requests that found a prefix and that found none,
-    tokens that were not computed; `bytes` is what it holds now."""
+    tokens that were not computed; `bytes` is what it holds now. `disk_hits` requests took up `disk_tokens` from files;
+    `disk_failures` files could not be read or written."""
 
     hits: int = 0
     misses: int = 0
     saved_tokens: int = 0
     bytes: int = 0
+    disk_hits: int = 0
+    disk_tokens: int = 0
+    disk_failures: int = 0
 
 
 class Heartbeat(msgspec.Struct, omit_defaults=True):
@@ -91,13 +98,16 @@ class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     their KV caches and the prefixes that are kept hold together, where 0 keeps none. `kv_bytes` is what they may hold
     at all: requests wait, or are refused, so that it is enough; 0 is no bound. `kv_bits` is for requests that say
     nothing; 0 leaves their KV caches as they are. `context_length` is how many tokens prompt and answer may have, where
-    it is not 0. The model is loaded also where `draft` cannot be its draft model."""
+    it is not 0. The model is loaded also where `draft` cannot be its draft model. `disk_cache` is the folder of all
+    models' prefixes on disk, `disk_cache_bytes` what they may hold together."""
 
     model: str
     path: str
     max_batch: int = 32
     prefill_step: int = 512
     cache_bytes: int = 0
+    disk_cache: str = ""
+    disk_cache_bytes: int = 0
     draft: Attach | None = None
     context_length: int = 0
     kv_bytes: int = 0
@@ -249,6 +259,18 @@ class Embedded(msgspec.Struct, kw_only=True):
     vectors: bytes
     dimensions: int
     prompt_tokens: int
+
+
+class Prewarm(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """The text of a system turn; `adapter` as in Generate."""
+
+    system: str
+    adapter: str | None = None
+
+
+class Cleared(msgspec.Struct, omit_defaults=True, kw_only=True):
+    memory_bytes: int = 0
+    disk_bytes: int = 0
 
 
 class Step(msgspec.Struct, omit_defaults=True):

@@ -113,10 +113,10 @@ def refuse_unsupported(params: types.GenerateParams) -> None:
     if params.thinking is False and params.thinking_budget is not UNSET:
         raise errors.InvalidParams("a thinking_budget turns thinking on; give no `thinking`", field="thinking_budget")
     if isinstance(params, types.ChatParams):
+        check_images(params.messages)
         check_tools(params.tools)
         if params.tool_choice is not UNSET and not params.tools:
             raise errors.InvalidParams("there are no tools to choose from", field="tool_choice")
-        check_images(params.messages)
 
 
 def check_rule(params: types.GenerateParams) -> None:
@@ -133,19 +133,6 @@ def check_rule(params: types.GenerateParams) -> None:
         if size > wire.MAX_RULE_BYTES:
             told = f"{name}: {size} bytes are over the limit of {wire.MAX_RULE_BYTES}"
             raise errors.InvalidParams(told, field=name, limit_bytes=wire.MAX_RULE_BYTES)
-
-
-def check_tools(tools: list[dict[str, Any]] | UnsetType) -> None:
-    """Raises InvalidParams for more tools than a worker takes."""
-    if tools is UNSET:
-        return
-    if len(tools) > wire.MAX_TOOLS:
-        told = f"tools: {len(tools)} are over the limit of {wire.MAX_TOOLS}"
-        raise errors.InvalidParams(told, field="tools", limit=wire.MAX_TOOLS)
-    size = len(msgspec.json.encode(tools))
-    if size > wire.MAX_TOOLS_BYTES:
-        told = f"tools: {size} bytes are over the limit of {wire.MAX_TOOLS_BYTES}"
-        raise errors.InvalidParams(told, field="tools", limit_bytes=wire.MAX_TOOLS_BYTES)
 
 
 def check_images(messages: list[types.Message]) -> int:
@@ -176,6 +163,19 @@ def turn_params(messages: list[types.Message]) -> list[dict[str, Any]]:
     return [msgspec.to_builtins(message, builtin_types=(bytes,)) for message in messages]
 
 
+def check_tools(tools: list[dict[str, Any]] | UnsetType) -> None:
+    """Raises InvalidParams for more tools than a worker takes."""
+    if tools is UNSET:
+        return
+    if len(tools) > wire.MAX_TOOLS:
+        told = f"tools: {len(tools)} are over the limit of {wire.MAX_TOOLS}"
+        raise errors.InvalidParams(told, field="tools", limit=wire.MAX_TOOLS)
+    size = len(msgspec.json.encode(tools))
+    if size > wire.MAX_TOOLS_BYTES:
+        told = f"tools: {size} bytes are over the limit of {wire.MAX_TOOLS_BYTES}"
+        raise errors.InvalidParams(told, field="tools", limit_bytes=wire.MAX_TOOLS_BYTES)
+
+
 def worker_params(kind: str, params: types.GenerateParams, adapter: wire.Adapter | None = None) -> wire.Generate:
     """The request as its worker gets it: turns, and the options that were set."""
     if isinstance(params, types.ChatParams):
@@ -185,10 +185,8 @@ def worker_params(kind: str, params: types.GenerateParams, adapter: wire.Adapter
         messages = [] if params.system is UNSET else [{"role": "system", "content": params.system}]
         messages.append({"role": "user", "content": params.prompt})
     options = {name: value for name in _SAMPLING if (value := getattr(params, name)) is not UNSET}
-    path = None if adapter is None else adapter.path
-    made = wire.Generate(
-        kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority, adapter=path
-    )
+    made = wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority)
+    made.adapter = None if adapter is None else adapter.path
     if isinstance(params, types.ChatParams) and params.tools:
         made.tools = params.tools
         made.tool_choice = None if params.tool_choice is UNSET else params.tool_choice

@@ -38,6 +38,7 @@ from .generation import (
     worker_params,
 )
 from .library import Library, draft_bytes
+from .prompts import Prompts, ask
 from .server.events import EventLog
 from .workers import Attached, WorkerLink
 
@@ -103,6 +104,7 @@ class Runtime:
         self._job_waiters: dict[str, list[asyncio.Future[types.Job]]] = {}
         self._watchers: dict[str, list[Callable[[float | None], None]]] = {}  # of downloads that requests wait for
         self._links: dict[int, WorkerLink] = {}
+        self._prompts = Prompts(settings, self._links.values, log, loop)
         self._memory: dict[int, int] = {}  # by worker, as last told to the core
         self._resolving: set[asyncio.Task[None]] = set()
         self._timer: asyncio.Handle | None = None
@@ -114,7 +116,7 @@ class Runtime:
             do.StartWorker: self._start_worker, do.StopWorker: self._stop_worker, do.Dispatch: self._dispatch,
             do.CancelOnWorker: self._cancel_on_worker, do.Deliver: self._deliver, do.Answer: self._answer,
             do.Fail: self._fail, do.Publish: self._publish, do.StartFetcher: downloads.start,
-            do.StopFetcher: downloads.stop, do.DeleteFiles: downloads.delete, do.DiscardPartial: downloads.discard,
+            do.StopFetcher: downloads.stop, do.DeleteFiles: self._delete_files, do.DiscardPartial: downloads.discard,
             do.Prune: downloads.prune, do.Started: lambda action: self._reached(action.rid, action.job),
             do.Deleted: lambda action: self._reached(action.rid, action.freed_bytes),
         }  # fmt: skip
@@ -165,7 +167,9 @@ class Runtime:
         draft = self._library.drafts.get(action.model)
         load = wire.LoadModel(
             model=action.model, path=self._library.paths[action.model], max_batch=settings.max_batch,
-            cache_bytes=settings.prompt_cache_bytes, kv_bits=settings.kv_bits.get(action.model, 0),
+            cache_bytes=settings.prompt_cache_bytes, disk_cache=str(self._prompts.root),
+            disk_cache_bytes=self._prompts.budget_bytes,
+            kv_bits=settings.kv_bits.get(action.model, 0),
             kv_bytes=self._kv_bytes(action.model, self.core.shares()[action.worker]),
             draft=None if draft is None else wire.Attach(draft=draft.model, path=draft.path),
             context_length=settings.context_length.get(action.model, 0),
@@ -194,6 +198,10 @@ class Runtime:
         child = self._links[action.worker].child
         assert child is not None
         child.stop()
+
+    def _delete_files(self, action: do.DeleteFiles) -> None:
+        self._downloads.delete(action)
+        self._prompts.forget(action.model)
 
     def _dispatch(self, action: do.Dispatch) -> None:
         request = self._open[action.rid]
@@ -313,6 +321,10 @@ class Runtime:
             self.tell(ev.MemoryReport(worker, memory_bytes))
             self._share_memory()
 
+    def worker_cache_failed(self, worker: int, failures: int) -> None:
+        model = self._links[worker].model
+        self._log.warning("files of the prompt cache could not be read or written", model=model, failures=failures)
+
     def worker_exited(self, worker: int, death: Death) -> None:
         link = self._links.pop(worker)
         self._memory.pop(worker, None)
@@ -329,6 +341,7 @@ class Runtime:
 
     async def begin(self) -> None:
         """Learn what is there, and go on with what an earlier daemon had begun."""
+        self._prompts.begin()
         left = await self._downloads.begin()
         await self.scan()
         for one in left:
@@ -353,12 +366,14 @@ class Runtime:
 
     async def load(self, client: int, params: types.LoadParams) -> types.Model:
         adapter = None if params.adapter is UNSET else await self._adapter(params.adapter)
+        if params.system is not UNSET and not self._settings.prompt_cache_bytes:
+            raise errors.Unsupported("no prompts are kept, by the setting `prompt_cache_bytes`", option="system")
         model = await self._have(params.model)
         keep_alive = None if params.keep_alive is UNSET else params.keep_alive
         draft = None if params.draft_model is UNSET else await self._have_draft(params.draft_model, model)
         room = 0 if draft is None else draft_bytes(draft)
-        # It cannot go before its adapter is there.
-        lease = None if params.adapter is UNSET else self._new_lease()
+        # It cannot go before all that was asked for is there.
+        lease = None if params.adapter is UNSET and params.system is UNSET else self._new_lease()
         try:
             view: types.Model = await self._reach(
                 lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive, draft_bytes=room)
@@ -367,9 +382,14 @@ class Runtime:
                 view = await self._attach(client, model, draft)
             if lease is None:
                 return view
-            adapted: asyncio.Future[Any] = self.loop.create_future()
-            self._link(model).adapt(adapter, lambda answer: settle(adapted, answer))
-            await adapted
+            if params.adapter is not UNSET:
+                adapted: asyncio.Future[Any] = self.loop.create_future()
+                self._link(model).adapt(adapter, lambda answer: settle(adapted, answer))
+                await adapted
+            if params.system is not UNSET:
+                link = self._link(model)
+                path = None if link.adapter is None else link.adapter.path
+                await ask(link, "prewarm", wire.Prewarm(system=params.system, adapter=path), len(params.system))
         finally:
             if lease is not None:
                 self.tell(ev.Release(client, lease))
@@ -716,15 +736,25 @@ class Runtime:
         lease = await self.acquire(client, ref, keep_alive_s=keep_alive_s)
         try:
             link = self._link(lease.model.id)
-            answer: asyncio.Future[Any] = self.loop.create_future()
-            asked = link.ask(method, params, lambda told: settle(answer, told), characters=characters)
-            try:
-                return lease.model.id, await answer
-            except asyncio.CancelledError:
-                link.give_up(asked)
-                raise
+            return lease.model.id, await ask(link, method, params, characters)
         finally:
             self.tell(ev.Release(client, lease.lease))
+
+    # --- what is kept of prompts ----------------------------------------------------------------------------------
+
+    async def caches(self) -> types.CacheResult:
+        return await self._prompts.list()
+
+    async def clear_caches(self, ref: str | None) -> types.ClearCacheResult:
+        if ref is None:
+            return await self._prompts.clear(None)
+        try:
+            model = await self._library.resolve(ref)
+        except (errors.ModelNotFound, errors.ModelInvalid):
+            if not await self._prompts.has(ref):  # what it left behind can be cleared all the same
+                raise
+            model = ref
+        return await self._prompts.clear(model)
 
     # --- clients, status, the end ---------------------------------------------------------------------------------
 
@@ -793,6 +823,7 @@ class Runtime:
         if self._timer is not None:
             self._timer.cancel()
         self._library.close()
+        self._prompts.close()
 
 
 def settle(future: asyncio.Future[Any], answer: Any) -> None:

@@ -34,6 +34,7 @@ class WorkerEvents(Protocol):
     def worker_calls(self, rid: int, calls: list[types.ToolCall], malformed: list[types.MalformedToolCall]) -> None: ...
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None: ...
     def worker_memory(self, worker: int, memory_bytes: int) -> None: ...
+    def worker_cache_failed(self, worker: int, failures: int) -> None: ...
     def worker_exited(self, worker: int, death: Death) -> None: ...
 
 
@@ -57,6 +58,7 @@ class WorkerLink:
         self.child: Child | None = None
         self.loaded: wire.Loaded | None = None
         self.ready_at: float | None = None
+        self.prompt_cache: wire.PromptCacheStats | None = None  # as it said last
         self._load = load
         self._load_s = load_s
         self._events = events
@@ -88,7 +90,7 @@ class WorkerLink:
             self._load.kv_bytes = kv_bytes
             self.child.notify("allow", {"kv_bytes": kv_bytes})
 
-    def ask(self, method: str, params: Any, answer: Answered, *, characters: int) -> int:
+    def ask(self, method: str, params: Any, answer: Answered, characters: int = 0) -> int:
         """Ask for what is no generation; `answer` is called once, with the result or an error.
 
         Args:
@@ -148,7 +150,11 @@ class WorkerLink:
 
     def on_heartbeat(self, child: Child, heartbeat: wire.Heartbeat, /) -> None:
         if self.loaded is not None:
+            before, self.prompt_cache = self.prompt_cache, heartbeat.prompt_cache
             self._events.worker_memory(self.worker, heartbeat.memory_bytes)
+            failures = heartbeat.prompt_cache.disk_failures if heartbeat.prompt_cache is not None else 0
+            if failures > (before.disk_failures if before is not None else 0):
+                self._events.worker_cache_failed(self.worker, failures)
 
     def on_message(self, child: Child, message: dict[str, Any], /) -> None:
         method = message.get("method")
@@ -218,11 +224,10 @@ class WorkerLink:
 
 
 def _size(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> tuple[int, int]:
-    """How many characters of text, and how many images, turns have."""
-    images, characters = 0, len(msgspec.json.encode(tools)) if tools else 0
+    """How many characters of text a prompt will have, about, and how many images."""
+    others = [tools, *(turn["tool_calls"] for turn in messages if turn.get("tool_calls"))]
+    characters, images = sum(len(msgspec.json.encode(other)) for other in others if other), 0
     for turn in messages:
-        if turn.get("tool_calls"):
-            characters += len(msgspec.json.encode(turn["tool_calls"]))
         content = turn.get("content", "")
         if isinstance(content, str):
             characters += len(content)

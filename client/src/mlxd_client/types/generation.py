@@ -213,8 +213,8 @@ class Completion(Result, kw_only=True):
     rewrite faithfully (see `guard` in their mlxd.json) are checked. Whoever needs certainty keeps the prompt then.
     `structured` is the parsed answer where a `schema` was asked and the answer is whole; null, and what the wire cannot
     carry, are in `text` only. `alone`: `context_policy` rotate or `deterministic` had this request served by itself.
-    `speculation` is set where any token was guessed ahead. `finish_reason` is `tool_calls` where the answer ended by
-    itself with whole calls in it. `adapter` is the id of the adapter that the model had.
+    `speculation` is set where any token was guessed ahead. `adapter` is the id of the adapter that the model had.
+    `finish_reason` is `tool_calls` where the answer ended by itself with whole calls in it.
 
     `alternatives` are the answers after the first, where `n` were asked: `usage.completion_tokens` is of all together,
     the other fields are the first one's. `dropped_messages` is how many `context_policy` left out."""

@@ -28,6 +28,8 @@
     batch      mlx_lm's BatchGenerator with sampling for all rows in one call
     prefix      which prefixes of prompts are kept, and which go first
     kvcache     their arrays: out of a batch, and into another row
+    diskcache   the same beyond this process
+    layout      what caches are made of, as bytes
     waits       prompts that wait for one that begins alike
     grammar    schemas and grammars, compiled; or refused
     trial      compiles in a process that may be lost

@@ -28,6 +28,8 @@ from ..childwire import (
     Generate,
     Generated,
     Packed,
+    Prewarm,
+    PromptCacheStats,
     WorkerTimings,
 )
 from .adapters import Adapter, Adapters
@@ -35,6 +37,7 @@ from .answers import Answers, reportable
 from .batch import MOST_PREFILLS, NOT_FINITE, RowFailure
 from .calls import Toolbox, ToolUse, news
 from .constraint import Constraint, Thought
+from .diskcache import DiskCache, Fetched
 from .draft import Draft, check_pair
 from .embed import ALONE_S, BESIDE_S, Embedder
 from .grammar import Compiled, Compiler
@@ -55,6 +58,8 @@ from .waits import LEAST, Reuse
 
 # What shares prefixes: all that the base model computes, and all that an adapter of one content does.
 NAMESPACE = b""
+# The kind of a request that is of this worker's own: its prompt is to be kept, its answer is of no use.
+PREWARM = "prewarm"
 # After this many failed steps in a row, no further batch is tried.
 MAX_FAILED_STEPS = 2
 # How long a step waits where all there is to wait for is a rule that is being compiled, or an image's file.
@@ -84,8 +89,8 @@ class Running:
     prompt_at: float = 0.0
     first_at: float = 0.0
     constraint: Constraint | None = None
-    tools: ToolUse | None = None
     sight: Sight | None = None
+    tools: ToolUse | None = None
     guess: Guess | None = None
     adapter: Adapter | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
@@ -176,9 +181,12 @@ class Engine:
         self._toolbox = Toolbox(tokenizer, self._eos)
         self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
         self.adapters = Adapters(loaded.model)
-        self._adapting: dict[int, tuple[Running, Compiled | None]] = {}  # by request id; their adapter is not read yet
+        self._adapting: dict[int, Running] = {}  # by request id; their adapter is not read yet
         self._keeping: dict[int, Adapter] = {}  # by request id
         self._embedder = Embedder(loaded, most_tokens=MOST_PREFILLS * prefill_step)
+        self.disk: DiskCache | None = None
+        # By request id; without a request where that was cancelled.
+        self._fetching: dict[int, tuple[Running | None, Future[Fetched | None]]] = {}
 
     # --- requests
 
@@ -189,8 +197,8 @@ class Engine:
 
     @property
     def _generating(self) -> bool:
-        waiting = self._compiling or self._adapting or self._keeping or self.adapters.pending or self._sights
-        return bool(self._running or waiting) or (self.cache is not None and self.cache.pending)
+        waiting = self._compiling or self._fetching or self._adapting or self._keeping or self.adapters.pending
+        return bool(self._running or waiting or self._sights) or (self.cache is not None and self.cache.pending)
 
     @property
     def active(self) -> int:
@@ -199,10 +207,13 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return self._generator.waiting + len(self._compiling) + len(self._adapting) + len(self._sights or ())
+        fetching = sum(running is not None for running, _ in self._fetching.values())
+        waiting = len(self._compiling) + len(self._adapting) + len(self._sights or ())
+        return self._generator.waiting + waiting + fetching
 
     def submit(self, request_id: int, request: Generate) -> None:
-        """Take a request into the batch; it starts at the next step, or once its rule is compiled.
+        """Take a request into the batch; it starts at the next step, or once its rule is compiled and what disk has of
+        its prompt is read.
 
         Raises:
             RpcError: it cannot be honoured. Nothing of it remains.
@@ -252,7 +263,7 @@ class Engine:
         reuse = Reuse(NAMESPACE, urgent=urgent) if self.cache is not None and choices.cache_prompt else None
         sight: Sight | None = None
         if pictures:
-            prompt, sight = self._build_seeing(request.kind, turns, choices, pictures, tools)
+            prompt, sight = self._build_seeing(request.kind, turns, choices, pictures)
             reuse = Reuse(sight.namespace, urgent=urgent) if reuse is not None else None
         else:
             cut = reuse is not None and self.cache is not None and self.cache.marked
@@ -263,20 +274,82 @@ class Engine:
             prompt = self._prompts.open_thought(prompt)
         choices = self._fit(choices, prompt)
         text = self._text(choices, prompt, tools)
-        running = Running(request_id, request, prompt, choices, text, received_at, reuse, sight=sight, guess=guess)
-        running.tools = tools
-        running.adapter = self.adapters.want(request.adapter) if request.adapter is not None else None
-        if choices.rule is None:
+        running = Running(
+            request_id, request, prompt, choices, text, received_at, reuse, sight=sight, tools=tools, guess=guess
+        )
+        self._start(running, request.adapter)
+
+    def prewarm(self, request_id: int, request: Prewarm) -> None:
+        """Have the beginning of prompts with a system turn kept; ends as a request without text.
+
+        Raises:
+            RpcError: it cannot be kept.
+            EngineLost: see `step`.
+        """
+        try:
+            self._prewarm(request_id, request)
+        except RpcError:
+            raise
+        except Exception as error:
+            _check_alive(error)
+            raise _typed(error) from error
+
+    def _prewarm(self, request_id: int, request: Prewarm) -> None:
+        if self.cache is None:
+            raise Unsupported("no prompt caches are kept of this model", option="system")
+        choices = resolve("chat", {"max_tokens": 1, "temperature": 0.0}, self._defaults, self._loaded.vocabulary)
+        if choices.lane != PLAIN:
+            raise Unsupported("this model's KV caches are of a kind of which nothing is kept", option="system")
+        prompt = self._prompts.system(request.system, thinking=choices.thinking)
+        text = TextStream(self._loaded.tokenizer.detokenizer, make_machine((), None))
+        asked, reuse = Generate(kind=PREWARM, messages=[]), Reuse(NAMESPACE, prompt.cuts)
+        running = Running(request_id, asked, prompt, choices, text, time.perf_counter(), reuse)
+        self._start(running, request.adapter)
+
+    def _is_warm(self, running: Running) -> bool:
+        """Whether what was asked to be kept is kept."""
+        assert self.cache is not None
+        assert running.reuse is not None
+        self._generator.settle()
+        (cut,) = running.prompt.cuts
+        return self.cache.tree.peek(running.reuse.namespace, running.prompt.tokens[:cut], cut) == cut
+
+    def _start(self, running: Running, adapter: str | None) -> None:
+        """A request is on its way: its adapter is read, then what disk has of its prompt, then its rule is compiled;
+        then it joins the batch. What is there already keeps nobody waiting."""
+        if adapter is not None:
+            running.adapter = self.adapters.want(adapter)
+            if not running.adapter.ready:
+                self._adapting[running.id] = running
+                return
+        self._fetch(running)
+
+    def _fetch(self, running: Running) -> None:
+        """Begin with a request, or have what disk has of its prompt read first."""
+        if running.adapter is not None and running.reuse is not None:
+            running.reuse.namespace = running.adapter.identity
+        reading, reuse = None, running.reuse if running.choices.lane == PLAIN else None
+        if self.disk is not None and self.cache is not None and reuse is not None:
+            self.cache.tree.fit(self._generator.live_bytes())
+            reading = self.disk.fetch(reuse.namespace, running.prompt.tokens)
+        if reading is not None:
+            self._fetching[running.id] = running, reading
+        else:
+            self._begin(running)
+
+    def _begin(self, running: Running) -> None:
+        rule = running.choices.rule
+        if rule is None:
             self._join(running)
             return
-        compiled = self._compiler.compile(choices.rule)
+        compiled = self._compiler.compile(rule)
         if compiled.done():
             self._join(running, compiled.result())
         else:
-            self._compiling[request_id] = running, compiled
+            self._compiling[running.id] = running, compiled
 
     def _build_seeing(
-        self, kind: str, turns: list[dict[str, Any]], choices: Choices, pictures: list[Picture], tools: ToolUse | None
+        self, kind: str, turns: list[dict[str, Any]], choices: Choices, pictures: list[Picture]
     ) -> tuple[Prompt, Sight]:
         assert self._loaded.vision is not None
         vision, sights = self._loaded.vision, []
@@ -285,13 +358,13 @@ class Engine:
             sights.append(vision.prepare(text, pictures, keep=choices.cache_prompt))
             return sights[0].tokens
 
-        prompt = self._prompts.build(kind, turns, thinking=choices.thinking, encode=expand, tools=_shown(tools))
+        prompt = self._prompts.build(kind, turns, thinking=choices.thinking, encode=expand)
         return prompt, sights[0]
 
     def _build(
         self, kind: str, turns: list[dict[str, Any]], choices: Choices, cut: bool, tools: ToolUse | None
     ) -> Prompt:
-        thinking, shown = choices.thinking, _shown(tools)
+        thinking, shown = choices.thinking, tools.tools.shown if tools is not None else None
         if choices.context_policy != "drop_oldest":
             return self._prompts.build(kind, turns, thinking=thinking, cut=cut, tools=shown)
         context = self._loaded.context_length
@@ -327,12 +400,7 @@ class Engine:
         return replace(choices, max_tokens=most)
 
     def _join(self, running: Running, compiled: Compiled | None = None) -> None:
-        choices, prompt, adapter = running.choices, running.prompt, running.adapter
-        if adapter is not None and not adapter.ready:
-            self._adapting[running.id] = running, compiled
-            return
-        if adapter is not None and running.reuse is not None:
-            running.reuse.namespace = adapter.identity
+        choices, prompt = running.choices, running.prompt
         rows = [running]
         if choices.answers > 1:
             rows += [self._another(running, number) for number in range(1, choices.answers)]
@@ -417,11 +485,16 @@ class Engine:
         """End a request now, with the text it has. One that has ended already, or never was, changes nothing."""
         outcome = Outcome()
         uid = self._uids.get(request_id)
-        if request_id in self._compiling:
+        if request_id in self._fetching:
+            waiting, reading = self._fetching[request_id]
+            if waiting is not None:
+                self._fetching[request_id] = None, reading  # the next one may be glad of it
+                outcome.ended.append((request_id, self._result(waiting, "cancelled")))
+        elif request_id in self._compiling:
             running, _ = self._compiling.pop(request_id)
             outcome.ended.append((request_id, self._result(running, "cancelled")))
         elif request_id in self._adapting:
-            outcome.ended.append((request_id, self._result(self._adapting.pop(request_id)[0], "cancelled")))
+            outcome.ended.append((request_id, self._result(self._adapting.pop(request_id), "cancelled")))
         elif request_id in self._several:
             self._drop_all(list(self._several[request_id].uids.values()), outcome)
         elif uid is not None:
@@ -530,11 +603,15 @@ class Engine:
             self._read_adapters(outcome)
         if self._sights:
             self._see(self._sights, outcome)
+        if self._fetching:
+            self._begin_fetched(outcome)
         if self._embedder.busy:
             self._embed(outcome)
             if not self._generating:
                 return outcome
-        if self._compiling and not self._join_compiled(outcome):
+        if self._compiling:
+            self._join_compiled(outcome)
+        if not self._running and (self._compiling or self._fetching):
             return outcome
         for uid, error in self._generator.refuse():
             self._fail(uid, error, outcome, in_batch=False)
@@ -586,8 +663,26 @@ class Engine:
             _check_alive(error)
             outcome.ended += self._embedder.fail(_typed(error))
 
-    def _join_compiled(self, outcome: Outcome) -> bool:
-        """Requests whose rule is compiled by now join the batch. Returns whether there is a batch."""
+    def _begin_fetched(self, outcome: Outcome) -> None:
+        """Requests go on for which what disk had was read by now."""
+        assert self.disk is not None
+        assert self.cache is not None
+        if not (self._running or self._compiling or self._sights or self._embedder.busy):
+            wait([reading for _, reading in self._fetching.values()], COMPILING_S, "FIRST_COMPLETED")
+        for request_id, (running, reading) in list(self._fetching.items()):
+            if reading.done():
+                del self._fetching[request_id]
+                self.cache.tree.fit(self._generator.live_bytes())
+                with mx.stream(self._generator.plain.stream):
+                    self.disk.take_up(reading)
+                try:
+                    if running is not None:
+                        self._begin(running)
+                except Exception as error:
+                    outcome.ended.append((request_id, _typed(error)))
+
+    def _join_compiled(self, outcome: Outcome) -> None:
+        """Requests whose rule is compiled by now join the batch."""
         if not self._running:
             wait([compiled for _, compiled in self._compiling.values()], COMPILING_S, "FIRST_COMPLETED")
         for request_id, (running, compiled) in list(self._compiling.items()):
@@ -597,11 +692,11 @@ class Engine:
                     self._join(running, compiled.result())
                 except Exception as error:
                     outcome.ended.append((request_id, _typed(error)))
-        return bool(self._running)
 
     def _read_adapters(self, outcome: Outcome) -> None:
         """Adapters are read on; requests whose adapter is there now join the batch."""
-        waiting = [running for running, _ in (*self._adapting.values(), *self._compiling.values())]
+        on_their_way = (*self._compiling.values(), *self._fetching.values())
+        waiting = [*self._adapting.values(), *(running for running, _ in on_their_way if running is not None)]
         used = {each.adapter for each in (*self._running.values(), *waiting) if each.adapter is not None}
         self.adapters.read(used | set(self._keeping.values()))
         for request_id, adapter in list(self._keeping.items()):
@@ -609,14 +704,14 @@ class Engine:
                 del self._keeping[request_id]
                 self.adapters.kept = adapter if adapter.ready else self.adapters.kept
                 outcome.ended.append((request_id, adapter.error or Adapted(adapters_bytes=self.adapters.nbytes)))
-        for request_id, (running, compiled) in list(self._adapting.items()):
+        for request_id, running in list(self._adapting.items()):
             assert running.adapter is not None
             if running.adapter.ready or running.adapter.error is not None:
                 del self._adapting[request_id]
                 try:
                     if running.adapter.error is not None:
                         raise running.adapter.error
-                    self._join(running, compiled)
+                    self._fetch(running)
                 except Exception as error:
                     outcome.ended.append((request_id, _typed(error)))
 
@@ -665,6 +760,8 @@ class Engine:
             text, reasoning = running.text.finish()
             if (text or reasoning) and running.request.stream:
                 outcome.add(running, text, reasoning)
+            if running.request.kind == PREWARM and reason != "cancelled" and not self._is_warm(running):
+                raise Unsupported("the prompt cache has no room for this system turn", option="system")
             if running.text.calls:
                 self._take_calls(running, outcome, reason)
             result = self._result(running, reason)
@@ -787,22 +884,47 @@ class Engine:
         mx.clear_cache()
         return outcome
 
-    def warm_up(self) -> None:
-        """Compile what the first request would otherwise wait for. Raises what the model raises."""
+    def warm_up(self) -> RowView | None:
+        """Compile what the first request would otherwise wait for. Returns what caches hold for a prompt.
+
+        Raises what the model raises.
+        """
         sampling = Sampling(temperature=0.7, top_p=0.8, repetition=1.15)
         room = self._loaded.context_length
+        with contextlib.suppress(RpcError):  # whom it refuses, it tells
+            self._prompts.build("chat", [{"role": "user", "content": "x"}], thinking=False)
         prompt = [min(1, self._loaded.vocabulary - 1)] * max(1, min(8, room - 2))
         started = time.perf_counter()
+        row = None
         for choice in (sampling, Sampling()):
             self._generator.add(prompt, 2, choice, [], StopSequences())
             while self._generator.active or self._generator.waiting:
-                self._generator.next()
+                for response in self._generator.next()[1]:
+                    row = response.prompt_cache or row
             if time.perf_counter() - started > 1.0:  # a large model on a slow device: the rest can wait
-                return
+                break
+        return row
 
+    # --- what is kept
 
-def _shown(tools: ToolUse | None) -> list[dict[str, Any]] | None:
-    return tools.tools.shown if tools is not None else None
+    def cache_stats(self) -> PromptCacheStats | None:
+        """What became of the prompt cache; None where nothing is kept."""
+        if self.cache is None:
+            return None
+        stats = self.cache.stats()
+        if self.disk is not None:
+            disk = self.disk
+            stats.disk_hits, stats.disk_tokens, stats.disk_failures = disk.hits, disk.saved_tokens, disk.failures
+        return stats
+
+    def clear_cache(self) -> tuple[int, int]:
+        """Keep nothing of what is kept now. Returns the bytes that this freed in memory and on disk. Raises OSError."""
+        if self.cache is None:
+            return 0, 0
+        freed = self.cache.nbytes
+        self.cache.clear()
+        mx.clear_cache()
+        return freed, self.disk.clear() if self.disk is not None else 0
 
 
 def _check_alive(error: Exception) -> None:

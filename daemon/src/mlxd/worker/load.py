@@ -101,10 +101,10 @@ class LoadedModel:
             found.append("faithful")
         if can_constrain(self.tokenizer):
             found += ["structured", "grammar"]
-        if can_call(self.tokenizer):
-            found.append("tools")
         if self.vision is not None:
             found.append("vision")
+        if can_call(self.tokenizer):
+            found.append("tools")
         if self.pooling.refusal is None and inner_of(self.model) is not None:
             found.append("embed")
         return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
@@ -115,11 +115,34 @@ class PromptBuilder:
         first = 1 if messages[0]["role"] == "system" else 0
         if (first or tools) and len(messages) > first:
             with contextlib.suppress(Exception):
-                # Up to where another first turn would make a difference.
-                other = {**messages[first], "content": "y" if messages[first]["content"].startswith("x") else "x"}
-                same = text[: _same(text, self._apply([*messages[:first], other], thinking, tools))]
-                found.add(_same(tokens, self._tokenizer.encode(same, add_special_tokens=False)))
+                found.add(self._first_turn_cut(messages, thinking, tools, text, tokens))
         return tuple(sorted(cut for cut in found if 0 < cut < len(tokens)))
+
+    def _first_turn_cut(
+        self, messages: list[dict[str, Any]], thinking: bool, tools: Tools | None, text: str, tokens: list[int]
+    ) -> int:
+        """After how many tokens another first turn would make a difference. Raises what the template raises."""
+        first = 1 if messages[0]["role"] == "system" else 0
+        other = {**messages[first], "content": "y" if messages[first]["content"].startswith("x") else "x"}
+        same = text[: _same(text, self._apply([*messages[:first], other], thinking, tools))]
+        return _same(tokens, self._tokenizer.encode(same, add_special_tokens=False))
+
+    def system(self, text: str, *, thinking: bool) -> Prompt:
+        """A prompt with this system turn and a first turn; its only cut is where other first turns would differ.
+
+        Raises:
+            Unsupported: the model's template takes no such turn, or no prompts begin alike with it.
+            RpcError: as `build`.
+        """
+        if not self._tokenizer.has_chat_template:
+            raise Unsupported("this model has no chat template: it takes no system turn", option="system")
+        messages = [{"role": "system", "content": text}, {"role": "user", "content": "x"}]
+        prompt = self.build("chat", messages, thinking=thinking)
+        rendered = self._render(messages, thinking, None)
+        cut = self._first_turn_cut(messages, thinking, None, rendered, prompt.tokens)
+        if not 0 < cut < len(prompt.tokens):
+            raise Unsupported("the prompts of this model do not begin with the system turn", option="system")
+        return replace(prompt, cuts=(cut,))
 
     def open_thought(self, prompt: Prompt) -> Prompt:
         """The prompt, with a thought begun where the template left that to the model. Raises ContextExceeded."""
