@@ -88,6 +88,7 @@ export interface Completion {
   structured?: unknown;
   logprobs?: TokenLogprob[];
   invented?: string[];
+  alone?: boolean;
 }
 
 export interface DeleteResult {
