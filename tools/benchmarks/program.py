@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from . import download_rows, generation_rows, models, prefix_rows, size_rows, socket_rows, table
+from . import download_rows, fairness_rows, generation_rows, models, prefix_rows, size_rows, socket_rows, table
 from .effort import FULL, QUICK, SMOKE, Effort
 from .processes import Daemon, Echo, Reference, folder
 
@@ -21,6 +21,7 @@ NAMES = (
     "pipelined",
     "download",
     *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "schema", "http", "prefix")),
+    "fairness/shape",
 )
 
 
@@ -98,4 +99,6 @@ def generation(
             yield from generation_rows.http_rows(label, daemon, temp, path, scale)
         if f"prefix/{model}" in wanted:
             yield from prefix_rows.prefix_rows(label, daemon, path, scale)
+        if f"fairness/{model}" in wanted:
+            yield from fairness_rows.fairness_rows(label, daemon, path, scale)
         client.unload(str(path))
