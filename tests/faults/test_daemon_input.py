@@ -210,7 +210,6 @@ def test_params_of_chat(client: Client, params: dict, field: str) -> None:
         ("chat", {"messages": [{"role": "tool", "content": "3 PM"}]}, "messages"),
         ("chat", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages"),
         ("models.load", {"model": CLEANUP, "adapter": "org/lora"}, "adapter"),
-        ("models.load", {"model": CLEANUP, "draft_model": "org/small"}, "draft_model"),
     ],
 )
 def test_options_that_cannot_be_honoured(client: Client, method: str, params: dict, option: str) -> None:

@@ -89,6 +89,7 @@ export interface Completion {
   logprobs?: TokenLogprob[];
   invented?: string[];
   alone?: boolean;
+  speculation?: Speculation;
 }
 
 export interface DeleteResult {
@@ -225,6 +226,7 @@ export interface Model {
   waiting?: number;
   leases?: number;
   idle_unload_at?: number;
+  draft_model?: string;
 }
 
 export interface ModelParams {
@@ -305,6 +307,12 @@ export interface Snapshot {
   models?: Model[];
   jobs?: Job[];
   stopping?: boolean;
+}
+
+export interface Speculation {
+  kind: "draft" | "lookup";
+  drafted_tokens: number;
+  accepted_tokens: number;
 }
 
 export interface Status {

@@ -5,6 +5,7 @@ socketpair whose child end is file descriptor number `--fd`. The daemon asks, th
 
 Daemon → worker, requests (id, method, params), each answered once by a result or an error:
     load      LoadModel      → Loaded
+    attach    Attach         → Attached         a draft model for the loaded one, in place of the one it has
     generate  Generate       → Generated        with `step` notifications on the way
     count     CountTokens    → {tokens}
 Daemon → fetcher, requests; each answered once by a result or an error; one fetcher gets one of them:
@@ -46,7 +47,6 @@ NOT_YET = (
     "n",
     "adapter",
     "draft_model",
-    "speculation",
     "xtc_probability",
     "xtc_threshold",
 )
@@ -80,11 +80,18 @@ class Heartbeat(msgspec.Struct, omit_defaults=True):
     prompt_cache: PromptCacheStats | None = None
 
 
+class Attach(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`draft` is a model, `path` its verified local folder."""
+
+    draft: str
+    path: str
+
+
 class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     """`path` is a verified local folder. `max_batch` bounds how many requests decode together; `cache_bytes` what
     their KV caches and the prefixes that are kept hold together, where 0 keeps none. `kv_bytes` is what they may hold
     at all: requests wait, or are refused, so that it is enough; 0 is no bound. `kv_bits` is for requests that say
-    nothing; 0 leaves their KV caches as they are."""
+    nothing; 0 leaves their KV caches as they are. The model is loaded also where `draft` cannot be its draft model."""
 
     model: str
     path: str
@@ -93,13 +100,23 @@ class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     cache_bytes: int = 0
     kv_bytes: int = 0
     kv_bits: int = 0
+    draft: Attach | None = None
 
 
 class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`no_draft` says why the model has no draft model, where one was wished."""
+
     context_length: int
     memory_bytes: int
     load_s: float
     capabilities: list[str] = []
+    no_draft: str | None = None
+
+
+class Attached(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`memory_bytes` is what the worker holds now, as MLX counts it."""
+
+    memory_bytes: int
 
 
 class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -123,7 +140,8 @@ class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """`alone`: it was served by itself, as what it asked for wants it."""
+    """`alone`: it was served by itself, as what it asked for wants it. `speculation` is missing where nothing was
+    guessed."""
 
     text: str
     finish_reason: str  # stop | length | cancelled
@@ -136,6 +154,7 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     invented: list[str] | None = None
     structured: Any = None
     alone: bool = False
+    speculation: types.Speculation | None = None
 
 
 class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -82,7 +82,7 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
     return types.Completion(
         model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
         usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented, logprobs=logprobs,
-        structured=made.structured, alone=made.alone,
+        structured=made.structured, alone=made.alone, speculation=made.speculation,
     )  # fmt: skip
 
 

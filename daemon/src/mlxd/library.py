@@ -16,7 +16,7 @@ from .core import events as ev
 from .downloads import Downloads
 from .fetchers import Fetchers
 from .store import hub, layout
-from .store.folder import RESERVED_TOKENS
+from .store.folder import RESERVED_TOKENS, WORKER_BYTES
 
 if TYPE_CHECKING:
     from .core.core import Core
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .settings import Settings
     from .store import Found, Store
 
-__all__ = ["Library"]
+__all__ = ["Library", "draft_bytes"]
 
 _SPELLINGS = 4096
 
@@ -36,6 +36,7 @@ class Library:
         downloads: what moves models from the hub to the disk, and removes them.
         paths: where each known model lies, by id.
         kv_bytes: the part of its need that is for KV caches; 0 where its folder does not say what those take.
+        drafts: the draft models that the settings give to models, by the model's id, as far as they are here.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Library:
     ) -> None:  # fmt: skip
         self.paths: dict[str, str] = {}
         self.kv_bytes: dict[str, int] = {}
+        self.drafts: dict[str, Found] = {}
         self._settings = settings
         self._store = store
         self._core = core
@@ -70,15 +72,32 @@ class Library:
         for model in set(known).difference(one.model for one in found):
             with contextlib.suppress(errors.ModelNotFound, errors.ModelInvalid):
                 found.append(self._store.resolve(model))
+        for one in found:
+            self._look_for_draft(one)
         return found
+
+    def _resolve(self, ref: str) -> Found:
+        found = self._store.resolve(ref)
+        self._look_for_draft(found)
+        return found
+
+    def _look_for_draft(self, found: Found) -> None:
+        """Find the draft model that the settings give to a model. One that is not here is done without."""
+        ref = self._settings.draft_models.get(found.model)
+        if ref is not None:
+            self.drafts.pop(found.model, None)
+            with contextlib.suppress(errors.ModelNotFound, errors.ModelInvalid):
+                self.drafts[found.model] = self._store.resolve(ref)
 
     def _facts(self, found: Found) -> ev.Found:
         """What the core has to know of a model that was found on disk; where it lies is remembered here."""
         self.paths[found.model] = found.path
         self.kv_bytes[found.model] = found.kv_token_bytes * min(found.context_length, RESERVED_TOKENS)
         self.downloads.forget_plans(found.model)
+        draft = self.drafts.get(found.model)
+        need_bytes = found.memory_bytes + (0 if draft is None else draft_bytes(draft))
         return ev.Found(
-            found.model, found.source, found.memory_bytes, found.revision, found.size_bytes, found.context_length,
+            found.model, found.source, need_bytes, found.revision, found.size_bytes, found.context_length,
             self._settings.keep_alive.get(found.model),
         )  # fmt: skip
 
@@ -98,7 +117,7 @@ class Library:
     async def find(self, ref: str) -> Found:
         """The same, with what the disk says of it."""
         try:
-            found = await self._loop.run_in_executor(self._disk, self._store.resolve, ref)
+            found = await self._loop.run_in_executor(self._disk, self._resolve, ref)
         except (errors.ModelNotFound, errors.ModelInvalid):
             self._tell(ev.Lost(self._ids.pop(ref, ref)))
             raise
@@ -203,3 +222,8 @@ class Library:
     def close(self) -> None:
         self._disk.shutdown(wait=False, cancel_futures=True)
         self.downloads.close()
+
+
+def draft_bytes(draft: Found) -> int:
+    """What a draft model takes in the worker of another one."""
+    return draft.memory_bytes - WORKER_BYTES

@@ -10,7 +10,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 import psutil
@@ -28,15 +28,17 @@ from .core import events as ev
 from .core.core import Core, Limits
 from .fetchers import Fetchers
 from .generation import Generation, completion, count_params, refuse_unsupported, with_text, worker_params
-from .library import Library
+from .library import Library, draft_bytes
 from .server.events import EventLog
-from .workers import WorkerLink
+from .workers import Attached, WorkerLink
 
 if TYPE_CHECKING:
     from .server.limits import ServerLimits
     from .server.runtime_api import Log, Sink
     from .settings import Settings
-    from .store import Store
+    from .store import Found, Store
+
+T = TypeVar("T")
 
 
 class Runtime:
@@ -148,10 +150,12 @@ class Runtime:
 
     def _start_worker(self, action: do.StartWorker) -> None:
         settings = self._settings
+        draft = self._library.drafts.get(action.model)
         load = wire.LoadModel(
             model=action.model, path=self._library.paths[action.model], max_batch=settings.max_batch,
             cache_bytes=settings.prompt_cache_bytes, kv_bits=settings.kv_bits.get(action.model, 0),
             kv_bytes=self._kv_bytes(action.model, self.core.shares()[action.worker]),
+            draft=None if draft is None else wire.Attach(draft=draft.model, path=draft.path),
         )  # fmt: skip
         link = WorkerLink(action.worker, load, self, load_s=settings.load_s)
         self._links[action.worker] = link
@@ -254,8 +258,16 @@ class Runtime:
     def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None:
         self._links[worker].ready_at = time.monotonic()
         self._log.info("loaded", worker=worker, load_s=round(loaded.load_s, 3), memory_bytes=loaded.memory_bytes)
-        self.tell(ev.Loaded(worker, loaded.memory_bytes, loaded.context_length))
+        self.tell(ev.Loaded(worker, loaded.memory_bytes, loaded.context_length, self._draft_of(worker, loaded)))
         self._share_memory()
+
+    def _draft_of(self, worker: int, loaded: wire.Loaded) -> str | None:
+        """The draft model that was loaded with a worker's model."""
+        link = self._links[worker]
+        if link.draft is not None and loaded.no_draft is not None:
+            self._log.warning("no draft model", model=link.model, draft=link.draft, reason=loaded.no_draft)
+            return None
+        return link.draft
 
     def worker_load_failed(self, worker: int, error: errors.RpcError) -> None:
         self._log.warning("load failed", worker=worker, kind=error.kind, reason=error.message)
@@ -319,13 +331,60 @@ class Runtime:
             return self.core.view(named)  # it is on its way, or was
 
     async def load(self, client: int, params: types.LoadParams) -> types.Model:
-        for option in ("adapter", "draft_model"):
-            if getattr(params, option) is not UNSET:
-                raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
+        if params.adapter is not UNSET:
+            raise errors.Unsupported("adapter is not supported by the models' backend", option="adapter")
         model = await self._have(params.model)
         keep_alive = None if params.keep_alive is UNSET else params.keep_alive
-        view: types.Model = await self._reach(lambda rid: ev.Ensure(rid, client, model, keep_alive_s=keep_alive))
-        return view
+        draft = None if params.draft_model is UNSET else await self._have_draft(params.draft_model, model)
+        room = 0 if draft is None else draft_bytes(draft)
+        view: types.Model = await self._reach(
+            lambda rid: ev.Ensure(rid, client, model, keep_alive_s=keep_alive, draft_bytes=room)
+        )
+        return view if draft is None else await self._attach(client, model, draft)
+
+    async def _have_draft(self, ref: str, model: str) -> Found:
+        """The draft model that `ref` names. Raises what `_have` does, and InvalidParams for what is none."""
+        try:
+            draft = await self._have(ref)
+            if draft != model:
+                return await self._library.find(draft)
+        except errors.ModelInvalid as error:
+            told = f"{ref} cannot be a draft model: {error.message}"
+            raise errors.InvalidParams(told, **error.details | {"field": "draft_model"}) from None
+        except errors.ModelNotFound as error:
+            error.details["field"] = "draft_model"
+            raise
+        raise errors.InvalidParams("a model is no draft model of itself: it would only be slower", field="draft_model")
+
+    async def _attach(self, client: int, model: str, draft: Found) -> types.Model:
+        """Have a draft model guess for a model that is Ready."""
+        worker = self.core.models[model].worker
+        if worker is None:
+            raise errors.WorkerDied("the model was unloaded meanwhile", cause="stopped", model=model)
+        await self._reach(lambda rid: ev.Attach(rid, client, worker, draft_bytes(draft)))
+        attached: asyncio.Future[wire.Attached] = self.loop.create_future()
+        self._attach_now(worker, draft, lambda answer: settle(attached, answer))
+        await attached
+        return self.core.view(model)
+
+    def _attach_now(self, worker: int, draft: Found, answer: Attached) -> None:
+        """Tell a worker to load a draft model, for which there is room. The core hears what has become of it."""
+        link = self._links.get(worker)
+        if link is None:
+            answer(errors.WorkerDied("the model was unloaded meanwhile", cause="stopped"))
+            return
+
+        def attached(outcome: wire.Attached | errors.RpcError) -> None:
+            if isinstance(outcome, errors.RpcError):
+                self._log.warning("no draft model", model=link.model, draft=draft.model, reason=outcome.message)
+                self.tell(ev.Attached(worker, None, draft_bytes(draft)))
+            else:
+                self._log.info("draft model attached", model=link.model, draft=draft.model)
+                self.tell(ev.Attached(worker, draft.model, draft_bytes(draft)))
+                self.worker_memory(worker, outcome.memory_bytes)
+            answer(outcome)
+
+        link.attach(wire.Attach(draft=draft.model, path=draft.path), attached)
 
     async def unload(self, ref: str) -> types.Model:
         model = await self._library.resolve(ref)
@@ -645,7 +704,7 @@ class Runtime:
         self._library.close()
 
 
-def settle(future: asyncio.Future[int], answer: int | errors.RpcError) -> None:
+def settle(future: asyncio.Future[T], answer: T | errors.RpcError) -> None:
     if future.done():
         return
     if isinstance(answer, errors.RpcError):

@@ -35,6 +35,7 @@ class WorkerEvents(Protocol):
 
 
 Counted = Callable[[int | errors.RpcError], None]
+Attached = Callable[[wire.Attached | errors.RpcError], None]
 
 
 class WorkerLink:
@@ -49,6 +50,7 @@ class WorkerLink:
     def __init__(self, worker: int, load: wire.LoadModel, events: WorkerEvents, *, load_s: float) -> None:
         self.worker = worker
         self.model = load.model
+        self.draft = None if load.draft is None else load.draft.draft
         self.child: Child | None = None
         self.loaded: wire.Loaded | None = None
         self.ready_at: float | None = None
@@ -60,6 +62,7 @@ class WorkerLink:
         self._rids: dict[int, int] = {}  # the child's request id → rid
         self._ids: dict[int, int] = {}  # and back
         self._counts: dict[int, Counted] = {}
+        self._attaching: dict[int, Attached] = {}
         self._reading: dict[int, float] = {}  # requests with long texts, and the seconds that reading each may take
 
     # --- what the runtime does ------------------------------------------------------------------------------------
@@ -88,6 +91,14 @@ class WorkerLink:
         self._counts[request_id] = answer
         turns = params.messages or ()
         self._expect_reading(request_id, len(params.text or "") + sum(len(turn.get("content", "")) for turn in turns))
+
+    def attach(self, params: wire.Attach, answer: Attached) -> None:
+        """Have a draft model loaded; `answer` is called once, with what the worker says of it."""
+        assert self.child is not None
+        request_id = self.child.request("attach", params)
+        self._attaching[request_id] = answer
+        self._reading[request_id] = self._load_s  # as with a load, there may be no sign of life meanwhile
+        self._bear_silence()
 
     def _expect_reading(self, request_id: int, characters: int) -> None:
         """A tokenizer gives no sign of life before it has read its whole text: bear with it in proportion."""
@@ -127,6 +138,9 @@ class WorkerLink:
         counts, self._counts = self._counts, {}
         for answer in counts.values():
             answer(death.to_error())
+        attaching, self._attaching = self._attaching, {}
+        for told in attaching.values():
+            told(death.to_error())
         self._events.worker_exited(self.worker, death)
 
     def _too_slow(self) -> None:
@@ -154,6 +168,8 @@ class WorkerLink:
                 self._events.worker_loaded(self.worker, self.loaded)
         elif (answer := self._counts.pop(request_id, None)) is not None:
             answer(failed if failed is not None else int(message["result"]["tokens"]))
+        elif (told := self._attaching.pop(request_id, None)) is not None:
+            told(failed if failed is not None else msgspec.convert(message["result"], wire.Attached))
         elif (rid := self._rids.pop(request_id, None)) is not None:
             del self._ids[rid]
             outcome = failed if failed is not None else msgspec.convert(message["result"], wire.Generated)

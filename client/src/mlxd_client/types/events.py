@@ -23,6 +23,7 @@ EVENT_TOPICS: dict[str, str] = {
     "loading_started": "models",
     "loading_progress": "models",
     "loading_completed": "models",
+    "draft_attached": "models",
     "unloading_started": "models",
     "unloaded": "models",
     "deleting_started": "models",

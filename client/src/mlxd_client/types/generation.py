@@ -32,12 +32,15 @@ class GenerateParams(Params, kw_only=True):
     in the dialect of Lark that llguidance reads. They are enforced token by token; at most one of them can be given.
 
     `thinking_budget` bounds the thought, in tokens, and turns thinking on. `n` answers are made from one prompt.
-    `adapter` is a LoRA or DoRA folder, absolute, or the id of one from the hub. `speculation`: `auto` guesses ahead
-    where that pays, by the model's draft model if it has one, else by looking up what the prompt says; neither changes
-    the answer. `context_policy` says what becomes of a prompt that is too long: `refuse` (the default), `drop_oldest`
-    (whole turns go, but the system's and the last ones), `rotate` (the answer may go on for ever; the oldest tokens
-    fall out of sight). `kv_bits` keeps the KV cache in so many bits. `deterministic` makes the answer depend on nothing
-    else that runs, at the price of running by itself; without a `seed` it draws with seed 0.
+    `adapter` is a LoRA or DoRA folder, absolute, or the id of one from the hub. `speculation`: `auto`, the default,
+    guesses ahead where that pays, by the model's draft model if it has one, else by looking up what the prompt says;
+    neither changes the answer. `lookup` and `draft` guess by that means whenever the request decodes alone, whether it
+    pays or not; `off` never.
+
+    `context_policy` says what becomes of a prompt that is too long: `refuse` (the default), `drop_oldest` (whole turns
+    go, but the system's and the last ones), `rotate` (the answer may go on for ever; the oldest tokens fall out of
+    sight). `kv_bits` keeps the KV cache in so many bits. `deterministic` makes the answer depend on nothing else that
+    runs, at the price of running by itself; without a `seed` it draws with seed 0.
     """
 
     model: ModelRef | UnsetType = UNSET
@@ -104,6 +107,15 @@ class Timings(Result, kw_only=True):
     total_s: float = 0.0
 
 
+class Speculation(Result, kw_only=True):
+    """What guessing ahead came to: of `drafted_tokens` that were guessed, `accepted_tokens` were what the model would
+    have said anyway. `kind` says who guessed: `draft` is the draft model, `lookup` what was said before."""
+
+    kind: Literal["lookup", "draft"]
+    drafted_tokens: int
+    accepted_tokens: int
+
+
 class ToolCall(Result, kw_only=True):
     id: str
     name: str
@@ -123,7 +135,8 @@ class Completion(Result, kw_only=True):
     """`invented` names the words of the answer that its prompt does not account for; only models that promise to
     rewrite faithfully (see `guard` in their mlxd.json) are checked. Whoever needs certainty keeps the prompt then.
     `structured` is the parsed answer where a `schema` was asked and the answer is whole; null, and what the wire cannot
-    carry, are in `text` only. `alone`: `context_policy` rotate or `deterministic` had this request served by itself."""
+    carry, are in `text` only. `alone`: `context_policy` rotate or `deterministic` had this request served by itself.
+    `speculation` is set where any token was guessed ahead."""
 
     model: str
     text: str
@@ -136,6 +149,7 @@ class Completion(Result, kw_only=True):
     logprobs: list[TokenLogprob] | None = None
     invented: list[str] | None = None
     alone: bool = False
+    speculation: Speculation | None = None
 
 
 class Stream(Result, kw_only=True):

@@ -16,7 +16,7 @@ class Model(Result, kw_only=True):
     `phase` details a state: `queued` (a load that waits for memory, or a download for its turn), `loading`,
     `unloading`, `deleting`; of a download `planning`, `downloading`, `verifying`, `retrying`. An update is downloaded
     beside what is there: the state stays, `progress` is then the download's. `latest_revision` is set where the hub is
-    known to have a newer one than `revision`.
+    known to have a newer one than `revision`. `draft_model` is the one that guesses for it, where its worker has one.
     """
 
     id: str
@@ -34,6 +34,7 @@ class Model(Result, kw_only=True):
     waiting: int = 0
     leases: int = 0
     idle_unload_at: float | None = None
+    draft_model: str | None = None
 
 
 ACTIVITY_FIELDS: tuple[str, ...] = ("memory_bytes", "active", "waiting", "leases", "idle_unload_at")
@@ -48,7 +49,9 @@ class OptionalModelParams(Params, kw_only=True):
 
 
 class LoadParams(Params, kw_only=True):
-    """`keep_alive` in seconds: -1 never unloads, 0 unloads at once when idle."""
+    """`keep_alive` in seconds: -1 never unloads, 0 unloads at once when idle. `draft_model` is loaded beside the model,
+    to guess for it, in place of the one it has; it goes when the model is unloaded. Where it cannot guess for the model
+    the request fails, and the model stays loaded without it."""
 
     model: ModelRef
     keep_alive: KeepAlive | UnsetType = UNSET

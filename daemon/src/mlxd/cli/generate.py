@@ -229,10 +229,11 @@ def show_reasoning(text: str, output: Output) -> None:
 
 
 def show_stats(completion: Completion, output: Output) -> None:
-    usage, timings = completion.usage, completion.timings
+    usage, timings, ahead = completion.usage, completion.timings, completion.speculation
     rate = usage.completion_tokens / timings.decode_s if timings.decode_s > 0 else 0.0
     output.note(
         f"{completion.model}: {usage.completion_tokens} tokens, {rate:.0f} tokens/s, "
         f"first after {timings.first_token_s * 1000:.0f} ms, {timings.total_s:.2f} s in all, "
         f"prompt {usage.prompt_tokens} tokens ({usage.cached_tokens} cached), ended by {completion.finish_reason}"
+        + (f", {ahead.kind} guessed {ahead.accepted_tokens} of {ahead.drafted_tokens} right" if ahead else "")
     )

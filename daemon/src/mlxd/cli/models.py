@@ -28,6 +28,13 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         "--keep-alive", type=duration, metavar="TIME", help="unload when unused for so long: 90, 5m, 2h, forever"
     )
 
+    parser.add_argument(
+        "--draft-model",
+        type=model_ref,
+        metavar="MODEL",
+        help="a smaller model of the same family, to guess ahead for it",
+    )
+
     parser = add_command(commands, "unload", unload, "unload a model and free its memory")
     parser.add_argument("model", type=model_ref, help="an id, an alias or a folder")
 
@@ -130,7 +137,7 @@ def load(args: argparse.Namespace, output: Output) -> int:
     output.progress(f"loading {args.model}")
     try:
         with connect(args) as client:
-            model = client.load(args.model, keep_alive=args.keep_alive)
+            model = client.load(args.model, keep_alive=args.keep_alive, draft_model=args.draft_model)
     finally:
         output.progress(None)
     if output.json:
@@ -138,7 +145,8 @@ def load(args: argparse.Namespace, output: Output) -> int:
     else:
         took = time.monotonic() - began
         shown = f"{took:.1f} s" if took < 10 else seconds_text(took)
-        output.line(f"{model.id} is ready after {shown}, {bytes_text(model.memory_bytes)} in memory")
+        guessed = f", with {model.draft_model} to guess for it" if model.draft_model else ""
+        output.line(f"{model.id} is ready after {shown}, {bytes_text(model.memory_bytes)} in memory{guessed}")
     return OK
 
 

@@ -26,6 +26,7 @@ from .book import Book, Limits
 from .breaker import BreakerState
 from .deletes import Deletes
 from .downloads import DownloadLine
+from .drafts import Drafts
 from .jobs import DownloadJob
 from .line import LoadLine
 from .records import Goal, ModelRecord, Request
@@ -49,6 +50,7 @@ class Core:
         self._line = line = LoadLine(book)
         self._downloads = downloads = DownloadLine(book)
         self._deletes = deletes = Deletes(book, line)
+        self._drafts = drafts = Drafts(book, line)
         self.limits, self.wall = limits, wall
         self.models, self.requests, self.goals, self.jobs = book.models, book.requests, book.goals, book.jobs
         self.breakers, self.deaths = self._line.breakers, self._line.deaths
@@ -63,7 +65,7 @@ class Core:
             ev.Abort: self._abort, ev.Download: downloads.download, ev.FetchProgress: downloads.fetch_progress,
             ev.Fetched: downloads.fetched, ev.FetchFailed: downloads.fetch_failed,
             ev.FetcherExited: downloads.fetcher_exited, ev.Newest: downloads.newest, ev.Delete: deletes.delete,
-            ev.FilesDeleted: deletes.files_deleted,
+            ev.FilesDeleted: deletes.files_deleted, ev.Attach: drafts.attach, ev.Attached: drafts.attached,
         }  # fmt: skip
 
     # --- what the runtime asks ------------------------------------------------------------------------------------
@@ -211,6 +213,8 @@ class Core:
             return
         record.goals[event.rid] = goal
         self.goals[event.rid] = record.id
+        if record.worker is None:
+            record.draft_promised = max(record.draft_promised, event.draft_bytes)
         if record.job is not None:
             record.job.wanted = True
 
@@ -361,6 +365,7 @@ class Core:
                 self._line.unpend(record, None, now)
         self._line.make_room(now)
         self._line.retire(now)
+        self._drafts.settle(now)
         if self._book.deleting:
             self._deletes.settle()
         self._downloads.settle(now)

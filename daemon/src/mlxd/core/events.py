@@ -49,13 +49,35 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Ensure:
-    """The goal that the model be Ready: answered once it is. With a `lease`, it stays so while the client holds it."""
+    """The goal that the model be Ready: answered once it is. With a `lease`, it stays so while the client holds it.
+    Where it is not loaded yet, room is made for a draft model of `draft_bytes`, too."""
 
     rid: int
     client: int
     model: str
     lease: str | None = None
     keep_alive_s: float | None = None
+    draft_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """The goal that the worker, whose model is Ready, have so much memory for a draft model: answered once it has."""
+
+    rid: int
+    client: int
+    worker: int
+    draft_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A draft model for which Attach got `draft_bytes` is in the worker, in place of the one before. None: it is not,
+    and nothing has changed."""
+
+    worker: int
+    draft: str | None
+    draft_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +201,12 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
+    """`draft` is the draft model that was loaded with it: what it takes is part of the model's needs."""
+
     worker: int
     memory_bytes: int
     context_length: int
+    draft: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,5 +256,5 @@ class Abort:
 Event = (
     Found | Lost | Submit | Ensure | Release | Unload | Cancel | CancelJob | ClientGone | LoadProgress | Loaded
     | LoadFailed | WorkerExited | MemoryReport | Done | Tick | Drain | Abort | Download | FetchProgress | Fetched
-    | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest
+    | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest | Attach | Attached
 )  # fmt: skip

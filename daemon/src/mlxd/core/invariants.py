@@ -36,6 +36,7 @@ def _check_model(core: Core, m: ModelRecord) -> None:
     _hold(m.worker is None or core._book.by_worker.get(m.worker) is m, f"{m.id}'s worker is not on the books")
     _hold(not m.running or state == "Ready", f"{m.id} runs requests while {state}")
     _hold(m.stopping is None or m.worker is not None, f"{m.id} is stopping without a worker")
+    _hold(m.worker is not None or m.draft is None, f"{m.id} has a draft model and no worker")
     _hold(m.last_seq is None or m.worker is not None, f"{m.id} makes room without a worker")
     _hold(len(m.running) <= core.limits.max_batch, f"{m.id} runs more than fits into a batch")
     _hold(m.running_by_client == Counter(r.client for r in m.running.values()), f"{m.id} miscounts its clients")
@@ -61,7 +62,7 @@ def _check_requests(core: Core) -> None:
 
 
 def _check_loads(core: Core) -> None:
-    needs = sum(m.need_bytes for m in core._book.by_worker.values())
+    needs = sum(m.wanted_bytes for m in core._book.by_worker.values())
     _hold(needs <= core.limits.budget_bytes, "the loaded models take more than the budget")
     for name in core._book.pending:
         m = core.models[name]

@@ -155,6 +155,7 @@ class LoadLine:
             return  # it was told to go meanwhile; its exit will follow
         record.memory_bytes = event.memory_bytes
         record.context_length = event.context_length
+        record.draft = event.draft
         record.error = record.progress = None
         record.load_s = now - record.load_began
         self._book.move(record, "loaded", now)
@@ -179,7 +180,8 @@ class LoadLine:
         cause = record.stopping
         was_loading = record.lifecycle.state == "Loading"
         record.worker = record.stopping = record.last_seq = record.memory_bytes = record.idle_since = None
-        record.progress = None
+        record.progress = record.draft = None
+        record.draft_takes = record.draft_granted = record.draft_promised = 0
         if record.later is not None:
             (record.need_bytes, record.context_length), record.later = record.later, None
         if cause is None:

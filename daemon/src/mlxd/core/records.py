@@ -32,11 +32,11 @@ class Request:
 
 @dataclass(slots=True)
 class Goal:
-    """An Ensure, Unload or Delete that waits for its model's state."""
+    """An Ensure, Unload, Delete or Attach that waits for its model's state."""
 
     rid: int
     client: int
-    kind: Literal["ensure", "unload", "delete"]
+    kind: Literal["ensure", "unload", "delete", "attach"]
     lease: str | None = None
 
 
@@ -83,12 +83,21 @@ class ModelRecord:
     later: tuple[int, int | None] | None = None
     outdated: list[str] = field(default_factory=list)
     deleting: bool = False
+    draft: str | None = None  # the draft model that its worker has
+    draft_takes: int = 0  # memory for draft models beside what the model needs: that of the one that is there,
+    draft_granted: int = 0  # those that its worker loads,
+    draft_promised: int = 0  # and one that is to come once the model is loaded
     published: tuple[object, ...] = ()  # the activity that subscribers know of
 
     @property
     def reserved_bytes(self) -> int:
         """What the model counts with against the budget."""
-        return 0 if self.worker is None else max(self.need_bytes, self.memory_bytes or 0)
+        return 0 if self.worker is None else max(self.wanted_bytes, self.memory_bytes or 0)
+
+    @property
+    def wanted_bytes(self) -> int:
+        """What running the model is expected to take, with its draft model."""
+        return self.need_bytes + self.draft_takes + self.draft_granted + self.draft_promised
 
     @property
     def wanted(self) -> bool:
@@ -145,5 +154,5 @@ class ModelRecord:
             error=self.error,
             context_length=self.context_length, memory_bytes=self.memory_bytes if loaded else None,
             active=len(self.running), waiting=len(self.queue), leases=len(self.leases),
-            idle_unload_at=None if deadline is None else deadline + wall,
+            idle_unload_at=None if deadline is None else deadline + wall, draft_model=self.draft,
         )  # fmt: skip

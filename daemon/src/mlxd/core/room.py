@@ -32,7 +32,7 @@ def plan_room(loaded: Iterable[ModelRecord], wanting: ModelRecord, budget_bytes:
     5. Then busy ones, least recently used first, once they served what they had accepted.
     6. Still not enough, because leases hold the rest: refuse.
     """
-    need = wanting.need_bytes
+    need = wanting.wanted_bytes
     holders = [m for m in loaded if m.reserved_bytes]
     free = budget_bytes - sum(m.reserved_bytes for m in holders)
     if need > budget_bytes:
@@ -85,7 +85,7 @@ def shares(loaded: Iterable[ModelRecord], budget_bytes: int) -> dict[int, int]:
 def _refusal(wanting: ModelRecord, budget: int, available: int, leased: list[str]) -> RpcError:
     why = f"leases hold {', '.join(leased)}" if leased else "that is all the models may take together"
     return InsufficientMemory(
-        f"{wanting.id} needs {wanting.need_bytes / 1e9:.2f} GB and {available / 1e9:.2f} GB can be freed: {why}",
-        model=wanting.id, needed_bytes=wanting.need_bytes, available_bytes=available, budget_bytes=budget,
+        f"{wanting.id} needs {wanting.wanted_bytes / 1e9:.2f} GB and {available / 1e9:.2f} GB can be freed: {why}",
+        model=wanting.id, needed_bytes=wanting.wanted_bytes, available_bytes=available, budget_bytes=budget,
         leased=leased,
     )  # fmt: skip

@@ -18,6 +18,10 @@
     trial      compiles in a process that may be lost
     constraint what one answer may go on with, as masks over a batch's logits
     sampling   penalties, filters and seeded draws, for a whole batch
+    speculation guesses ahead: whose they are, and what checking them takes
+    lookup     guesses by looking up what was said before
+    draft      guesses by a smaller model
+    pace       what passes take, and how many guesses are worth one
     text       tokens become text: whole characters, stop strings, reasoning apart
 
 Only this package imports mlx, and only inside a worker.

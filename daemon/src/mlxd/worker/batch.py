@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,8 @@ from mlxd_client.errors import InternalError
 from .constraint import allows_any, apply_masks
 from .kvcache import PromptCache, RowView, foreseen_bytes, take
 from .patience import Patience
-from .sampling import Plan, Sampling
+from .sampling import PENALTY_WINDOW, Plan, Sampling
+from .speculation import Guess, can_take_back, prefixes, take_back
 from .waits import Reuse, Waits
 
 # What a row's `logprobs` are where the model computed no finite numbers for it.
@@ -41,6 +43,7 @@ MOST_PREFILLS = 8
 FIRST_PREFILL = 64
 # How many steps the batch may grow before it is looked at again how much it holds.
 LOOK_STEPS = 16
+_NOTHING: deque[Any] = deque(maxlen=0)
 
 
 class RowFailure:
@@ -54,6 +57,11 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
     """A GenerationBatch whose `samplers` are Sampling objects.
 
     Responses carry in `logprobs`: None, NOT_FINITE, a RowFailure, or (chosen, ids, values) for a row that asked.
+
+    Attributes:
+        may_guess: nobody waits for a place: a row that decodes alone may guess ahead. One pass then brings several
+            tokens, and each `next` says one of them; while any are `unsaid`, nothing is computed.
+        newest: the token that comes next, where its value is known already.
     """
 
     # What mlx_lm's class holds, as used here.
@@ -69,8 +77,77 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
     _next_mass: mx.array | None = None  # [rows, 1], log of the sum of exp(logits): not finite if any logit is not
     _steps_alone = 0
     _plain = False  # one row, on plain caches
+    _can_guess = False  # and these can be taken back
+    may_guess = False
+    newest: int | None = None
+    unsaid: deque[tuple[int, Any]] = _NOTHING  # tokens that are in the caches, and what is noted of them
 
     def _step(self) -> tuple[list[int], list[Any]]:
+        if self._can_guess:
+            if self.unsaid:
+                return self._say()
+            guess = self.samplers[0].guess
+            if guess is not None:
+                guess.begin()
+                if self.may_guess and self._check(guess):
+                    return self._say()
+            self.newest = None
+        return self._step_all()
+
+    def _check(self, guess: Guess) -> bool:
+        """Have what is guessed to come next checked in one pass, as far as anything is guessed. What would have been
+        chosen anyway is to be said then."""
+        row, tokens = self.samplers[0], self.tokens[0]
+        fed = guess.propose(self, self.max_tokens[0] - self._num_tokens[0] - 1)
+        if fed is None:
+            return False
+        inputs = mx.array(fed, dtype=mx.uint32) if isinstance(fed, list) else fed
+        count = inputs.shape[0]
+        values = fed if isinstance(fed, list) else [0] * count  # what is not known is not looked at
+        plan = Plan([row] * count, prefixes(tokens, values, PENALTY_WINDOW), inputs)
+        logits = self.model(inputs[None], cache=self.prompt_cache)[0]
+        for processor in self.logits_processors[0]:
+            logits = processor(None, logits)
+        logits = plan.penalise(inputs, logits)
+        mass = mx.logsumexp(logits, axis=-1, keepdims=True)
+        logprobs = logits - mass
+        chosen = plan.sample(logprobs)
+        reports = plan.report(logprobs, chosen)
+        masses = mass if self._next_mass is None else mx.concatenate([self._next_mass, mass])
+        mx.eval(inputs, chosen, masses, *reports.values())
+        made, guessed = _ints(chosen), _ints(inputs)
+        right = 0
+        while right < count - 1 and made[right] == guessed[right + 1]:
+            right += 1
+        take_back(self.prompt_cache, count - 1 - right)
+        guess.checked(count - 1, right)
+        finite: list[bool] = mx.isfinite(masses)[-count:, 0].tolist()  # type: ignore[assignment]
+        notes = [reports.get(index) if finite[index] else NOT_FINITE for index in range(right + 1)]
+        first = self._next_logprobs[0]
+        if masses.shape[0] > count and not math.isfinite(masses[0].item()):  # type: ignore[arg-type]
+            first = NOT_FINITE
+        self.unsaid = deque(zip(guessed[: right + 1], [first, *notes[:right]], strict=True))
+        self.newest = made[right]
+        self._next_tokens, self._next_logprobs = chosen[right : right + 1], [notes[right]]
+        self._next_mass = mx.zeros((1, 1))  # what it was is noted
+        self._plan = None
+        return True
+
+    def _say(self) -> tuple[list[int], list[Any]]:
+        token, note = self.unsaid.popleft()
+        self.tokens[0].append(token)
+        return [token], [note]
+
+    def _unsay(self) -> None:
+        """Take back what was not said yet: the row is to be as if it had decoded token by token."""
+        if self.unsaid:
+            token, note = self.unsaid[0]
+            take_back(self.prompt_cache, len(self.unsaid))
+            self._next_tokens, self._next_logprobs = mx.array([token], dtype=mx.uint32), [note]
+            self.newest = token
+            self.unsaid.clear()
+
+    def _step_all(self) -> tuple[list[int], list[Any]]:
         inputs, mass, notes = self._next_tokens, self._next_mass, self._next_logprobs
         self._current_tokens, self._current_logprobs = inputs, notes
         if self._plan is None:
@@ -149,6 +226,7 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
         return apply_masks(logits, masks) if masks else logits
 
     def extend(self, batch: RowBatch) -> None:
+        self._unsay()
         self._make_batched()
         batch._make_batched()
         super().extend(batch)
@@ -163,10 +241,12 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
             return
         super().filter(keep)  # where the caches are plain there is one row, so that nothing is left of them
         self._plan = None
-        self._steps_alone, self._plain = 0, False
+        self._steps_alone, self._plain, self._can_guess = 0, False, False
+        self.unsaid.clear()
         self._next_mass = self._next_mass[keep] if keep and self._next_mass is not None else None
 
     def extract_cache(self, idx: int) -> RowView | None:
+        self._unsay()
         return take(self.prompt_cache, idx, len(self.tokens[idx]))
 
     def _make_plain(self) -> None:
@@ -175,11 +255,15 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
             return
         self.prompt_cache = [c.extract(0) if type(c) is BatchKVCache else c for c in self.prompt_cache]
         self._plain = True
+        self._can_guess = can_take_back(self.prompt_cache)
+        if (guess := self.samplers[0].guess) is not None:
+            guess.pause()
 
     def _make_batched(self) -> None:
         if self._plain:
             self.prompt_cache = [BatchKVCache.merge([c]) if type(c) is KVCache else c for c in self.prompt_cache]
-        self._steps_alone, self._plain = 0, False
+        self._steps_alone, self._plain, self._can_guess = 0, False, False
+        self.newest = None
 
 
 class RowPrompts(PromptProcessingBatch):  # type: ignore[misc]
@@ -263,6 +347,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     def _next(self) -> Any:
         held = self._patience.arrange(self) if self.may_read else []
+        self._generation_batch.may_guess = not self.waiting and not held and not len(self._prompt_batch)
         reading = len(self._prompt_batch)
         self.prefill_batch_size = min(reading + self._prefill_joins, self._most_prefills)
         rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts()
@@ -298,6 +383,14 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
             return super()._next()
         finally:
             self.completion_batch_size = places
+
+    def rest(self) -> list[Any]:
+        """A further token that the last step brought, in a list; empty where that was all."""
+        if not self._generation_batch.unsaid:
+            return []
+        with mx.stream(self.stream):
+            responses: list[Any] = self._generation_batch.next()
+            return responses
 
     def settle(self) -> None:
         """Have the prompt cache copy what it is to keep, beside what the rows hold now."""
@@ -423,3 +516,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
     @property
     def waiting(self) -> int:
         return len(self._unprocessed_sequences) + len(self._waits or ())
+
+
+def _ints(array: mx.array) -> list[int]:
+    values: Any = array.tolist()
+    return list(values)

@@ -17,6 +17,7 @@ from mlxd_client.errors import InternalError, ModelInvalid, RpcError, Unsupporte
 from ..childwire import CountTokens, Generate, Generated, WorkerTimings
 from .batch import NOT_FINITE, RowFailure
 from .constraint import Constraint
+from .draft import Draft, check_pair
 from .grammar import Compiled, Compiler
 from .kvcache import PromptCache, RowView
 from .lanes import Lanes
@@ -24,6 +25,7 @@ from .load import LoadedModel
 from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
 from .sampling import Sampling
+from .speculation import Guess, Guesses
 from .text import TextStream, make_machine
 from .waits import LEAST, Reuse
 
@@ -56,6 +58,7 @@ class Running:
     prompt_at: float = 0.0
     first_at: float = 0.0
     constraint: Constraint | None = None
+    guess: Guess | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -114,6 +117,7 @@ class Engine:
         self._stops = StopSequences([(token,) for token in self._eos])
         tokenizer = loaded.tokenizer
         self._think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
+        self.guesses = Guesses(loaded.model)
         self._running: dict[int, Running] = {}  # by the generator's uid
         self._uids: dict[int, int] = {}  # request id → uid
         self._failed_steps = 0
@@ -155,6 +159,7 @@ class Engine:
         received_at = time.perf_counter()
         choices = resolve(request.kind, request.options, self._defaults, self._loaded.vocabulary)
         self._generator.check(choices.lane)
+        guess = self.guesses.guess(choices.speculation, constrained=choices.rule is not None)
         if self.cache is None and request.options.get("cache_prompt") is True:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
         urgent = request.priority != "batch"
@@ -170,7 +175,7 @@ class Engine:
             think = self._think if prompt.in_reasoning else None
         machine = make_machine(choices.stop, think, once=choices.rule is not None)
         text = TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
-        running = Running(request_id, request, prompt, choices, text, received_at, reuse)
+        running = Running(request_id, request, prompt, choices, text, received_at, reuse, guess=guess)
         if choices.rule is None:
             self._join(running)
             return
@@ -182,7 +187,7 @@ class Engine:
 
     def _join(self, running: Running, compiled: Compiled | None = None) -> None:
         choices, prompt = running.choices, running.prompt
-        sampling = choices.sampling
+        sampling = replace(choices.sampling, guess=running.guess)
         if compiled is not None:
             thought = self._loaded.tokenizer.think_end if prompt.in_reasoning else None
             running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
@@ -228,6 +233,21 @@ class Engine:
         except Exception as error:
             raise _typed(error) from error
 
+    def attach(self, name: str, draft: LoadedModel) -> None:
+        """Have a draft model guess from now on, in place of the one before. What is running goes on without any.
+
+        Raises:
+            InvalidParams, Unsupported: it cannot guess for this model. The one before stays.
+        """
+        if not self.guesses.usable:
+            raise Unsupported("nothing can be guessed for this model: it takes no draft model", option="draft_model")
+        check_pair(self._loaded, draft)
+        if self.guesses.draft is not None:
+            self.guesses.draft.closed = True
+        self.guesses.draft = Draft(
+            name, draft, vocabulary=self._loaded.vocabulary, pace=self.guesses.pace, step=self._limits["prefill_step"]
+        )
+
     # --- steps
 
     def step(self) -> Outcome:
@@ -262,14 +282,16 @@ class Engine:
                 running.prompt_at = now
             elif running is not None and progress.end_of_segment:
                 self._keep_cut(progress.uid, running)
-        for response in responses:
-            running = self._running.get(response.uid)
-            if running is None:
-                continue
-            try:
-                self._advance(running, response, now, outcome)
-            except Exception as error:
-                self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
+        while responses:
+            for response in responses:
+                running = self._running.get(response.uid)
+                if running is None:
+                    continue
+                try:
+                    self._advance(running, response, now, outcome)
+                except Exception as error:
+                    self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
+            responses = self._generator.rest()
 
     def _join_compiled(self, outcome: Outcome) -> bool:
         """Requests whose rule is compiled by now join the batch. Returns whether there is a batch."""
@@ -348,6 +370,7 @@ class Engine:
             invented=invented,
             structured=structured,
             alone=running.choices.lane.alone,
+            speculation=running.guess.report() if running.guess is not None else None,
         )
 
     def _report(self, count: int, token: int, note: tuple[mx.array, mx.array, mx.array]) -> dict[str, Any]:
@@ -410,6 +433,7 @@ class Engine:
                 outcome.ended.append((running.id, _typed(error)))
         if self.cache is not None:
             self.cache.forget_pending()
+        self.guesses.forget()
         mx.clear_cache()
         return outcome
 

@@ -244,13 +244,23 @@ class Lanes:
         lane = self._plain if len(self._lanes) == 1 else self._turn()
         self._stepping = lane
         made: tuple[list[Any], list[Any]] = lane.rows.next()
-        for response in made[1]:
-            if response.finish_reason is not None:
-                self._homes.pop(response.uid, None)
-                lane.lengths.pop(response.uid, None)
+        self._forget_ended(lane, made[1])
         if len(self._lanes) > 1:
             self._stepped(lane, bool(made[0]))
         return made
+
+    def rest(self) -> list[Any]:
+        """See RowGenerator; of the step that was taken last."""
+        made = self._plain.rows.rest() if self._stepping is self._plain else []
+        if made:
+            self._forget_ended(self._plain, made)
+        return made
+
+    def _forget_ended(self, lane: Lane, responses: list[Any]) -> None:
+        for response in responses:
+            if response.finish_reason is not None:
+                self._homes.pop(response.uid, None)
+                lane.lengths.pop(response.uid, None)
 
     def _turn(self) -> Lane:
         """The next lane that has something to do.

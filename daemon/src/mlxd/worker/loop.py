@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import msgspec
 
-from mlxd_client.errors import InvalidParams, InvalidRequest, LoadFailed, MethodNotFound, ModelInvalid, RpcError
+from mlxd_client.errors import (
+    InvalidParams,
+    InvalidRequest,
+    LoadFailed,
+    MethodNotFound,
+    ModelInvalid,
+    RpcError,
+)
 
-from ..childside import Pipe, Pulse, Stopped
-from ..childwire import CountTokens, Generate, Generated, Heartbeat, Loaded, LoadModel
-from .engine import Engine, Outcome
-from .load import load
+from ..childside import Pipe, PipeClosed, Pulse, Stopped
+from ..childwire import Attach, Attached, CountTokens, Generate, Generated, Heartbeat, Loaded, LoadModel
+from .engine import Engine, EngineLost, Outcome
+from .load import LoadedModel, load
 
 # MLX keeps freed memory for reuse; a worker that was idle this long gives it back.
 IDLE_TRIM_S = 5.0
@@ -33,26 +41,34 @@ class Worker:
         self._early: list[dict[str, Any]] = []  # messages that came while a model was being loaded
         self._busy_at = time.monotonic()
         self._trimmed = True
+        self._attaches: deque[tuple[int, Attach, Engine]] = deque()
         self._methods: dict[str, Callable[[int, Any], None]] = {
             "load": self._load,
+            "attach": self._attach,
             "generate": self._generate,
             "count": self._count,
         }
 
     def run(self) -> None:
         while True:
-            engine = self._engine
-            busy = engine is not None and engine.busy
-            for message in self._receive(0.0 if busy else self._pulse.rest_s):
-                self._handle(message)
-            if self._engine is not None and self._engine.busy:
-                self._send(self._engine.step())
-                self._busy_at, self._trimmed = time.monotonic(), False
-            elif not self._trimmed and time.monotonic() - self._busy_at > IDLE_TRIM_S:
-                mx.clear_cache()
-                self._trimmed = True
-            self._pulse.beat()
-            self._pipe.flush()
+            self._turn(self._pulse.rest_s)
+            if self._attaches:
+                self._attach_next()
+
+    def _turn(self, patience_s: float) -> None:
+        """Take in what has arrived, waiting for it so long where there is nothing else to do; then one step."""
+        engine = self._engine
+        busy = engine is not None and engine.busy
+        for message in self._receive(0.0 if busy else patience_s):
+            self._handle(message)
+        if self._engine is not None and self._engine.busy:
+            self._send(self._engine.step())
+            self._busy_at, self._trimmed = time.monotonic(), False
+        elif not self._trimmed and time.monotonic() - self._busy_at > IDLE_TRIM_S:
+            mx.clear_cache()
+            self._trimmed = True
+        self._pulse.beat()
+        self._pipe.flush()
 
     def _receive(self, timeout_s: float) -> list[dict[str, Any]]:
         if self._early:
@@ -109,6 +125,7 @@ class Worker:
             kv_bits=request.kv_bits,
             guard=find_guard() if loaded.faithful else None,
         )
+        no_draft = self._begin_with(engine, request.draft) if request.draft is not None else None
         try:
             engine.warm_up()
         except Exception as error:
@@ -120,8 +137,50 @@ class Worker:
             memory_bytes=mx.get_active_memory(),
             load_s=time.perf_counter() - started,
             capabilities=loaded.capabilities,
+            no_draft=no_draft,
         )
         self._pipe.reply(request_id, result)
+
+    def _begin_with(self, engine: Engine, wished: Attach) -> str | None:
+        """Load a draft model with its model. Returns why it is not, where it is not: the model goes without."""
+        try:
+            engine.attach(wished.draft, load(wished.path, self._progress))
+        except RpcError as error:
+            return error.message
+        return None
+
+    def _attach(self, request_id: int, params: Any) -> None:
+        self._attaches.append((request_id, _convert(params, Attach), self._loaded()))
+
+    def _attach_next(self) -> None:
+        """Load a draft model. What is running goes on between two parts of it."""
+        request_id, request, engine = self._attaches.popleft()
+        old = engine.guesses.draft
+        try:
+            if old is None or old.name != request.draft or old.closed:
+                engine.attach(request.draft, self._load_draft(request))
+            self._pipe.reply(request_id, Attached(memory_bytes=mx.get_active_memory()))
+        except ModelInvalid as error:
+            told = f"{request.draft} cannot be a draft model: {error.message}"
+            self._pipe.fail(request_id, InvalidParams(told, **error.details | {"field": "draft_model"}))
+        except RpcError as error:
+            self._pipe.fail(request_id, error)
+        mx.clear_cache()
+
+    def _load_draft(self, request: Attach) -> LoadedModel:
+        lost: list[EngineLost] = []
+
+        def between(fraction: float) -> None:
+            try:
+                self._turn(0.0)
+            except EngineLost as error:  # `load` takes what it does not know for a fault of the folder
+                lost.append(error)
+                raise PipeClosed("the engine is lost") from error
+
+        try:
+            return load(request.path, between)
+        except PipeClosed:
+            raise (lost[0] if lost else PipeClosed("the daemon is gone")) from None
 
     def _progress(self, fraction: float) -> None:
         """Between two parts of a load: say how far it got, and notice whether it is still wanted."""

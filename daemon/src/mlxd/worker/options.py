@@ -40,6 +40,7 @@ class Choices:
     cache_prompt: bool = True
     rule: Rule | None = None
     lane: LaneKey = PLAIN
+    speculation: str = "auto"
 
 
 def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], vocabulary: int) -> Choices:
@@ -84,6 +85,7 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
         cache_prompt=_or(params.cache_prompt, True) and lane == PLAIN,
         rule=read_rule(_or(params.schema, None), _or(params.grammar, None)),
         lane=lane,
+        speculation=_or(params.speculation, "auto") if lane == PLAIN else "off",
     )
 
 
@@ -93,6 +95,10 @@ def _lane(params: GenerateParams) -> LaneKey:
     if policy == "drop_oldest":
         raise Unsupported("this engine cannot honour context_policy drop_oldest yet", option="context_policy")
     lane = LaneKey(_or(params.kv_bits, 0), policy == "rotate", _or(params.deterministic, False))
+    if lane != PLAIN and _or(params.speculation, "auto") in ("lookup", "draft"):
+        raise Unsupported(
+            "nothing is guessed ahead with kv_bits, context_policy rotate or deterministic", option="speculation"
+        )
     if lane != PLAIN and _or(params.cache_prompt, None) is True:
         raise Unsupported(
             "prefixes are kept of plain requests only: not with kv_bits, context_policy rotate or deterministic",

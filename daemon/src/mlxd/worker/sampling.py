@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from .constraint import Constraint
+from .speculation import Guess
 
 # How many of the latest tokens the penalties look at; mlx_lm's default.
 PENALTY_WINDOW = 20
@@ -33,6 +35,7 @@ class Sampling:
         logprobs: how many alternatives to report for each token; -1 reports nothing.
         key: two 32-bit words; equal keys draw equal noise.
         constraint: what the answer has to follow; see RowBatch.
+        guess: guesses the answer's next tokens, where that is wished; see RowBatch.
     """
 
     temperature: float = 0.0
@@ -45,6 +48,7 @@ class Sampling:
     logprobs: int = -1
     key: tuple[int, int] = (0, 0)
     constraint: Constraint | None = None
+    guess: Guess | None = None
 
     @property
     def penalised(self) -> bool:
@@ -73,7 +77,7 @@ class Plan:
         inputs: the step's input tokens, [rows], not necessarily evaluated.
     """
 
-    def __init__(self, rows: list[Sampling], tokens: list[list[int]], inputs: mx.array) -> None:
+    def __init__(self, rows: list[Sampling], tokens: Sequence[Sequence[int]], inputs: mx.array) -> None:
         self._window: mx.array | None = None
         if any(row.penalised for row in rows):
             self._build_penalties(rows, tokens, inputs)
@@ -91,8 +95,8 @@ class Plan:
 
     # --- penalties
 
-    def _build_penalties(self, rows: list[Sampling], tokens: list[list[int]], inputs: mx.array) -> None:
-        tails = [history[-PENALTY_WINDOW:] for history in tokens]
+    def _build_penalties(self, rows: list[Sampling], tokens: Sequence[Sequence[int]], inputs: mx.array) -> None:
+        tails = [list(history[-PENALTY_WINDOW:]) for history in tokens]
         missing = [PENALTY_WINDOW - len(tail) for tail in tails]
         window = mx.array([[0] * gap + tail for gap, tail in zip(missing, tails, strict=True)], dtype=mx.int32)
         weights = mx.array([[0.0] * gap + [1.0] * (PENALTY_WINDOW - gap) for gap in missing])
@@ -151,7 +155,7 @@ class Plan:
 class _Group:
     """Rows of a batch that share their filters, and are sampled together."""
 
-    def __init__(self, rows: list[Sampling], tokens: list[list[int]], indices: list[int], alone: bool) -> None:
+    def __init__(self, rows: list[Sampling], tokens: Sequence[Sequence[int]], indices: list[int], alone: bool) -> None:
         self.indices = indices
         self.index_array = None if alone else mx.array(indices)
         first = rows[indices[0]]
