@@ -79,7 +79,7 @@ def shares(loaded: Iterable[ModelRecord], budget_bytes: int) -> dict[int, int]:
     holders = [m for m in loaded if m.reserved_bytes]
     staying = [m for m in holders if m.stopping is None]
     free = max(0, budget_bytes - sum(m.reserved_bytes for m in holders))
-    return {m.worker: m.reserved_bytes - m.need_bytes + free // len(staying) for m in staying if m.worker is not None}
+    return {m.worker: m.reserved_bytes - m.wanted_bytes + free // len(staying) for m in staying if m.worker is not None}
 
 
 def _refusal(wanting: ModelRecord, budget: int, available: int, leased: list[str]) -> RpcError:
