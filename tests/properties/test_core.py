@@ -59,6 +59,8 @@ class World(RuleBasedStateMachine):
         self.speechless: set[int] = set()  # fetchers that have said how it went
         self.stopped: set[int] = set()  # fetchers that were told to go
         self.deletes: set[str] = set()
+        self.attaches: list[tuple[int, int, int]] = []  # rid, worker, bytes, as far as nothing came of them
+        self.granted: set[int] = set()
         self.revisions: dict[str, str] = {}  # what the disk holds of each model, and what old ones lie beside
         self.old: dict[str, set[str]] = {}
         self.used: dict[int, str | None] = {}  # worker → the revision that it runs on
@@ -106,6 +108,8 @@ class World(RuleBasedStateMachine):
                 self.cancelled_on_worker.add(rid)
             case do.Deliver(rid) | do.Answer(rid) | do.Fail(rid) | do.Deleted(rid) | do.Started(rid):
                 assert rid in self.open, "a second last word"
+                if isinstance(action, do.Answer):
+                    self.granted.add(rid)
                 self.open.remove(rid)
                 if isinstance(action, do.Started):
                     assert self.core.jobs[action.job].ended_at is None
@@ -181,10 +185,28 @@ class World(RuleBasedStateMachine):
         for _ in range(times):
             self.tell(ev.Submit(self.new_rid(), client, model, priority, timeout, keep_alive, waited))
 
-    @rule(client=CLIENTS, model=NAMES, lease=st.booleans(), keep_alive=KEEP_ALIVE)
-    def ensure(self, client: int, model: str, lease: bool, keep_alive: float | None) -> None:
+    @rule(client=CLIENTS, model=NAMES, lease=st.booleans(), keep_alive=KEEP_ALIVE, draft=st.sampled_from([0, 0, 5, 40]))
+    def ensure(self, client: int, model: str, lease: bool, keep_alive: float | None, draft: int) -> None:
         self.leases += lease
-        self.tell(ev.Ensure(self.new_rid(), client, model, f"lease-{self.leases}" if lease else None, keep_alive))
+        held = f"lease-{self.leases}" if lease else None
+        self.tell(ev.Ensure(self.new_rid(), client, model, held, keep_alive, draft))
+
+    @rule(data=st.data(), client=CLIENTS, size=st.sampled_from([1, 5, 40, 200]))
+    def attach(self, data: st.DataObject, client: int, size: int) -> None:
+        if self.slots:
+            worker = data.draw(st.sampled_from(sorted(self.slots)))
+            self.attaches.append((self.rids + 1, worker, size))
+            self.tell(ev.Attach(self.new_rid(), client, worker, size))
+
+    @rule(draft=st.sampled_from([None, "org/draft", "org/other"]))
+    def attached(self, draft: str | None) -> None:
+        """A worker says what became of a draft model that it was told to load: one that was granted."""
+        for rid, worker, size in self.attaches:
+            if rid not in self.open:
+                self.attaches.remove((rid, worker, size))
+                if rid in self.granted and worker in self.slots:
+                    self.tell(ev.Attached(worker, draft, size))
+                return
 
     @rule(data=st.data(), client=CLIENTS)
     def release(self, data: st.DataObject, client: int) -> None:

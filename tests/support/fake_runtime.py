@@ -204,6 +204,18 @@ class FakeRuntime:
             raise ValueError("a secret path /home/x")
         return types.TokensResult(tokens=len(params.text) if isinstance(params.text, str) else 0)
 
+    async def encode(self, client: int, params: types.EncodeParams) -> types.EncodeResult:
+        return types.EncodeResult(tokens=[ord(letter) for letter in params.text])
+
+    async def decode(self, client: int, params: types.DecodeParams) -> types.DecodeResult:
+        return types.DecodeResult(text="".join(map(chr, params.tokens)))
+
+    async def embed(self, client: int, params: types.EmbedParams) -> types.EmbedResult:
+        usage = types.EmbedUsage(prompt_tokens=len(params.input))
+        return types.EmbedResult(
+            model="fake/model", dimensions=1, usage=usage, vectors=[[float(len(text))] for text in params.input]
+        )
+
     def generate(self, client: int, kind: str, params: Any, sink: Sink) -> FakeTicket:
         prompt = params.prompt if kind == "process" else params.messages[-1].content
         ticket = FakeTicket(self, client, params, sink)

@@ -444,3 +444,16 @@ def test_chat_on_a_terminal(daemon: ScriptedDaemon, terminal: Start) -> None:
     screen.until(">>> ")
     screen.type("\x04")
     assert screen.end() == 0
+
+
+def test_several_answers_are_shown_one_after_the_other(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    made = completion("one")
+    made.alternatives = [types.Alternative(text=text, finish_reason="stop", completion_tokens=1) for text in "ab"]
+    daemon.on("process", made)
+    assert mlxd("run", "--n", "3", "x") == (0, "one\n\na\n\nb\n", "")
+    assert daemon.connection().requests("process")[-1]["params"]["n"] == 3
+    status, out, _ = mlxd("run", "--json", "--n", "3", "x")
+    assert [each["text"] for each in json.loads(out)["alternatives"]] == ["a", "b"]
+    status, out, err = mlxd("run", "--stream", "--n", "3", "x")
+    assert (status, out) == (exits.USAGE, "")
+    assert "--json" in err

@@ -143,6 +143,16 @@ def test_pieces_that_nobody_takes_are_joined_and_none_is_lost(session: Session) 
     assert "".join(piece.text or "" for piece in call.pieces) == "".join(f"{seq} " for seq in range(count))
 
 
+def test_pieces_of_several_answers_are_joined_each_to_its_own(session: Session) -> None:
+    call, _ = session.start("chat", {}, types.Completion)
+    for seq in range(9_000):
+        session.receive(note("stream", id=1, seq=seq, index=seq % 3, text=f"{seq} "))
+    assert len(call.pieces) < 1100
+    for index in range(3):
+        joined = "".join(piece.text or "" for piece in call.pieces if piece.index == index)
+        assert joined == "".join(f"{seq} " for seq in range(index, 9_000, 3))
+
+
 def test_events_reach_their_subscription_from_the_answer_on(session: Session) -> None:
     call, _ = session.subscribe(types.SubscribeParams())
     result = {"subscription": 4, "epoch": "e1", "rev": 10, "snapshot": {"models": []}}

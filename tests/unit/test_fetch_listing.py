@@ -22,7 +22,7 @@ def listing(*names: str) -> Listing:
 @pytest.mark.parametrize(
     "name",
     ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.model", "merges.txt",
-     "vocab.txt", "vocab.bpe", "qwen.tiktoken", "chat_template.jinja", INDEX],
+     "vocab.txt", "vocab.bpe", "qwen.tiktoken", "chat_template.jinja", INDEX, "modules.json", "1_Pooling/config.json"],
 )  # fmt: skip
 def test_what_a_model_needs_may_be_fetched(name: str) -> None:
     assert may_fetch(name)
@@ -31,8 +31,10 @@ def test_what_a_model_needs_may_be_fetched(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [*EVIL_NAMES, "", "README.md", ".gitattributes", "model.gguf", "model.onnx", "a.json/../b.json", "sub/config.json",
-     "config.json\n", "config.JSON.py", "x.json.py", "vocab.bin", "vocab.py", "vocab.pkl", "..json", "a..json",
-     ".config.json", "~.json", "x" * 200 + ".json", "con\u202efig.json", "ｃonfig.json"],
+     "config.json\n", "config.JSON.py", "1_Pooling/model.json", "1_Pooling/config.json.py", "../1_Pooling/config.json",
+     "1_Pooling/../config.json", "x/1_Pooling/config.json", "٣_Pooling/config.json", "1_Pooling/config.json\n",
+     "x.json.py", "vocab.bin", "vocab.py", "vocab.pkl", "..json", "a..json", ".config.json", "~.json",
+     "x" * 200 + ".json", "con\u202efig.json", "ｃonfig.json"],
 )  # fmt: skip
 def test_nothing_else_may(name: str) -> None:
     assert not may_fetch(name)

@@ -11,6 +11,7 @@ import pytest
 from mlxd.server.limits import ServerLimits
 from mlxd_client import codec
 from mlxd_client.codec import Encoding
+from support.fake_runtime import completion
 from support.loops import run
 from support.serving import Closed, RawClient, serving
 
@@ -222,6 +223,29 @@ def test_a_stream_brings_pieces_then_the_whole(encoding: Encoding) -> None:
             assert answer["result"]["text"] == "abc"
             with pytest.raises(RuntimeError, match="answered twice"):
                 ticket.done()
+
+    run(main())
+
+
+@both
+def test_pieces_of_several_answers_come_apart_and_merge_each_by_itself(encoding: Encoding) -> None:
+    async def main() -> None:
+        async with serving() as served:
+            client = await served.connect(encoding)
+            client.request("chat", {"messages": [{"role": "user", "content": "hi"}], "stream": True, "n": 3}, id="s")
+            sink = (await served.runtime.asked.get()).sink
+            for index, text, reasoning in ((2, "x", ""), (0, "a", ""), (1, "", "hm"), (2, "y", ""), (0, "b", "")):
+                sink.piece(text, reasoning, index)
+            got = [(await client.next())["params"] for _ in range(3)]
+            assert got == [
+                {"id": "s", "seq": 0, "text": "ab"},
+                {"id": "s", "seq": 1, "index": 2, "text": "xy"},
+                {"id": "s", "seq": 2, "index": 1, "reasoning": "hm"},
+            ]
+            sink.piece("z", "", 1)
+            sink.done(completion("ab"))
+            assert (await client.next())["params"] == {"id": "s", "seq": 3, "index": 1, "text": "z"}
+            assert (await client.next())["result"]["text"] == "ab"
 
     run(main())
 

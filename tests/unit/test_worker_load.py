@@ -50,7 +50,16 @@ def test_a_sound_folder_loads_in_parts(folder: Path) -> None:
     assert heard == sorted(heard)
     assert loaded.context_length == 512
     assert loaded.vocabulary == 400
-    assert set(loaded.capabilities) == {"process", "chat", "thinking", "logprobs", "seed", "structured", "grammar"}
+    assert set(loaded.capabilities) == {
+        "process",
+        "chat",
+        "thinking",
+        "logprobs",
+        "seed",
+        "structured",
+        "grammar",
+        "embed",
+    }
 
 
 BROKEN: dict[str, Callable[[Path], Any]] = {

@@ -10,7 +10,7 @@ STREAMS = 8
 @dataclass(frozen=True, slots=True)
 class Scale:
     """One model's share: `tokens` of each answer (of `prefix`, of the prompt), and how many pairs of runs each
-    comparison gets."""
+    comparison gets. Answers with guesses (`guess`) have models of their own; `shape` says how much of them."""
 
     stream_tokens: int
     stream_rounds: int
@@ -19,6 +19,8 @@ class Scale:
     http_rounds: int
     prefix_tokens: int
     prefix_rounds: int
+    guess_tokens: int = 0
+    guess_rounds: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Effort:
 
 
 # The larger model has 0.1 B parameters; see models.py.
-FULL = Effort(15, 400, 20_000, 768, 14, Scale(192, 15, 96, 5, 5, 2_000, 5), Scale(16, 5, 8, 3, 7, 2_000, 1), 2_000, 5)
-QUICK = Effort(7, 200, 5_000, 768, 14, Scale(96, 3, 24, 2, 2, 2_000, 3), Scale(8, 1, 6, 1, 1, 500, 1), 1_000, 3)
-SMOKE = Effort(2, 10, 100, 64, 2, Scale(8, 1, 4, 1, 1, 200, 1), Scale(8, 1, 4, 1, 1, 200, 1), 4, 1)
+_FULL_SHAPE, _QUICK_SHAPE = Scale(16, 5, 8, 3, 7, 2_000, 1, 250, 5), Scale(8, 1, 6, 1, 1, 500, 1, 150, 2)
+FULL = Effort(15, 400, 20_000, 768, 14, Scale(192, 15, 96, 5, 5, 2_000, 5), _FULL_SHAPE, 2_000, 5)
+QUICK = Effort(7, 200, 5_000, 768, 14, Scale(96, 3, 24, 2, 2, 2_000, 3), _QUICK_SHAPE, 1_000, 3)
+SMOKE = Effort(2, 10, 100, 64, 2, Scale(8, 1, 4, 1, 1, 200, 1), Scale(8, 1, 4, 1, 1, 200, 1, 16, 1), 4, 1)

@@ -10,7 +10,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from . import download_rows, fairness_rows, generation_rows, models, prefix_rows, size_rows, socket_rows, table
+from . import (
+    download_rows,
+    fairness_rows,
+    generation_rows,
+    models,
+    prefix_rows,
+    size_rows,
+    socket_rows,
+    speculation_rows,
+    table,
+)
 from .effort import FULL, QUICK, SMOKE, Effort
 from .processes import Daemon, Echo, Reference, folder
 
@@ -20,6 +30,7 @@ NAMES = (
     "ping",
     "pipelined",
     "download",
+    *(f"speculation/{kind}" for kind in ("copy", "clean-ups", "draft")),
     *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "schema", "http", "prefix")),
     "fairness/shape",
 )
@@ -68,6 +79,9 @@ def measure(wanted: Sequence[str], effort: Effort) -> Iterator[table.Row]:
                     yield from socket_rows.pipelined_rows(daemon, bare, effort)
         if "download" in wanted:
             yield from download_rows.download_rows(temp, effort.download_mb, effort.download_rounds)
+        guesses = {name for name in wanted if name.startswith("speculation/")}
+        if guesses:
+            yield from speculation_rows.speculation_rows(guesses, daemon, temp, effort.shape)
         cleanup = models.make("cleanup", temp) if any(name.endswith(("/cleanup", "size")) for name in wanted) else temp
         if "size" in wanted:
             yield from size_rows.after_rows(daemon, cleanup)

@@ -22,6 +22,7 @@ class Runner:
 
     def __init__(self, folder: str) -> None:
         self._model, self._tokenizer = load(folder)
+        self._drafts: dict[str, Any] = {}
 
     def stream(self, messages: list[dict[str, str]], tokens: int) -> dict[str, Any]:
         """One answer through `stream_generate`, greedy."""
@@ -38,6 +39,21 @@ class Runner:
             "first_s": first - began, "decode_s": ended - first, "total_s": ended - began,
             "tokens": made.generation_tokens, "text": "".join(text),
         }  # fmt: skip
+
+    def guess(self, messages: list[dict[str, str]], tokens: int, draft: str, guesses: int) -> dict[str, Any]:
+        """One answer through `stream_generate` with a draft model, greedy."""
+        if draft not in self._drafts:
+            self._drafts[draft] = load(draft)[0]
+        began = time.perf_counter()
+        first: float | None = None
+        count = 0
+        for _ in stream_generate(
+            self._model, self._tokenizer, self._prompt(messages), max_tokens=tokens, draft_model=self._drafts[draft],
+            num_draft_tokens=guesses,
+        ):  # fmt: skip
+            first = first or time.perf_counter()
+            count += 1
+        return {"decode_s": time.perf_counter() - (first or began), "tokens": count}
 
     def batch(self, prompts: list[list[dict[str, str]]], tokens: int) -> dict[str, Any]:
         """All answers through one `BatchGenerator`, greedy, as tokens that nobody turns into text."""

@@ -307,7 +307,8 @@ class AsyncClient(Methods, Awaiting):
 
 class AsyncStream:
     """An answer as it is made: an async iterator of its text, piece by piece. The request is sent when it is entered
-    with `async with`, or first iterated.
+    with `async with`, or first iterated. Where `n` answers were asked, its text is the first one's, and
+    `pieces` has all.
 
     Leaving its `async with` block, or `aclose`, cancels what is not finished. Iterating raises what went wrong.
     """
@@ -332,7 +333,7 @@ class AsyncStream:
 
     async def __aiter__(self) -> AsyncIterator[str]:
         async for piece in self.pieces():
-            if piece.text:
+            if piece.text and not piece.index:
                 yield piece.text
 
     async def pieces(self) -> AsyncIterator[types.Stream]:

@@ -10,7 +10,10 @@ the client's `timeout_s`.
 
 from __future__ import annotations
 
+import base64
 import functools
+import sys
+from array import array
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
@@ -23,9 +26,15 @@ from .types import (
     CatalogResult,
     ChatParams,
     Completion,
+    DecodeParams,
+    DecodeResult,
     DeleteResult,
     DownloadParams,
     DownloadResult,
+    EmbedParams,
+    EmbedResult,
+    EncodeParams,
+    EncodeResult,
     Job,
     JobParams,
     JobsResult,
@@ -428,6 +437,61 @@ class Methods:
         return Request("tokens.count", params, TokensResult, wait_s, pick=_tokens)
 
     @remote
+    def encode_tokens(
+        self,
+        text: str,
+        *,
+        special: bool = False,
+        pieces: bool = False,
+        model: str | None = None,
+        wait_s: Wait = UNSET,
+    ) -> Request[EncodeResult]:
+        """`text` as a model's tokens.
+
+        Args:
+            special: with what the tokenizer puts around a text.
+            pieces: with each token's own text.
+        """
+        params = EncodeParams(text=text, special=special, pieces=pieces, model=_unset(model))
+        return Request("tokens.encode", params, EncodeResult, wait_s)
+
+    @remote
+    def decode_tokens(self, tokens: Sequence[int], *, model: str | None = None, wait_s: Wait = UNSET) -> Request[str]:
+        """The text that a model's tokens spell. Raises InvalidParams for ones that it does not have."""
+        params = DecodeParams(tokens=list(tokens), model=_unset(model))
+        return Request("tokens.decode", params, DecodeResult, wait_s, pick=_text)
+
+    @remote
+    def embed(
+        self,
+        input: str | Sequence[str],
+        *,
+        model: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate: bool = False,
+        keep_alive: float | None = None,
+        timeout_s: float | None = None,
+        wait_s: Wait = UNSET,
+    ) -> Request[EmbedResult]:
+        """Vectors for texts, in `EmbedResult.vectors`, one for each in their order.
+
+        Args:
+            input: one text or up to 2,048, with whatever instruction the model wants before them.
+            dimensions: keep so many of the first numbers of each vector; None keeps all.
+            normalize: scale vectors to length 1; None does as the model's folder says, else yes.
+            truncate: cut off texts that are too long, which otherwise raise ContextExceeded.
+            timeout_s: the daemon's deadline.
+            wait_s: the caller's patience in seconds; giving up cancels the request.
+        """
+        params = EmbedParams(
+            input=[input] if isinstance(input, str) else list(input), model=_unset(model),
+            dimensions=_unset(dimensions), normalize=_unset(normalize), truncate=truncate, encoding="base64",
+            keep_alive=_unset(keep_alive), timeout_s=_unset(timeout_s),
+        )  # fmt: skip
+        return Request("embed", params, EmbedResult, wait_s, pick=_vectors, long=True, deadline_s=timeout_s)
+
+    @remote
     def cancel(self, request_id: int | str, *, wait_s: Wait = UNSET) -> Request[bool]:
         """Cancel a request of this client, e.g. a stream's `request_id`. Returns whether it was still running."""
         return Request("cancel", CancelParams(id=request_id), CancelResult, wait_s, pick=_cancelled)
@@ -465,6 +529,21 @@ def _jobs(result: JobsResult) -> list[Job]:
 
 def _tokens(result: TokensResult) -> int:
     return result.tokens
+
+
+def _text(result: DecodeResult) -> str:
+    return result.text
+
+
+def _vectors(result: EmbedResult) -> EmbedResult:
+    """With the numbers of what came as base64, which takes a third of the room that lists take."""
+    for text in result.base64:
+        numbers = array("f", base64.b64decode(text))
+        if sys.byteorder == "big":
+            numbers.byteswap()
+        result.vectors.append(numbers.tolist())
+    result.base64 = []
+    return result
 
 
 def _cancelled(result: CancelResult) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -37,6 +38,7 @@ T = TypeVar("T")
 # A stream's consumer may be slow: beyond this many waiting pieces, new text is joined to the last, up to this length.
 _MOST_PIECES = 1024
 _MOST_JOINED = 4096
+_MOST_ANSWERS = 16
 
 
 def fresh(error: MlxdError) -> MlxdError:
@@ -81,9 +83,10 @@ class Call(Generic[T]):
         if piece.seq != self.next_seq:
             raise ProtocolError(f"a stream skipped from piece {self.next_seq - 1} to {piece.seq}")
         self.next_seq += 1
-        if len(self.pieces) >= _MOST_PIECES and _only_text(piece) and _only_text(self.pieces[-1]):
-            last = self.pieces[-1]
-            if len(last.text or "") < _MOST_JOINED:
+        if len(self.pieces) >= _MOST_PIECES and _only_text(piece):
+            # Pieces of several answers come in turns.
+            last = next((one for one in islice(reversed(self.pieces), _MOST_ANSWERS) if one.index == piece.index), None)
+            if last is not None and _only_text(last) and len(last.text or "") < _MOST_JOINED:
                 last.text = (last.text or "") + (piece.text or "")
                 return
         self.pieces.append(piece)

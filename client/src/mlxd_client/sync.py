@@ -396,7 +396,8 @@ class Client(Methods, Blocking):
 
 
 class Stream:
-    """An answer as it is made: an iterator of its text, piece by piece.
+    """An answer as it is made: an iterator of its text, piece by piece; where `n` were asked, of the first one's, and
+    `pieces` has all.
 
     Leaving its `with` block, or `close`, cancels what is not finished. Iterating raises what went wrong.
 
@@ -414,7 +415,7 @@ class Stream:
 
     def __iter__(self) -> Iterator[str]:
         for piece in self.pieces():
-            if piece.text:
+            if piece.text and not piece.index:
                 yield piece.text
 
     def pieces(self) -> Iterator[types.Stream]:

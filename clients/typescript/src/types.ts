@@ -1,5 +1,16 @@
 // Written by tools/draw_typescript.py from the daemon's method table; what the fields mean: docs/wire.md.
 
+export interface Alternative {
+  text: string;
+  finish_reason: "cancelled" | "length" | "stop" | "tool_calls";
+  completion_tokens: number;
+  reasoning?: string;
+  tool_calls?: ToolCall[];
+  structured?: unknown;
+  logprobs?: TokenLogprob[];
+  invented?: string[];
+}
+
 export interface BadFile {
   file: string;
   reason: string;
@@ -88,8 +99,19 @@ export interface Completion {
   structured?: unknown;
   logprobs?: TokenLogprob[];
   invented?: string[];
-  alone?: boolean;
   speculation?: Speculation;
+  alternatives?: Alternative[];
+  dropped_messages?: number;
+  alone?: boolean;
+}
+
+export interface DecodeParams {
+  tokens: number[];
+  model?: string;
+}
+
+export interface DecodeResult {
+  text: string;
 }
 
 export interface DeleteResult {
@@ -106,7 +128,42 @@ export interface DownloadResult {
   job: string;
 }
 
+export interface EmbedParams {
+  input: string[];
+  model?: string;
+  dimensions?: number;
+  normalize?: boolean;
+  truncate?: boolean;
+  encoding?: "base64" | "float";
+  keep_alive?: number;
+  timeout_s?: number;
+}
+
+export interface EmbedResult {
+  model: string;
+  dimensions: number;
+  usage: EmbedUsage;
+  vectors?: number[][];
+  base64?: string[];
+}
+
+export interface EmbedUsage {
+  prompt_tokens: number;
+}
+
 export type Empty = Record<string, never>;
+
+export interface EncodeParams {
+  text: string;
+  model?: string;
+  special?: boolean;
+  pieces?: boolean;
+}
+
+export interface EncodeResult {
+  tokens: number[];
+  pieces?: string[];
+}
 
 export interface ErrorObject {
   kind: string;
@@ -342,6 +399,7 @@ export interface StatusQueue {
 export interface Stream {
   id: number | string;
   seq: number;
+  index?: number;
   text?: string;
   reasoning?: string;
   tool_calls?: ToolCall[];
@@ -443,6 +501,9 @@ export interface Methods {
   "process": { params: { prompt: string; model?: string; stream?: boolean; max_tokens?: number; temperature?: number; top_p?: number; top_k?: number; min_p?: number; repetition_penalty?: number; presence_penalty?: number; frequency_penalty?: number; logit_bias?: Record<string, number>; seed?: number; stop?: string[]; logprobs?: number; schema?: Record<string, unknown> | boolean; grammar?: string; thinking?: boolean; keep_alive?: number; timeout_s?: number; priority?: "batch" | "interactive"; cache_prompt?: boolean; xtc_probability?: number; xtc_threshold?: number; thinking_budget?: number; n?: number; adapter?: string; speculation?: "auto" | "draft" | "lookup" | "off"; context_policy?: "drop_oldest" | "refuse" | "rotate"; kv_bits?: 4 | 8; deterministic?: boolean; system?: string }; result: Completion };
   "chat": { params: { messages: Message[]; model?: string; stream?: boolean; max_tokens?: number; temperature?: number; top_p?: number; top_k?: number; min_p?: number; repetition_penalty?: number; presence_penalty?: number; frequency_penalty?: number; logit_bias?: Record<string, number>; seed?: number; stop?: string[]; logprobs?: number; schema?: Record<string, unknown> | boolean; grammar?: string; thinking?: boolean; keep_alive?: number; timeout_s?: number; priority?: "batch" | "interactive"; cache_prompt?: boolean; xtc_probability?: number; xtc_threshold?: number; thinking_budget?: number; n?: number; adapter?: string; speculation?: "auto" | "draft" | "lookup" | "off"; context_policy?: "drop_oldest" | "refuse" | "rotate"; kv_bits?: 4 | 8; deterministic?: boolean; tools?: Record<string, unknown>[]; tool_choice?: string | Record<string, unknown> }; result: Completion };
   "tokens.count": { params: { model?: string; text?: string; messages?: Message[] }; result: TokensResult };
+  "tokens.encode": { params: { text: string; model?: string; special?: boolean; pieces?: boolean }; result: EncodeResult };
+  "tokens.decode": { params: { tokens: number[]; model?: string }; result: DecodeResult };
+  "embed": { params: { input: string[]; model?: string; dimensions?: number; normalize?: boolean; truncate?: boolean; encoding?: "base64" | "float"; keep_alive?: number; timeout_s?: number }; result: EmbedResult };
   "cancel": { params: { id: number | string }; result: CancelResult };
   "events.subscribe": { params: { topics?: string[]; models?: string[]; since?: Since }; result: SubscribeResult };
   "events.unsubscribe": { params: { subscription: number }; result: Empty };

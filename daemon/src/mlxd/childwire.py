@@ -8,6 +8,9 @@ Daemon → worker, requests (id, method, params), each answered once by a result
     attach    Attach         → Attached         a draft model for the loaded one, in place of the one it has
     generate  Generate       → Generated        with `step` notifications on the way
     count     CountTokens    → {tokens}
+    encode    EncodeText     → Packed, of types.EncodeResult
+    decode    DecodeTokens   → {text}
+    embed     EmbedTexts     → Embedded
 Daemon → fetcher, requests; each answered once by a result or an error; one fetcher gets one of them:
     plan      PlanFetch      → FetchPlan
     fetch     Fetch          → Fetched          with `fetching` notifications on the way
@@ -44,11 +47,8 @@ NOT_YET = (
     "tools",
     "tool_choice",
     "thinking_budget",
-    "n",
     "adapter",
     "draft_model",
-    "xtc_probability",
-    "xtc_threshold",
 )
 
 
@@ -91,16 +91,18 @@ class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     """`path` is a verified local folder. `max_batch` bounds how many requests decode together; `cache_bytes` what
     their KV caches and the prefixes that are kept hold together, where 0 keeps none. `kv_bytes` is what they may hold
     at all: requests wait, or are refused, so that it is enough; 0 is no bound. `kv_bits` is for requests that say
-    nothing; 0 leaves their KV caches as they are. The model is loaded also where `draft` cannot be its draft model."""
+    nothing; 0 leaves their KV caches as they are. `context_length` is how many tokens prompt and answer may have, where
+    it is not 0. The model is loaded also where `draft` cannot be its draft model."""
 
     model: str
     path: str
     max_batch: int = 32
     prefill_step: int = 512
     cache_bytes: int = 0
+    draft: Attach | None = None
+    context_length: int = 0
     kv_bytes: int = 0
     kv_bits: int = 0
-    draft: Attach | None = None
 
 
 class Loaded(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -139,9 +141,22 @@ class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
     decode_s: float = 0.0
 
 
+class Answer(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """A further answer to the same prompt; see Generated."""
+
+    text: str
+    finish_reason: str
+    completion_tokens: int
+    reasoning: str | None = None
+    logprobs: list[dict[str, Any]] | None = None
+    invented: list[str] | None = None
+    structured: Any = None
+
+
 class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     """`alone`: it was served by itself, as what it asked for wants it. `speculation` is missing where nothing was
-    guessed."""
+    guessed. `alternatives` are the second and further ones of several answers; `completion_tokens` is of all of them.
+    `dropped_messages` did not fit into the context."""
 
     text: str
     finish_reason: str  # stop | length | cancelled
@@ -153,8 +168,10 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     logprobs: list[dict[str, Any]] | None = None
     invented: list[str] | None = None
     structured: Any = None
-    alone: bool = False
     speculation: types.Speculation | None = None
+    alternatives: list[Answer] | None = None
+    dropped_messages: int = 0
+    alone: bool = False
 
 
 class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -164,10 +181,48 @@ class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):
     messages: list[dict[str, Any]] | None = None
 
 
+class EncodeText(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """See types.EncodeParams."""
+
+    text: str
+    special: bool = False
+    pieces: bool = False
+
+
+class DecodeTokens(msgspec.Struct, omit_defaults=True, kw_only=True):
+    tokens: list[int]
+
+
+class Packed(msgspec.Struct, kw_only=True):
+    """A result of many values, as msgpack of its own: the walk that frames are checked by does not enter it."""
+
+    packed: bytes
+
+
+class EmbedTexts(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """See types.EmbedParams. `most_values` is how many numbers may come back in all."""
+
+    input: list[str]
+    most_values: int
+    dimensions: int | None = None
+    normalize: bool | None = None
+    truncate: bool = False
+
+
+class Embedded(msgspec.Struct, kw_only=True):
+    """`vectors` are little-endian 32-bit floats, `dimensions` for each text, one text after the other."""
+
+    vectors: bytes
+    dimensions: int
+    prompt_tokens: int
+
+
 class Step(msgspec.Struct, omit_defaults=True):
-    """`pieces` holds (request id, text, reasoning) for each streaming request that got new text."""
+    """`pieces` holds (request id, text, reasoning) for each streaming request that got new text. `others` holds
+    (request id, number, text, reasoning) of the second and further answers to requests that asked for several."""
 
     pieces: list[tuple[int, str, str]] = []
+    others: list[tuple[int, int, str, str]] = []
 
 
 # --- fetchers -----------------------------------------------------------------------------------------------------

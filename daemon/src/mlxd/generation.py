@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -78,12 +78,25 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
     usage = types.Usage(
         prompt_tokens=made.prompt_tokens, completion_tokens=made.completion_tokens, cached_tokens=made.cached_tokens
     )
-    logprobs = None if made.logprobs is None else msgspec.convert(made.logprobs, list[types.TokenLogprob])
     return types.Completion(
         model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
-        usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented, logprobs=logprobs,
-        structured=made.structured, alone=made.alone, speculation=made.speculation,
+        usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented,
+        logprobs=_logprobs(made.logprobs), structured=made.structured, dropped_messages=made.dropped_messages,
+        alternatives=None if made.alternatives is None else [_alternative(answer) for answer in made.alternatives],
+        alone=made.alone, speculation=made.speculation,
     )  # fmt: skip
+
+
+def _alternative(answer: wire.Answer) -> types.Alternative:
+    return types.Alternative(
+        text=answer.text, finish_reason=cast("types.FinishReason", answer.finish_reason),
+        completion_tokens=answer.completion_tokens, reasoning=answer.reasoning, structured=answer.structured,
+        logprobs=_logprobs(answer.logprobs), invented=answer.invented,
+    )  # fmt: skip
+
+
+def _logprobs(entries: list[dict[str, Any]] | None) -> list[types.TokenLogprob] | None:
+    return None if entries is None else msgspec.convert(entries, list[types.TokenLogprob])
 
 
 def refuse_unsupported(params: types.GenerateParams) -> None:

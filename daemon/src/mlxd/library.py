@@ -47,8 +47,8 @@ class Library:
         log: Log, loop: asyncio.AbstractEventLoop,
     ) -> None:  # fmt: skip
         self.paths: dict[str, str] = {}
-        self.kv_bytes: dict[str, int] = {}
         self.drafts: dict[str, Found] = {}
+        self.kv_bytes: dict[str, int] = {}
         self._settings = settings
         self._store = store
         self._core = core
@@ -100,8 +100,9 @@ class Library:
         self.downloads.forget_plans(found.model)
         draft = self.drafts.get(found.model)
         need_bytes = found.memory_bytes + (0 if draft is None else draft_bytes(draft))
+        context = min(found.context_length, self._settings.context_length.get(found.model, found.context_length))
         return ev.Found(
-            found.model, found.source, need_bytes, found.revision, found.size_bytes, found.context_length,
+            found.model, found.source, need_bytes, found.revision, found.size_bytes, context,
             self._settings.keep_alive.get(found.model),
         )  # fmt: skip
 

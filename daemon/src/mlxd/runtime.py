@@ -18,7 +18,7 @@ import psutil
 from mlxd_client import errors, types
 from mlxd_client.types import UNSET
 
-from . import __version__
+from . import __version__, texts
 from . import childwire as wire
 from .children.death import Death
 from .children.interface import ChildSpec
@@ -156,6 +156,7 @@ class Runtime:
             cache_bytes=settings.prompt_cache_bytes, kv_bits=settings.kv_bits.get(action.model, 0),
             kv_bytes=self._kv_bytes(action.model, self.core.shares()[action.worker]),
             draft=None if draft is None else wire.Attach(draft=draft.model, path=draft.path),
+            context_length=settings.context_length.get(action.model, 0),
         )  # fmt: skip
         link = WorkerLink(action.worker, load, self, load_s=settings.load_s)
         self._links[action.worker] = link
@@ -273,10 +274,10 @@ class Runtime:
         self._log.warning("load failed", worker=worker, kind=error.kind, reason=error.message)
         self.tell(ev.LoadFailed(worker, error))
 
-    def worker_piece(self, rid: int, text: str, reasoning: str) -> None:
+    def worker_piece(self, rid: int, text: str, reasoning: str, index: int = 0) -> None:
         request = self._open.get(rid)
         if request is not None:
-            request.sink.piece(text, reasoning)
+            request.sink.piece(text, reasoning, index)
 
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None:
         request = self._open.get(rid)
@@ -391,11 +392,11 @@ class Runtime:
         view: types.Model = await self._reach(lambda rid: ev.Unload(rid, 0, model))
         return view
 
-    async def acquire(self, client: int, ref: str) -> types.Lease:
+    async def acquire(self, client: int, ref: str, *, keep_alive_s: float | None = None) -> types.Lease:
         model = await self._have(ref)
         lease = f"{self.epoch[:6]}-{next(self._leases)}"
         try:
-            view = await self._reach(lambda rid: ev.Ensure(rid, client, model, lease=lease))
+            view = await self._reach(lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive_s))
         except asyncio.CancelledError:
             self.tell(ev.Release(client, lease))
             raise
@@ -622,16 +623,56 @@ class Runtime:
     async def count_tokens(self, client: int, params: types.TokensParams) -> types.TokensResult:
         if (params.text is UNSET) == (params.messages is UNSET):
             raise errors.InvalidParams("give either text or messages", field="text")
-        ref = self._settings.default_model if params.model is UNSET else params.model
-        lease = await self.acquire(client, ref)  # so that the model cannot go between loading and counting
+        turns = [] if params.messages is UNSET else params.messages
+        characters = len(params.text or "") + sum(len(turn.content) for turn in turns)
+        _, result = await self._ask(client, params.model, "count", count_params(params), characters)
+        return msgspec.convert(result, types.TokensResult)
+
+    async def encode(self, client: int, params: types.EncodeParams) -> types.EncodeResult:
+        _, result = await self._ask(client, params.model, "encode", texts.encode_params(params), len(params.text))
+        return texts.encoded(result)
+
+    async def decode(self, client: int, params: types.DecodeParams) -> types.DecodeResult:
+        _, result = await self._ask(client, params.model, "decode", texts.decode_params(params), len(params.tokens))
+        return texts.decoded(result)
+
+    async def embed(self, client: int, params: types.EmbedParams) -> types.EmbedResult:
+        limit_s = None if params.timeout_s is UNSET else params.timeout_s
+        keep_alive_s = None if params.keep_alive is UNSET else params.keep_alive
+        longest = max(map(len, params.input))
+        patience = asyncio.timeout(limit_s)
+        try:
+            async with patience:
+                model, result = await self._ask(
+                    client, params.model, "embed", texts.embed_params(params), longest, keep_alive_s
+                )
+        except TimeoutError:
+            if not patience.expired():  # a disk may raise it, too
+                raise
+            told = f"not done within {limit_s:g} s"
+            raise errors.DeadlineExceeded(told, phase="embedding", timeout_s=limit_s) from None
+        return texts.embedded(model, params.encoding, result)
+
+    async def _ask(
+        self, client: int, ref: str | msgspec.UnsetType, method: str, params: Any, characters: int,
+        keep_alive_s: float | None = None,
+    ) -> tuple[str, Any]:  # fmt: skip
+        """Ask a model's worker for what is no generation. Returns the model's id and the plain result."""
+        ref = self._settings.default_model if ref is UNSET else ref
+        # Leased, so that the model cannot go between loading and asking.
+        lease = await self.acquire(client, ref, keep_alive_s=keep_alive_s)
         try:
             worker = self.core.models[lease.model.id].worker
             link = None if worker is None else self._links.get(worker)
             if link is None:
                 raise errors.WorkerDied("the model's worker went away", cause="exit")
-            counted: asyncio.Future[int] = self.loop.create_future()
-            link.count(count_params(params), lambda answer: settle(counted, answer))
-            return types.TokensResult(tokens=await counted)
+            answer: asyncio.Future[Any] = self.loop.create_future()
+            asked = link.ask(method, params, lambda told: settle(answer, told), characters=characters)
+            try:
+                return lease.model.id, await answer
+            except asyncio.CancelledError:
+                link.give_up(asked)
+                raise
         finally:
             self.tell(ev.Release(client, lease.lease))
 
@@ -704,7 +745,8 @@ class Runtime:
         self._library.close()
 
 
-def settle(future: asyncio.Future[T], answer: T | errors.RpcError) -> None:
+def settle(future: asyncio.Future[Any], answer: Any) -> None:
+    """Hand over a result, or an RpcError to raise."""
     if future.done():
         return
     if isinstance(answer, errors.RpcError):

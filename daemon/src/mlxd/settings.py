@@ -74,6 +74,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         keep_alive_s: a model that nobody used for so long is unloaded; -1 never, 0 at once.
         keep_alive: the same for single models, by id. Requests may say otherwise.
         draft_models: a draft model for single models, by id, that guesses for them whenever they are loaded.
+        context_length: how many tokens prompt and answer may have together, for single models by id; it shortens what
+            a model's own config says, and never lengthens it.
         memory_budget_bytes: bounds all loaded models together.
         prompt_cache_bytes: what prompts and answers that are kept, for requests that begin alike, may hold in one model
             together with those that run; 0 keeps none.
@@ -112,6 +114,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keep_alive_s: KeepAlive = 300.0
     keep_alive: dict[Name, KeepAlive] = {}
     draft_models: dict[Name, Name] = {}
+    context_length: dict[Name, Annotated[int, Meta(ge=8, le=16_777_216)]] = {}
     memory_budget_bytes: Annotated[int, Meta(ge=1)] = msgspec.field(default_factory=memory_budget)
     prompt_cache_bytes: Annotated[int, Meta(ge=0, le=2**53)] = msgspec.field(default_factory=prompt_cache_budget)
     kv_bits: dict[Name, Literal[4, 8]] = {}
@@ -290,7 +293,8 @@ def _parsed(name: str, text: str, origin: Origin) -> object:
             return shlex.split(text)
         except ValueError as error:
             raise SettingsError(f"{name} cannot be {_short(text)} ({origin}): {error}") from None
-    if name in ("aliases", "keep_alive", "draft_models", "kv_bits", "worker_command", "fetcher_command", "catalog"):
+    tables = ("aliases", "keep_alive", "context_length", "draft_models", "kv_bits", "catalog")
+    if name in (*tables, "worker_command", "fetcher_command"):
         try:
             return msgspec.json.decode(text)
         except msgspec.DecodeError as error:

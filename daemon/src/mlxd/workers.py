@@ -28,13 +28,13 @@ class WorkerEvents(Protocol):
     def worker_progress(self, worker: int, progress: float) -> None: ...
     def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None: ...
     def worker_load_failed(self, worker: int, error: errors.RpcError) -> None: ...
-    def worker_piece(self, rid: int, text: str, reasoning: str) -> None: ...
+    def worker_piece(self, rid: int, text: str, reasoning: str, index: int = 0) -> None: ...
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None: ...
     def worker_memory(self, worker: int, memory_bytes: int) -> None: ...
     def worker_exited(self, worker: int, death: Death) -> None: ...
 
 
-Counted = Callable[[int | errors.RpcError], None]
+Answered = Callable[[Any], None]  # with the plain result, or an RpcError
 Attached = Callable[[wire.Attached | errors.RpcError], None]
 
 
@@ -61,7 +61,7 @@ class WorkerLink:
         self._load_timer: asyncio.TimerHandle | None = None
         self._rids: dict[int, int] = {}  # the child's request id → rid
         self._ids: dict[int, int] = {}  # and back
-        self._counts: dict[int, Counted] = {}
+        self._asked: dict[int, Answered] = {}  # what is no generation
         self._attaching: dict[int, Attached] = {}
         self._reading: dict[int, float] = {}  # requests with long texts, and the seconds that reading each may take
 
@@ -84,13 +84,24 @@ class WorkerLink:
             self._load.kv_bytes = kv_bytes
             self.child.notify("allow", {"kv_bytes": kv_bytes})
 
-    def count(self, params: wire.CountTokens, answer: Counted) -> None:
-        """Count tokens; `answer` is called once, with the number or an error."""
+    def ask(self, method: str, params: Any, answer: Answered, *, characters: int) -> int:
+        """Ask for what is no generation; `answer` is called once, with the result or an error.
+
+        Args:
+            characters: how much text is read without a sign of life.
+
+        Returns: what `give_up` takes.
+        """
         assert self.child is not None
-        request_id = self.child.request("count", params)
-        self._counts[request_id] = answer
-        turns = params.messages or ()
-        self._expect_reading(request_id, len(params.text or "") + sum(len(turn.get("content", "")) for turn in turns))
+        request_id = self.child.request(method, params)
+        self._asked[request_id] = answer
+        self._expect_reading(request_id, characters)
+        return request_id
+
+    def give_up(self, request_id: int) -> None:
+        """Nobody waits for the answer any more; it still comes."""
+        if self.child is not None and request_id in self._asked:
+            self.child.notify("cancel", {"id": request_id})
 
     def attach(self, params: wire.Attach, answer: Attached) -> None:
         """Have a draft model loaded; `answer` is called once, with what the worker says of it."""
@@ -128,6 +139,10 @@ class WorkerLink:
                 rid = self._rids.get(request_id)
                 if rid is not None:
                     self._events.worker_piece(rid, text, reasoning)
+            for request_id, number, text, reasoning in message["params"].get("others", ()):
+                rid = self._rids.get(request_id)
+                if rid is not None:
+                    self._events.worker_piece(rid, text, reasoning, number)
         elif method == "progress":
             self._events.worker_progress(self.worker, min(1.0, max(0.0, float(message["params"]["progress"]))))
         elif "id" in message:
@@ -135,8 +150,8 @@ class WorkerLink:
 
     def on_exit(self, child: Child, death: Death, /) -> None:
         self._load_ended()
-        counts, self._counts = self._counts, {}
-        for answer in counts.values():
+        asked, self._asked = self._asked, {}
+        for answer in asked.values():
             answer(death.to_error())
         attaching, self._attaching = self._attaching, {}
         for told in attaching.values():
@@ -166,8 +181,8 @@ class WorkerLink:
             else:
                 self.loaded = msgspec.convert(message["result"], wire.Loaded)
                 self._events.worker_loaded(self.worker, self.loaded)
-        elif (answer := self._counts.pop(request_id, None)) is not None:
-            answer(failed if failed is not None else int(message["result"]["tokens"]))
+        elif (answer := self._asked.pop(request_id, None)) is not None:
+            answer(failed if failed is not None else message["result"])
         elif (told := self._attaching.pop(request_id, None)) is not None:
             told(failed if failed is not None else msgspec.convert(message["result"], wire.Attached))
         elif (rid := self._rids.pop(request_id, None)) is not None:

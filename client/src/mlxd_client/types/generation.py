@@ -31,16 +31,22 @@ class GenerateParams(Params, kw_only=True):
     `schema` makes the answer JSON that fits a JSON Schema; true stands for any JSON. `grammar` makes it fit a grammar
     in the dialect of Lark that llguidance reads. They are enforced token by token; at most one of them can be given.
 
-    `thinking_budget` bounds the thought, in tokens, and turns thinking on. `n` answers are made from one prompt.
+    `thinking_budget` bounds the thought, in tokens, and turns thinking on. `n` answers are made from one prompt, which
+    is read once: see Completion.alternatives. With a `seed`, the first is what `n` 1 would give; the others have draws
+    of their own, so that a `temperature` of 0 makes them all alike. Where one fails, all do.
+    `xtc_probability` is how often, for each token, all but the least likely of those above `xtc_threshold` (0.1) are
+    left out; ends of lines and of the answer are spared.
+
     `adapter` is a LoRA or DoRA folder, absolute, or the id of one from the hub. `speculation`: `auto`, the default,
     guesses ahead where that pays, by the model's draft model if it has one, else by looking up what the prompt says;
     neither changes the answer. `lookup` and `draft` guess by that means whenever the request decodes alone, whether it
     pays or not; `off` never.
 
-    `context_policy` says what becomes of a prompt that is too long: `refuse` (the default), `drop_oldest` (whole turns
-    go, but the system's and the last ones), `rotate` (the answer may go on for ever; the oldest tokens fall out of
-    sight). `kv_bits` keeps the KV cache in so many bits. `deterministic` makes the answer depend on nothing else that
-    runs, at the price of running by itself; without a `seed` it draws with seed 0.
+    `context_policy` says what becomes of a prompt that is too long: `refuse` (the default), `drop_oldest` (whole
+    messages go, oldest first, until there is room for `max_tokens`, half of the context at most, and a quarter where
+    that is unset; the system's and the last user's stay), `rotate` (the answer may go on for ever; the oldest tokens
+    fall out of sight). `kv_bits` keeps the KV cache in so many bits. `deterministic` makes the answer depend on nothing
+    else that runs, at the price of running by itself; without a `seed` it draws with seed 0.
     """
 
     model: ModelRef | UnsetType = UNSET
@@ -131,12 +137,28 @@ class TokenLogprob(Result, kw_only=True):
     top: list[tuple[str, float]] = []
 
 
+class Alternative(Result, kw_only=True):
+    """A further answer to the same prompt, where `n` were asked; its fields are as in Completion."""
+
+    text: str
+    finish_reason: FinishReason
+    completion_tokens: int
+    reasoning: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    structured: Any = None
+    logprobs: list[TokenLogprob] | None = None
+    invented: list[str] | None = None
+
+
 class Completion(Result, kw_only=True):
     """`invented` names the words of the answer that its prompt does not account for; only models that promise to
     rewrite faithfully (see `guard` in their mlxd.json) are checked. Whoever needs certainty keeps the prompt then.
     `structured` is the parsed answer where a `schema` was asked and the answer is whole; null, and what the wire cannot
     carry, are in `text` only. `alone`: `context_policy` rotate or `deterministic` had this request served by itself.
-    `speculation` is set where any token was guessed ahead."""
+    `speculation` is set where any token was guessed ahead.
+
+    `alternatives` are the answers after the first, where `n` were asked: `usage.completion_tokens` is of all together,
+    the other fields are the first one's. `dropped_messages` is how many `context_policy` left out."""
 
     model: str
     text: str
@@ -148,15 +170,19 @@ class Completion(Result, kw_only=True):
     structured: Any = None
     logprobs: list[TokenLogprob] | None = None
     invented: list[str] | None = None
-    alone: bool = False
     speculation: Speculation | None = None
+    alternatives: list[Alternative] | None = None
+    dropped_messages: int = 0
+    alone: bool = False
 
 
 class Stream(Result, kw_only=True):
-    """A `stream` notification: the next piece of the answer to request `id`. `seq` counts from 0 without gaps."""
+    """A `stream` notification: the next piece of the answer to request `id`. `seq` counts from 0 without gaps, over all
+    answers where `n` were asked; `index` says which one this belongs to, and is absent for the first."""
 
     id: int | str
     seq: int
+    index: int = 0
     text: str | None = None
     reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None

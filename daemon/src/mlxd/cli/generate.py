@@ -34,7 +34,7 @@ _NUMBERS: tuple[tuple[str, type, str], ...] = (
     ("xtc_probability", float, "how often to leave out the likeliest tokens, for variety"),
     ("xtc_threshold", float, "but only tokens at least so likely"),
     ("thinking_budget", int, "think in so many tokens at most"),
-    ("n", int, "make so many answers"),
+    ("n", int, "make so many answers, with an empty line between them"),
     ("logprobs", int, "with --json: each token's log probability, and of so many alternatives"),
 )
 _OTHERS = (
@@ -140,21 +140,32 @@ def run(args: argparse.Namespace, output: Output) -> int:
     options = sampling(args)
     if args.system is not None:
         options["system"] = args.system
+    several = args.n is not None and args.n > 1
+    if several and args.stream and not output.json:
+        output.note("several answers stream side by side: only with --json")
+        return USAGE
     with connect(args) as client:
-        if args.stream or output.terminal:
+        if args.stream or (output.terminal and not several):
             completion = _streamed(client.stream_process(prompt, **options), output)
         else:
             completion = client.process(prompt, **options)
-            if output.json:
-                output.document(completion)
-            else:
-                output.line(completion.text)
+            _show(completion, output)
     if completion.invented:
         words = ", ".join(dict.fromkeys(completion.invented))
         output.note(f"the answer has words that the prompt does not account for: {words}")
     if args.verbose:
         show_stats(completion, output)
     return OK
+
+
+def _show(completion: Completion, output: Output) -> None:
+    if output.json:
+        output.document(completion)
+        return
+    output.line(completion.text)
+    for other in completion.alternatives or ():
+        output.line()
+        output.line(other.text)
 
 
 def _prompt(words: list[str], output: Output) -> str | None:

@@ -22,6 +22,8 @@ MAX_OTHER_BYTES = 512 * 1024 * 1024
 MAX_JSON_BYTES = 16 * 1024 * 1024
 
 _ALLOWED = re.compile(r".+\.(?:safetensors|json|model|txt|tiktoken|jinja)\Z|vocab\.[a-z]+\Z")
+# The one file in a folder that is fetched: it says how vectors are made of what a model computes.
+_POOLING = re.compile(r"[0-9]{1,3}_Pooling/config\.json\Z")
 _CODE = re.compile(r".*\.(?:py|pyc|so|sh|bin|pt|pth|ckpt|pkl|pickle|npz|gguf|onnx|h5|msgpack)\Z", re.IGNORECASE)
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZERS = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"})
@@ -46,6 +48,8 @@ class Listing(msgspec.Struct, frozen=True):
 
 def may_fetch(name: str) -> bool:
     """Whether a file of this name is one that models are made of: weights, settings, tokenizer, chat templates."""
+    if _POOLING.match(name) is not None:
+        return True
     return (
         len(name) <= 200
         and "/" not in name

@@ -43,6 +43,7 @@ class Call:
     __slots__ = (
         "_detached",
         "_ended",
+        "_others",
         "_phase",
         "_progress",
         "_reasoning",
@@ -70,6 +71,7 @@ class Call:
         self._reasoning: list[str] | None = None
         self._phase: Phase | None = None
         self._progress: float | None = None
+        self._others: dict[int, tuple[list[str], list[str]]] | None = None  # text and reasoning of further answers
 
     @property
     def client(self) -> int:
@@ -129,14 +131,22 @@ class Call:
     def detach(self) -> None:
         """Stop it, and let what still comes from it go nowhere: the client is gone, or was answered already."""
         self._detached = True
-        self._text = self._reasoning = self._phase = None
+        self._text = self._reasoning = self._phase = self._others = None
         self.cancel()
 
     # --- its stream -----------------------------------------------------------------------------------------------
 
-    def piece(self, text: str, reasoning: str = "") -> None:
+    def piece(self, text: str, reasoning: str = "", index: int = 0) -> None:
         """More text; merged with what was not written yet."""
         if not self.streaming or self._detached:
+            return
+        if index:
+            if self._others is None:
+                self._others = {}
+            texts, thoughts = self._others.setdefault(index, ([], []))
+            texts.append(text)
+            thoughts.append(reasoning)
+            self.session.stream_waits(self)
             return
         if text:
             if self._text is None:
@@ -159,7 +169,7 @@ class Call:
     def take_piece(self) -> Stream | None:
         """The next `stream` notification, of all that waits; None where nothing does."""
         if self._text is None and self._reasoning is None and self._phase is None:
-            return None
+            return None if self._others is None else self._take_other(self._others)
         piece = Stream(
             id=self.id,
             seq=self._seq,
@@ -171,3 +181,19 @@ class Call:
         self._seq += 1
         self._text = self._reasoning = self._phase = self._progress = None
         return piece
+
+    def _take_other(self, others: dict[int, tuple[list[str], list[str]]]) -> Stream:
+        index = next(iter(others))
+        texts, thoughts = others.pop(index)
+        if not others:
+            self._others = None
+        piece = Stream(
+            id=self.id, seq=self._seq, index=index, text="".join(texts) or None, reasoning="".join(thoughts) or None
+        )
+        self._seq += 1
+        return piece
+
+    @property
+    def more_pieces(self) -> bool:
+        """Further answers have text that waits, after `take_piece` gave some."""
+        return self._others is not None

@@ -29,8 +29,8 @@ class Sink(Protocol):
     def request_name(self) -> str:
         """Connection and request, e.g. `c12:7`; for logs and events."""
 
-    def piece(self, text: str, reasoning: str = "") -> None:
-        """The next text of the answer. Does nothing unless the request streams."""
+    def piece(self, text: str, reasoning: str = "", index: int = 0) -> None:
+        """The next text of the answer of this index. Does nothing unless the request streams."""
 
     def phase(
         self, phase: Literal["queued", "downloading", "loading", "prompt"], progress: float | None = None
@@ -93,6 +93,9 @@ class Runtime(Protocol):
     async def catalog(self) -> types.CatalogResult: ...
 
     async def count_tokens(self, client: int, params: types.TokensParams) -> types.TokensResult: ...
+    async def encode(self, client: int, params: types.EncodeParams) -> types.EncodeResult: ...
+    async def decode(self, client: int, params: types.DecodeParams) -> types.DecodeResult: ...
+    async def embed(self, client: int, params: types.EmbedParams) -> types.EmbedResult: ...
 
     def generate(
         self,

@@ -349,10 +349,11 @@ class Session(asyncio.Protocol):
 
     def _add_piece(self, call: Call) -> None:
         piece = call.take_piece()
-        if piece is not None and self._open:
+        while piece is not None and self._open:
             frame = codec.encode({"jsonrpc": "2.0", "method": "stream", "params": piece}, self.encoding)
             self._out.append(frame)
             self._out_bytes += len(frame)
+            piece = call.take_piece() if call.more_pieces else None
 
     def _forget(self, call: Call) -> None:
         if self._calls.get(call.id) is call:

@@ -5,7 +5,9 @@
     load       a folder becomes a LoadedModel, or a typed error
     options    what a request asks for, what the model defaults to, what is refused
     prompt     messages become tokens, through the model's chat template
+    shorten    which messages of a conversation go where it is too long
     engine     the requests in flight and how each ends
+    answers    several answers to one prompt, as one result
     lanes      a batch for each kind of rows that cannot share one, and whose turn it is
     lanecaches what rows decode on there, and what caches weigh
     admission  rows wait, or are refused, so that their caches fit
@@ -23,6 +25,9 @@
     draft      guesses by a smaller model
     pace       what passes take, and how many guesses are worth one
     text       tokens become text: whole characters, stop strings, reasoning apart
+    tokens     texts as tokens, and back
+    embed      vectors for texts, a part at a time
+    pooling    how a folder says that a vector is made
 
 Only this package imports mlx, and only inside a worker.
 """

@@ -22,10 +22,10 @@ MOST_PASSES = 8
 
 
 class Foreseen(Protocol):
-    """What the caches of all rows will come to hold, in bytes; with another row of `more` tokens in lane `key`, if
-    that is given."""
+    """What the caches of all rows will come to hold, in bytes; with so many other rows of `more` tokens in lane `key`,
+    if that is given."""
 
-    def __call__(self, key: LaneKey | None = None, more: int = 0) -> int: ...
+    def __call__(self, key: LaneKey | None = None, more: int = 0, rows: int = 1) -> int: ...
 
 
 @dataclass(slots=True)
@@ -36,6 +36,7 @@ class Waiting:
         length: tokens that it may come to, prompt and answer; `prompt` of them are its prompt.
         enter: puts it where it belongs.
         passed: how many rows went before it that came later.
+        rows: how many it is, where one prompt is answered several times.
     """
 
     uid: int
@@ -46,6 +47,7 @@ class Waiting:
     urgent: bool
     enter: Callable[[], None]
     passed: int = 0
+    rows: int = 1
 
 
 @dataclass(slots=True)
@@ -59,8 +61,8 @@ class Admission:
     limit_bytes: int = 0
     line: list[Waiting] = field(default_factory=list)
 
-    def fit(self, footprint: Footprint, prompt: int, wished: int, *, asked: bool) -> int:
-        """How many tokens a row may make.
+    def fit(self, footprint: Footprint, prompt: int, wished: int, *, asked: bool, rows: int = 1) -> int:
+        """How many tokens a row may make, or each of several alike.
 
         Args:
             prompt: tokens of the prompt.
@@ -70,11 +72,11 @@ class Admission:
         Raises:
             InsufficientMemory: the row would not fit even if there were no other.
         """
-        if not self.limit_bytes or footprint.bytes(1, prompt + wished) <= self.limit_bytes:
+        if not self.limit_bytes or footprint.bytes(rows, prompt + wished) <= self.limit_bytes:
             return wished
-        most = min(wished, footprint.most_tokens(self.limit_bytes) - prompt)
+        most = min(wished, footprint.most_tokens(self.limit_bytes // rows) - prompt)
         if asked or most < 1:
-            raise refusal(footprint, prompt, wished if asked else 1, self.limit_bytes)
+            raise refusal(footprint, prompt, wished if asked else 1, self.limit_bytes, rows=rows)
         return most
 
     def add(self, row: Waiting) -> None:
@@ -89,7 +91,7 @@ class Admission:
         at = 0
         while at < len(self.line):
             row = self.line[at]
-            if not self.limit_bytes or foreseen(row.key, row.length) <= self.limit_bytes:
+            if not self.limit_bytes or foreseen(row.key, row.length, row.rows) <= self.limit_bytes:
                 del self.line[at]
                 row.enter()
                 for waiting in self.line[:at]:
@@ -104,7 +106,7 @@ class Admission:
         if not self.line or not self.limit_bytes or foreseen():
             return None
         row = self.line[0]
-        return self.line.pop(0) if row.footprint.bytes(1, row.length) > self.limit_bytes else None
+        return self.line.pop(0) if row.footprint.bytes(row.rows, row.length) > self.limit_bytes else None
 
     def remove(self, uid: int) -> bool:
         before = len(self.line)
@@ -112,10 +114,11 @@ class Admission:
         return len(self.line) < before
 
 
-def refusal(footprint: Footprint, prompt: int, answer: int, limit_bytes: int) -> InsufficientMemory:
-    needed = footprint.bytes(1, prompt + answer)
+def refusal(footprint: Footprint, prompt: int, answer: int, limit_bytes: int, *, rows: int = 1) -> InsufficientMemory:
+    needed = footprint.bytes(rows, prompt + answer)
+    times = f", {rows} times," if rows > 1 else ""
     return InsufficientMemory(
-        f"a prompt of {prompt} tokens with {answer} to come needs {needed / 1e6:.1f} MB of KV cache; this model may"
-        f" have {limit_bytes / 1e6:.1f} MB now",
+        f"a prompt of {prompt} tokens with {answer} to come{times} needs {needed / 1e6:.1f} MB of KV cache; this model"
+        f" may have {limit_bytes / 1e6:.1f} MB now",
         needed_bytes=needed, available_bytes=limit_bytes, prompt_tokens=prompt, max_tokens=answer,
     )  # fmt: skip

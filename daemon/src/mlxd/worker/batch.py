@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -28,6 +28,8 @@ from .sampling import PENALTY_WINDOW, Plan, Sampling
 from .speculation import Guess, can_take_back, prefixes, take_back
 from .waits import Reuse, Waits
 
+# A row that is still to be made: uid, max_tokens, sampling, processors, stops.
+Copy = tuple[int, int, Sampling, tuple[Any, ...], Any]
 # What a row's `logprobs` are where the model computed no finite numbers for it.
 NOT_FINITE = "not finite"
 # A row must have been alone for this many steps to get a plain cache: each change copies it.
@@ -304,8 +306,10 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     Attributes:
         may_read: whether the next step goes on reading prompts; else it decodes only.
+        crowded: there are rows elsewhere that take turns with these.
     """
 
+    _uid_count: int  # mlx_lm's
     completion_batch_size: int
 
     def __init__(
@@ -339,18 +343,24 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self._fixed_prefill = fixed_prefill
         self._patience = Patience()
         self.may_read = True
+        self.crowded = False
         self._steps = 0
+        self._copies: dict[int, list[Copy]] = {}  # by the uid of the row whose prompt they share, until that is read
+        self._copied: set[int] = set()  # uids of copies that wait for their place in the batch
 
     def pace_like(self, other: RowGenerator) -> None:
         """Begin with what another one learned of how fast the device reads."""
         self._prefill_rate = other._prefill_rate
 
     def _next(self) -> Any:
+        alone = self.active == len(self._generation_batch) and not self.waiting and not self.crowded
+        self._generation_batch.may_guess = alone
         held = self._patience.arrange(self) if self.may_read else []
-        self._generation_batch.may_guess = not self.waiting and not held and not len(self._prompt_batch)
-        reading = len(self._prompt_batch)
-        self.prefill_batch_size = min(reading + self._prefill_joins, self._most_prefills)
-        rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts()
+        if self._copies and self.may_read:
+            self._copy_read()
+        reading, copied = len(self._prompt_batch), len(self._copied)
+        self.prefill_batch_size = min(reading + self._prefill_joins, self._most_prefills) + copied
+        rows = min(self.prefill_batch_size, reading + len(self._unprocessed_sequences)) - self._read_prompts() - copied
         fitting = self._prefill_rate * PREFILL_S / max(rows, 1)
         self.prefill_step_size = int(max(min(fitting, self._most_prefill), min(LEAST_PREFILL, self._most_prefill)))
         self.prefill_step_size = self._fixed_prefill or self.prefill_step_size
@@ -376,14 +386,6 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                 self._prompt_cache.tree.fit(self.live_bytes())
         return made
 
-    def _decode(self) -> Any:
-        """A step as if there were no place for another row."""
-        places, self.completion_batch_size = self.completion_batch_size, 0
-        try:
-            return super()._next()
-        finally:
-            self.completion_batch_size = places
-
     def rest(self) -> list[Any]:
         """A further token that the last step brought, in a list; empty where that was all."""
         if not self._generation_batch.unsaid:
@@ -391,6 +393,14 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         with mx.stream(self.stream):
             responses: list[Any] = self._generation_batch.next()
             return responses
+
+    def _decode(self) -> Any:
+        """A step as if there were no place for another row."""
+        places, self.completion_batch_size = self.completion_batch_size, 0
+        try:
+            return super()._next()
+        finally:
+            self.completion_batch_size = places
 
     def settle(self) -> None:
         """Have the prompt cache copy what it is to keep, beside what the rows hold now."""
@@ -410,7 +420,47 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                 reuse = self._reuses.pop(self._unprocessed_sequences[index][0], None)
                 if reuse is not None:
                     self._take_up(index, reuse, self._prompt_cache)
-        return super()._make_batch(n)
+        if not self._copies and not self._copied:
+            return super()._make_batch(n)
+        joining = list(itertools.islice(self._unprocessed_sequences, n))
+        made = super()._make_batch(n)
+        for uid, segments, _, caches, tokens, *_ in joining:
+            self._copied.discard(uid)
+            if uid in self._copies and _is_read(segments):
+                self._queue_copies(uid, segments[0][0], caches, tokens)
+        return made
+
+    # --- several answers to one prompt
+
+    def copy(
+        self, uid: int, samplings: Sequence[Sampling], max_tokens: int, processors: list[Any], stops: Any
+    ) -> list[int]:
+        """Have a prompt that was just added answered once more for each Sampling, from what is computed for it once.
+
+        Returns: their uids.
+        """
+        first = self._uid_count
+        self._uid_count = first + len(samplings)
+        uids = list(range(first, self._uid_count))
+        self._copies[uid] = [
+            (uid, max_tokens, sampling, tuple(processors), stops) for uid, sampling in zip(uids, samplings, strict=True)
+        ]
+        return uids
+
+    def _copy_read(self) -> None:
+        """Prompts that are read but for their last token, and are to be answered several times, are copied now."""
+        for index, (segments, *_) in enumerate(self._currently_processing):
+            uid = self._prompt_batch.uids[index]
+            if uid in self._copies and _is_read(segments):
+                caches = PromptProcessingBatch.extract_cache(self._prompt_batch, index)
+                self._queue_copies(uid, segments[0][0], caches, self._prompt_batch.tokens[index])
+
+    def _queue_copies(self, uid: int, last: int, caches: list[Any], tokens: list[int]) -> None:
+        """They are next in line, all with the same caches: those are copied when rows join a batch."""
+        for number, most, sampling, processors, stops in reversed(self._copies.pop(uid)):
+            row = (number, [[last]], most, caches, list(tokens), sampling, processors, stops)
+            self._unprocessed_sequences.appendleft(row)
+            self._copied.add(number)
 
     def _take_up(self, index: int, reuse: Reuse, prompt_cache: PromptCache) -> None:
         """Have the prompt of a waiting row begin where what is kept of it ends."""
@@ -432,11 +482,15 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         ahead = {self._prompt_batch: self._most_prefill, self._generation_batch: LOOK_STEPS}
         if self._patience.batch is not None:
             ahead[self._patience.batch] = 0
-        return sum(foreseen_bytes(batch.prompt_cache, len(batch), tokens) for batch, tokens in ahead.items())
+        total = sum(foreseen_bytes(batch.prompt_cache, len(batch), tokens) for batch, tokens in ahead.items())
+        if self._copied:  # copies of one prompt share their caches until they join
+            waiting = {id(row[3]): row[3] for row in self._unprocessed_sequences if row[0] in self._copied}
+            total += sum(cache.nbytes for caches in waiting.values() for cache in caches)
+        return total
 
     def _read_prompts(self) -> int:
         """How many prompts are read but for their last token, with which their first decode step begins."""
-        return sum(len(segments) == 1 and len(segments[0]) == 1 for segments, *_ in self._currently_processing)
+        return sum(_is_read(segments) for segments, *_ in self._currently_processing)
 
     def add(
         self,
@@ -490,6 +544,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self.remove([uid])
         self._patience.remove(uid)
         self._reuses.pop(uid, None)
+        self._copies.pop(uid, None)
+        self._copied.discard(uid)
         if self._waits is not None:
             self._waits.remove(uid)
         return view
@@ -515,9 +571,15 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
     @property
     def waiting(self) -> int:
-        return len(self._unprocessed_sequences) + len(self._waits or ())
+        unmade = sum(map(len, self._copies.values())) if self._copies else 0
+        return len(self._unprocessed_sequences) + len(self._waits or ()) + unmade
 
 
 def _ints(array: mx.array) -> list[int]:
     values: Any = array.tolist()
     return list(values)
+
+
+def _is_read(segments: list[list[int]]) -> bool:
+    """Nothing of a prompt is left to read but its last token."""
+    return len(segments) == 1 and len(segments[0]) == 1

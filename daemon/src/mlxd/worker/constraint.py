@@ -159,7 +159,13 @@ def _number(text: str) -> int | float:
     return value if abs(value) <= MAX_INTEGER else float(value)
 
 
-def _check_size(value: Any) -> None:
+def values_in(value: Any) -> int:
+    """How many values the wire carries for a parsed value; 0 for none."""
+    return 0 if value is None else _check_size(value)
+
+
+def _check_size(value: Any) -> int:
+    """How many values there are in all. Raises ValueError where they are too many, too deep, or no finite numbers."""
     level, values = [value], 0
     for _ in range(MAX_VALUE_DEPTH):
         values += len(level)
@@ -174,6 +180,6 @@ def _check_size(value: Any) -> None:
             elif isinstance(one, list):
                 inner.extend(one)
         if not inner:
-            return
+            return values
         level = inner
     raise ValueError("too deep")

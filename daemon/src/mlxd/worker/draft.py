@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, RotatingKVCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlxd_client.errors import InvalidParams
+from mlxd_client.errors import InvalidParams, RpcError
 
 from .load import LoadedModel
 from .lookup import Odds
@@ -59,7 +59,7 @@ class Draft:
         self._odds = Odds(start=(HOPE,))
         self._caches = make_prompt_cache(loaded.model)
         self._tokens: list[int] = []  # what the caches hold
-        self._row: Any = None  # whom it guesses for
+        self._row: list[int] | None = None  # the tokens of the row that it guesses for, the very list
         self._guessed: mx.array | None = None
         self._token_s = 0.0  # what reading one token of a prompt takes; 0 where that is not known yet
 
@@ -72,18 +72,17 @@ class Draft:
         """How many tokens to guess; 0 for none."""
         return self.pace.choose(self._odds.chances * most, always=always)
 
-    def ready(self, row: Any, tokens: list[int], said: int, *, always: bool) -> bool:
+    def ready(self, tokens: list[int], said: int, *, always: bool) -> bool:
         """Have the tokens read that the caches lack, a step at a time. Returns whether that is done.
 
         Args:
-            row: whom it is for; another one than last time begins with what both have in common.
-            tokens: all so far but the newest.
+            tokens: all of a row so far but the newest. Another row than last time begins with what both share.
             said: how many of them the row has said since it could have been guessed for.
         """
         if self.closed or len(tokens) + 1 >= self._context:
             return False
-        if row is not self._row:
-            self._take_over(row, tokens)
+        if tokens is not self._row:
+            self._take_over(tokens)
         if not can_trim_prompt_cache(self._caches):
             return False
         lacking = len(tokens) - len(self._tokens)
@@ -95,8 +94,8 @@ class Draft:
             return False
         return True
 
-    def _take_over(self, row: Any, tokens: list[int]) -> None:
-        self._row = row
+    def _take_over(self, tokens: list[int]) -> None:
+        self._row = tokens
         same = common(array("I", self._tokens), array("I", tokens), 0)
         if can_trim_prompt_cache(self._caches):
             self._take_back(len(self._tokens) - same)
@@ -159,6 +158,15 @@ class Draft:
         if count:
             del self._tokens[-count:]
 
+    def warm_up(self) -> None:
+        """Compile what the first guess would otherwise wait for. Raises InvalidParams where it does not run."""
+        try:
+            for length in (min(8, self._context), 1):
+                mx.eval(self._forward(mx.zeros((length,), dtype=mx.uint32)))
+        except Exception as error:
+            raise _refusal(f"it does not run: {type(error).__name__}: {error}") from error
+        self.forget()
+
     def forget(self) -> None:
         """Keep nothing of what was read."""
         self._row, self._tokens = None, []
@@ -169,7 +177,12 @@ def check_pair(target: LoadedModel, draft: LoadedModel) -> None:
     """Raises InvalidParams where the draft model can guess nothing for the other one."""
     if not {type(cache) for cache in make_prompt_cache(draft.model)} <= {KVCache, RotatingKVCache}:
         raise _refusal("what it computes cannot be taken back token by token")
-    check_tokenizers(target.tokenizer, draft.tokenizer)
+    try:
+        check_tokenizers(target.tokenizer, draft.tokenizer)
+    except RpcError:
+        raise
+    except Exception as error:  # tokenizers come from anywhere, and raise nearly anything
+        raise _refusal(f"its tokenizer fails: {type(error).__name__}: {error}") from error
 
 
 def check_tokenizers(target: TokenizerWrapper, draft: TokenizerWrapper) -> None:

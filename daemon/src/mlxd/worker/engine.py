@@ -12,21 +12,35 @@ import mlx.core as mx
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import make_logits_processors
 
-from mlxd_client.errors import InternalError, ModelInvalid, RpcError, Unsupported
+from mlxd_client.errors import Cancelled, InternalError, InvalidParams, ModelInvalid, RpcError, Unsupported
 
-from ..childwire import CountTokens, Generate, Generated, WorkerTimings
-from .batch import NOT_FINITE, RowFailure
+from ..childwire import (
+    CountTokens,
+    DecodeTokens,
+    Embedded,
+    EmbedTexts,
+    EncodeText,
+    Generate,
+    Generated,
+    Packed,
+    WorkerTimings,
+)
+from .answers import Answers, reportable
+from .batch import MOST_PREFILLS, NOT_FINITE, RowFailure
 from .constraint import Constraint
 from .draft import Draft, check_pair
+from .embed import ALONE_S, BESIDE_S, Embedder
 from .grammar import Compiled, Compiler
 from .kvcache import PromptCache, RowView
-from .lanes import Lanes
+from .lanes import PLAIN, Lanes
 from .load import LoadedModel
 from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
-from .sampling import Sampling
+from .sampling import Sampling, other_key
+from .shorten import shortened
 from .speculation import Guess, Guesses
 from .text import TextStream, make_machine
+from .tokens import decode, encode
 from .waits import LEAST, Reuse
 
 # What shares prefixes: all that the base model computes.
@@ -60,14 +74,23 @@ class Running:
     constraint: Constraint | None = None
     guess: Guess | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    number: int = 0  # among the answers to its request
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What one step brought: `pieces` as in childwire.Step, and the requests that ended."""
+    """What one step brought: `pieces` and `others` as in childwire.Step, and the requests that ended."""
 
     pieces: list[tuple[int, str, str]] = field(default_factory=list)
-    ended: list[tuple[int, Generated | RpcError]] = field(default_factory=list)
+    others: list[tuple[int, int, str, str]] = field(default_factory=list)
+    ended: list[tuple[int, Generated | Embedded | RpcError]] = field(default_factory=list)
+
+    def add(self, running: Running, text: str, reasoning: str) -> None:
+        """New text of a request that streams."""
+        if running.number:
+            self.others.append((running.id, running.number, text, reasoning))
+        else:
+            self.pieces.append((running.id, text, reasoning))
 
 
 class Engine:
@@ -116,19 +139,28 @@ class Engine:
         self._eos: set[int] = set(loaded.tokenizer.eos_token_ids)
         self._stops = StopSequences([(token,) for token in self._eos])
         tokenizer = loaded.tokenizer
+        # As mlx_lm's command line has it: what ends lines and texts is never left out.
+        spared = {*tokenizer.encode("\n", add_special_tokens=False), *self._eos}
+        self._spared = tuple(sorted(token for token in spared if token < loaded.vocabulary))
         self._think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
         self.guesses = Guesses(loaded.model)
         self._running: dict[int, Running] = {}  # by the generator's uid
         self._uids: dict[int, int] = {}  # request id → uid
+        self._several: dict[int, Answers] = {}  # by request id, of those that asked for several answers
         self._failed_steps = 0
         self._compiler = Compiler(tokenizer, loaded.vocabulary, self._eos)
         self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
+        self._embedder = Embedder(loaded, most_tokens=MOST_PREFILLS * prefill_step)
 
     # --- requests
 
     @property
     def busy(self) -> bool:
         """There is something left to do for `step`."""
+        return self._generating or self._embedder.busy
+
+    @property
+    def _generating(self) -> bool:
         return bool(self._running or self._compiling) or (self.cache is not None and self.cache.pending)
 
     @property
@@ -158,23 +190,20 @@ class Engine:
     def _submit(self, request_id: int, request: Generate) -> None:
         received_at = time.perf_counter()
         choices = resolve(request.kind, request.options, self._defaults, self._loaded.vocabulary)
+        guess = self.guesses.guess(choices.speculation, apart=choices.rule is not None or choices.lane != PLAIN)
         self._generator.check(choices.lane)
-        guess = self.guesses.guess(choices.speculation, constrained=choices.rule is not None)
         if self.cache is None and request.options.get("cache_prompt") is True:
             raise Unsupported("no prompt caches are kept of this model", option="cache_prompt")
         urgent = request.priority != "batch"
         reuse = Reuse(NAMESPACE, urgent=urgent) if self.cache is not None and choices.cache_prompt else None
         cut = reuse is not None and self.cache is not None and self.cache.marked
-        prompt = self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut)
+        prompt = self._build(request, choices, cut)
         if reuse is not None:
             reuse.cuts = prompt.cuts
-        think = self._think
-        if choices.rule is not None:
-            if choices.thinking:
-                prompt = self._prompts.open_thought(prompt)
-            think = self._think if prompt.in_reasoning else None
-        machine = make_machine(choices.stop, think, once=choices.rule is not None)
-        text = TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
+        if choices.rule is not None and choices.thinking:
+            prompt = self._prompts.open_thought(prompt)
+        choices = self._fit(choices, prompt)
+        text = self._text(choices, prompt)
         running = Running(request_id, request, prompt, choices, text, received_at, reuse, guess=guess)
         if choices.rule is None:
             self._join(running)
@@ -185,24 +214,76 @@ class Engine:
         else:
             self._compiling[request_id] = running, compiled
 
+    def _build(self, request: Generate, choices: Choices, cut: bool) -> Prompt:
+        if choices.context_policy != "drop_oldest":
+            return self._prompts.build(request.kind, request.messages, thinking=choices.thinking, cut=cut)
+        context = self._loaded.context_length
+        wished = choices.max_tokens if choices.asked_tokens else min(choices.max_tokens, context // 4)
+        room = min(wished, context // 2)
+        if choices.rule is not None and choices.thinking:  # see open_thought
+            room += len(self._loaded.tokenizer.think_start_tokens or ())
+        return shortened(self._prompts, request.kind, request.messages, thinking=choices.thinking, cut=cut, room=room)
+
+    def _text(self, choices: Choices, prompt: Prompt) -> TextStream:
+        think = self._think if choices.rule is None or prompt.in_reasoning else None
+        machine = make_machine(choices.stop, think, once=choices.rule is not None)
+        return TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
+
+    def _fit(self, choices: Choices, prompt: Prompt) -> Choices:
+        """With `max_tokens` fitted to the context, and to what one result can report. Raises InvalidParams where more
+        than that was asked for."""
+        most = choices.max_tokens
+        if not choices.lane.rotate:
+            most = min(most, self._loaded.context_length - len(prompt.tokens))
+        logprobs = choices.sampling.logprobs
+        if logprobs < 0:
+            return replace(choices, max_tokens=most)
+        fitting = reportable(choices.answers, logprobs, parsed=choices.rule is not None)
+        if most > fitting:
+            if choices.asked_tokens:
+                told = f"logprobs {logprobs} of {choices.answers} x {most} tokens are too many for one result"
+                raise InvalidParams(f"{told}: set max_tokens to {fitting} at most", field="logprobs", limit=fitting)
+            most = fitting
+        return replace(choices, max_tokens=most)
+
     def _join(self, running: Running, compiled: Compiled | None = None) -> None:
         choices, prompt = running.choices, running.prompt
-        sampling = replace(choices.sampling, guess=running.guess)
-        if compiled is not None:
-            thought = self._loaded.tokenizer.think_end if prompt.in_reasoning else None
-            running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
-            sampling = replace(sampling, constraint=running.constraint)
-        lane, most = choices.lane, choices.max_tokens
-        if not lane.rotate:
-            most = min(most, self._loaded.context_length - len(prompt.tokens))
-        most = self._generator.fit(lane, len(prompt.tokens), most, asked=choices.asked_tokens)
+        rows = [running]
+        if choices.answers > 1:
+            rows += [self._another(running, number) for number in range(1, choices.answers)]
+        samplings = [self._sampling(row, compiled) for row in rows]
+        lane, length = choices.lane, len(prompt.tokens)
+        shared = len(rows) if lane == PLAIN else 1
+        most = self._generator.fit(lane, length, choices.max_tokens, asked=choices.asked_tokens, rows=shared)
         processors = make_logits_processors(choices.logit_bias)
         urgent = running.request.priority != "batch"
-        uid = self._generator.add(
-            prompt.tokens, most, sampling, processors, self._stops, running.reuse, key=lane, urgent=urgent
+        uids = self._generator.add_all(
+            prompt.tokens, most, samplings, processors, self._stops, running.reuse, key=lane, urgent=urgent
         )
-        self._running[uid] = running
-        self._uids[running.id] = uid
+        self._running.update(zip(uids, rows, strict=True))
+        self._uids[running.id] = uids[0]
+        if len(rows) > 1:
+            self._several[running.id] = Answers(dict(enumerate(uids)))
+
+    def _another(self, first: Running, number: int) -> Running:
+        """A further answer to a request. It takes up nothing by itself: it shares the first one's prefill."""
+        prompt, reuse = first.prompt, first.reuse
+        kept = None if reuse is None else Reuse(reuse.namespace, cached=len(prompt.tokens))
+        text = self._text(first.choices, prompt)
+        return replace(first, text=text, reuse=kept, guess=None, logprobs=[], number=number)
+
+    def _sampling(self, running: Running, compiled: Compiled | None) -> Sampling:
+        """How the tokens of one answer are chosen: by the request's choices, a key and a constraint of its own."""
+        sampling = replace(running.choices.sampling, guess=running.guess)
+        if running.number:
+            sampling = replace(sampling, key=other_key(sampling.key, running.number))
+        if sampling.xtc_probability > 0:
+            sampling = replace(sampling, spared=self._spared)
+        if compiled is not None:
+            thought = self._loaded.tokenizer.think_end if running.prompt.in_reasoning else None
+            running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
+            sampling = replace(sampling, constraint=running.constraint)
+        return sampling
 
     def cancel(self, request_id: int) -> Outcome:
         """End a request now, with the text it has. One that has ended already, or never was, changes nothing."""
@@ -211,13 +292,26 @@ class Engine:
         if request_id in self._compiling:
             running, _ = self._compiling.pop(request_id)
             outcome.ended.append((request_id, self._result(running, "cancelled")))
+        elif request_id in self._several:
+            self._drop_all(list(self._several[request_id].uids.values()), outcome)
         elif uid is not None:
-            try:
-                self._keep(self._running[uid], *self._generator.drop(uid))
-            except Exception as error:
-                return self._fail_all(error, outcome)
-            self._end(uid, "cancelled", outcome)
+            self._drop_all([uid], outcome)
+        elif self._embedder.cancel(request_id):
+            outcome.ended.append((request_id, Cancelled("the request was cancelled")))
         return outcome
+
+    def _drop_all(self, uids: list[int], outcome: Outcome) -> None:
+        """Cancel rows."""
+        try:
+            for uid in uids:
+                self._drop(uid, "cancelled", outcome)
+        except Exception as error:
+            self._fail_all(error, outcome)
+
+    def _drop(self, uid: int, reason: str, outcome: Outcome) -> None:
+        """End a row that is in the batch, or on its way there."""
+        self._keep(self._running[uid], *self._generator.drop(uid))
+        self._end(uid, reason, outcome)
 
     def allow(self, kv_bytes: int) -> None:
         """Have the KV caches of all requests, and the prefixes that are kept, hold no more than this; 0 is no bound.
@@ -242,21 +336,50 @@ class Engine:
         if not self.guesses.usable:
             raise Unsupported("nothing can be guessed for this model: it takes no draft model", option="draft_model")
         check_pair(self._loaded, draft)
-        if self.guesses.draft is not None:
-            self.guesses.draft.closed = True
-        self.guesses.draft = Draft(
+        made = Draft(
             name, draft, vocabulary=self._loaded.vocabulary, pace=self.guesses.pace, step=self._limits["prefill_step"]
         )
+        made.warm_up()
+        if self.guesses.draft is not None:
+            self.guesses.draft.closed = True
+        self.guesses.draft = made
+
+    def encode(self, request: EncodeText) -> Packed:
+        """Raises RpcError."""
+        try:
+            return encode(self._loaded.tokenizer, request)
+        except Exception as error:
+            raise _typed(error) from error
+
+    def decode(self, request: DecodeTokens) -> str:
+        """Raises RpcError."""
+        try:
+            return decode(self._loaded.tokenizer, self._loaded.vocabulary, request)
+        except Exception as error:
+            raise _typed(error) from error
+
+    def embed(self, request_id: int, request: EmbedTexts) -> None:
+        """Take texts to make vectors of; the steps that follow do, a part at a time. Raises RpcError."""
+        try:
+            self._embedder.submit(request_id, request)
+        except Exception as error:
+            _check_alive(error)
+            raise _typed(error) from error
 
     # --- steps
 
     def step(self) -> Outcome:
-        """One decode step for all, and one prefill step for those whose prompts are still being read.
+        """One decode step for all, one prefill step for those whose prompts are still being read, and a part of the
+        vectors that are asked for.
 
         Raises:
             EngineLost: no further step can work; every request in flight is lost with the process.
         """
         outcome = Outcome()
+        if self._embedder.busy:
+            self._embed(outcome)
+            if not self._generating:
+                return outcome
         if self._compiling and not self._join_compiled(outcome):
             return outcome
         for uid, error in self._generator.refuse():
@@ -293,6 +416,14 @@ class Engine:
                     self._fail(response.uid, error, outcome, in_batch=response.finish_reason is None)
             responses = self._generator.rest()
 
+    def _embed(self, outcome: Outcome) -> None:
+        try:
+            with mx.stream(self._generator.plain.stream):
+                outcome.ended += self._embedder.step(BESIDE_S if self._running else ALONE_S)
+        except Exception as error:
+            _check_alive(error)
+            outcome.ended += self._embedder.fail(_typed(error))
+
     def _join_compiled(self, outcome: Outcome) -> bool:
         """Requests whose rule is compiled by now join the batch. Returns whether there is a batch."""
         if not self._running:
@@ -322,26 +453,43 @@ class Engine:
                 running.logprobs.append(self._report(running.choices.sampling.logprobs, token, note))
             text, reasoning = running.text.add(token)
             if (text or reasoning) and running.request.stream:
-                outcome.pieces.append((running.id, text, reasoning))
+                outcome.add(running, text, reasoning)
         stopped = running.text.stopped or (running.constraint is not None and running.constraint.finished)
         if response.finish_reason is not None:
             self._keep(running, response.prompt_cache, response.all_tokens)
             self._end(response.uid, "stop" if stopped else response.finish_reason, outcome)
         elif stopped:
-            self._keep(running, *self._generator.drop(response.uid))
-            self._end(response.uid, "stop", outcome)
+            self._drop(response.uid, "stop", outcome)
 
     def _end(self, uid: int, reason: str, outcome: Outcome) -> None:
-        """Say how a request ended. It has left the batch already."""
+        """Say how an answer ended. It has left the batch already."""
         running = self._running.pop(uid)
-        self._uids.pop(running.id, None)
+        several = self._several.get(running.id)
+        if several is None:
+            self._uids.pop(running.id, None)
         try:
             text, reasoning = running.text.finish()
             if (text or reasoning) and running.request.stream:
-                outcome.pieces.append((running.id, text, reasoning))
-            outcome.ended.append((running.id, self._result(running, reason)))
+                outcome.add(running, text, reasoning)
+            result = self._result(running, reason)
+            if several is not None:
+                joined = several.end(running.number, result)
+                if joined is None:
+                    return
+                self._forget(running.id)
+                result = joined
+            outcome.ended.append((running.id, result))
         except Exception as error:
             outcome.ended.append((running.id, _typed(error)))
+            self._forget(running.id)
+
+    def _forget(self, request_id: int) -> None:
+        """A request has its last word: what is left of its answers goes."""
+        self._uids.pop(request_id, None)
+        several = self._several.pop(request_id, None)
+        for uid in several.uids.values() if several is not None else ():
+            if self._running.pop(uid, None) is not None:
+                self._generator.drop(uid)
 
     def _result(self, running: Running, reason: str) -> Generated:
         text = "".join(running.text.text)
@@ -369,8 +517,9 @@ class Engine:
             logprobs=running.logprobs if running.choices.sampling.logprobs >= 0 else None,
             invented=invented,
             structured=structured,
-            alone=running.choices.lane.alone,
             speculation=running.guess.report() if running.guess is not None else None,
+            dropped_messages=running.prompt.dropped,
+            alone=running.choices.lane.alone,
         )
 
     def _report(self, count: int, token: int, note: tuple[mx.array, mx.array, mx.array]) -> dict[str, Any]:
@@ -413,12 +562,12 @@ class Engine:
         running = self._running.pop(uid, None)
         if running is None:
             return
-        self._uids.pop(running.id, None)
         if running.choices.rule is not None:
             self._compiler.forget(running.choices.rule)
         outcome.ended.append((running.id, _typed(error)))
         if in_batch:
             self._generator.drop(uid)
+        self._forget(running.id)
 
     def _fail_all(self, error: Exception, outcome: Outcome) -> Outcome:
         """The shared step raised: nobody's state in that lane can be trusted. End them all, and start a clean batch."""
@@ -429,8 +578,8 @@ class Engine:
         for uid in self._generator.fail():
             running = self._running.pop(uid, None)
             if running is not None:
-                self._uids.pop(running.id, None)
                 outcome.ended.append((running.id, _typed(error)))
+                self._forget(running.id)
         if self.cache is not None:
             self.cache.forget_pending()
         self.guesses.forget()

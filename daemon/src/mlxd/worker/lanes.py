@@ -8,6 +8,7 @@ the plain kind there is one lane, and nothing of this is done.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from mlxd_client.errors import RpcError
@@ -48,9 +49,9 @@ class Lane:
     def busy(self) -> bool:
         return bool(self.lengths)
 
-    def foreseen(self, more: int = 0) -> int:
-        """See admission.Holder."""
-        rows = len(self.lengths) + (more > 0)
+    def foreseen(self, more: int = 0, count: int = 1) -> int:
+        """See admission.Foreseen."""
+        rows = len(self.lengths) + (count if more > 0 else 0)
         if self.footprint is None or rows == 0:
             return 0
         return self.footprint.bytes(min(rows, self.width), max([more, *self.lengths.values()]))
@@ -99,11 +100,37 @@ class Lanes:
 
     # --- rows
 
-    def fit(self, key: LaneKey, prompt: int, wished: int, *, asked: bool) -> int:
+    def fit(self, key: LaneKey, prompt: int, wished: int, *, asked: bool, rows: int = 1) -> int:
         """See Admission."""
         if not self._admission.limit_bytes:
             return wished
-        return self._admission.fit(self._kinds.footprint(key), prompt, wished, asked=asked)
+        rows = min(rows, self._limits["max_batch"])
+        return self._admission.fit(self._kinds.footprint(key), prompt, wished, asked=asked, rows=rows)
+
+    def add_all(
+        self,
+        tokens: list[int],
+        max_tokens: int,
+        samplings: list[Sampling],
+        processors: list[Any],
+        stops: Any,
+        reuse: Reuse | None = None,
+        *,
+        key: LaneKey = PLAIN,
+        urgent: bool = True,
+    ) -> list[int]:
+        """Queue one prompt for as many answers as there are samplings; see `add`. In the plain lane it is read once;
+        in the others each answer reads it by itself, as what they promise wants it.
+
+        Returns: the numbers of their rows.
+        """
+        options: dict[str, Any] = {"key": key, "urgent": urgent}
+        if key == PLAIN:
+            first = self.add(
+                tokens, max_tokens, samplings[0], processors, stops, reuse, copies=samplings[1:], **options
+            )
+            return list(range(first, first + len(samplings)))
+        return [self.add(tokens, max_tokens, each, processors, stops, reuse, **options) for each in samplings]
 
     def add(
         self,
@@ -116,26 +143,32 @@ class Lanes:
         *,
         key: LaneKey = PLAIN,
         urgent: bool = True,
+        copies: Sequence[Sampling] = (),
     ) -> int:
         """Queue one prompt, behind those that wait for memory. Returns the number that its responses carry as `uid`.
 
         Args:
             urgent: it goes before those that are not.
+            copies: further rows that share its prefill; their numbers follow on its own.
         """
-        self._uids += 1
-        uid, length = self._uids, len(tokens) + max_tokens
+        uid, length = self._uids + 1, len(tokens) + max_tokens
+        self._uids += 1 + len(copies)
 
         def enter() -> None:
             lane = self._lane(key)
             caches = None if key.kv_bits == 0 and not key.rotate else self._kinds.caches(key)
             lane.rows.add(tokens, max_tokens, sampling, processors, stops, reuse, uid=uid, caches=caches, urgent=urgent)
-            lane.lengths[uid] = length
-            self._homes[uid] = lane
+            if copies:
+                lane.rows.copy(uid, copies, max_tokens, processors, stops)
+            for each in range(uid, uid + 1 + len(copies)):
+                lane.lengths[each] = length
+                self._homes[each] = lane
 
         if not self._admission.limit_bytes:
             enter()
             return uid
-        row = Waiting(uid, key, self._kinds.footprint(key), length, len(tokens), urgent, enter)
+        rows = min(1 + len(copies), self._limits["max_batch"])
+        row = Waiting(uid, key, self._kinds.footprint(key), length, len(tokens), urgent, enter, rows=rows)
         self._admission.add(row)
         self._admission.admit(self._foreseen)
         return uid
@@ -182,20 +215,21 @@ class Lanes:
         """Rows that wait and can never begin, since less is allowed than when they came. They are gone."""
         refused: list[tuple[int, RpcError]] = []
         while (row := self._admission.hopeless(self._foreseen)) is not None:
-            left = refusal(row.footprint, row.prompt, row.length - row.prompt, self._admission.limit_bytes)
+            answer = row.length - row.prompt
+            left = refusal(row.footprint, row.prompt, answer, self._admission.limit_bytes, rows=row.rows)
             refused.append((row.uid, left))
         return refused
 
-    def _foreseen(self, key: LaneKey | None = None, more: int = 0) -> int:
+    def _foreseen(self, key: LaneKey | None = None, more: int = 0, rows: int = 1) -> int:
         """See admission.Foreseen."""
         total = 0
         for lane in self._lanes:
             if lane.footprint is None and lane.lengths:
                 lane.footprint = self._kinds.footprint(lane.key)
             mine = lane.key == key
-            total += lane.foreseen(more if mine else 0)
+            total += lane.foreseen(more if mine else 0, rows)
             key = None if mine else key
-        return total if key is None else total + self._kinds.footprint(key).bytes(1, more)
+        return total if key is None else total + self._kinds.footprint(key).bytes(rows, more)
 
     def _beside_plain(self) -> int:
         return sum(lane.rows.own_bytes() for lane in self._lanes if lane is not self._plain)
@@ -243,20 +277,20 @@ class Lanes:
             self._admission.admit(self._foreseen)
         lane = self._plain if len(self._lanes) == 1 else self._turn()
         self._stepping = lane
+        lane.rows.crowded = len(self._lanes) > 1
         made: tuple[list[Any], list[Any]] = lane.rows.next()
-        self._forget_ended(lane, made[1])
+        self._note_ends(lane, made[1])
         if len(self._lanes) > 1:
             self._stepped(lane, bool(made[0]))
         return made
 
     def rest(self) -> list[Any]:
-        """See RowGenerator; of the step that was taken last."""
-        made = self._plain.rows.rest() if self._stepping is self._plain else []
-        if made:
-            self._forget_ended(self._plain, made)
-        return made
+        """See RowGenerator; of the lane that took the last step."""
+        responses = self._stepping.rows.rest()
+        self._note_ends(self._stepping, responses)
+        return responses
 
-    def _forget_ended(self, lane: Lane, responses: list[Any]) -> None:
+    def _note_ends(self, lane: Lane, responses: list[Any]) -> None:
         for response in responses:
             if response.finish_reason is not None:
                 self._homes.pop(response.uid, None)

@@ -27,6 +27,7 @@ from ..store.safetensors import SafetensorsError, check_safetensors
 from .early import start_early
 from .grammar import can_constrain
 from .options import check_defaults
+from .pooling import Pooling, inner_of, read_pooling
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 DEFAULT_CONTEXT = 4096
@@ -61,6 +62,7 @@ class LoadedModel:
         context_length: tokens of prompt and answer together.
         defaults: sampling options for requests that set none, checked.
         faithful: the model promises to invent no words when it processes text.
+        pooling: how vectors of texts are made of what it computes.
     """
 
     model: Any
@@ -69,6 +71,7 @@ class LoadedModel:
     vocabulary: int
     defaults: dict[str, Any] = field(default_factory=dict)
     faithful: bool = False
+    pooling: Pooling = field(default_factory=Pooling)
 
     @property
     def capabilities(self) -> list[str]:
@@ -81,14 +84,17 @@ class LoadedModel:
             found.append("faithful")
         if can_constrain(self.tokenizer):
             found += ["structured", "grammar"]
+        if self.pooling.refusal is None and inner_of(self.model) is not None:
+            found.append("embed")
         return found
 
 
-def load(path: str, progress: Callable[[float], None]) -> LoadedModel:
+def load(path: str, progress: Callable[[float], None], most_context: int = 0) -> LoadedModel:
     """Load the model in the folder `path`.
 
     Args:
         progress: called with 0 to 1 between parts; what it raises ends the load.
+        most_context: bounds the context, in tokens, where it is not 0.
 
     Raises:
         ModelInvalid: the folder is no usable model; the message says why.
@@ -100,7 +106,10 @@ def load(path: str, progress: Callable[[float], None]) -> LoadedModel:
         settings = _read_settings(folder)
         check_weights(folder)
         progress(0.0)
-        return _load(folder, config, settings, progress)
+        loaded = _load(folder, config, settings, progress)
+        if most_context:
+            loaded.context_length = min(loaded.context_length, most_context)
+        return loaded
     except (RpcError, PipeClosed):
         raise
     except (OSError, MemoryError) as error:
@@ -140,6 +149,7 @@ def _load(
         vocabulary=vocabulary,
         defaults=check_defaults(settings.get("defaults", {})),
         faithful=settings.get("guard") == "faithful",
+        pooling=read_pooling(folder, config),
     )
 
 

@@ -21,7 +21,18 @@ from mlxd_client.errors import (
 )
 
 from ..childside import Pipe, PipeClosed, Pulse, Stopped
-from ..childwire import Attach, Attached, CountTokens, Generate, Generated, Heartbeat, Loaded, LoadModel
+from ..childwire import (
+    Attach,
+    Attached,
+    CountTokens,
+    DecodeTokens,
+    EmbedTexts,
+    EncodeText,
+    Generate,
+    Heartbeat,
+    Loaded,
+    LoadModel,
+)
 from .engine import Engine, EngineLost, Outcome
 from .load import LoadedModel, load
 
@@ -47,6 +58,9 @@ class Worker:
             "attach": self._attach,
             "generate": self._generate,
             "count": self._count,
+            "encode": self._encode,
+            "decode": self._decode,
+            "embed": self._embed,
         }
 
     def run(self) -> None:
@@ -116,7 +130,7 @@ class Worker:
         if self._engine is not None:
             raise InvalidRequest("a worker loads one model in its life")
         started = time.perf_counter()
-        loaded = load(request.path, self._progress)
+        loaded = load(request.path, self._progress, request.context_length)
         engine = Engine(
             loaded,
             **limits(request),
@@ -201,19 +215,30 @@ class Worker:
             raise InvalidParams("count takes either text or messages", field="text")
         self._pipe.reply(request_id, {"tokens": self._loaded().count(request)})
 
+    def _encode(self, request_id: int, params: Any) -> None:
+        self._pipe.reply(request_id, self._loaded().encode(_convert(params, EncodeText)))
+
+    def _decode(self, request_id: int, params: Any) -> None:
+        self._pipe.reply(request_id, {"text": self._loaded().decode(_convert(params, DecodeTokens))})
+
+    def _embed(self, request_id: int, params: Any) -> None:
+        self._loaded().embed(request_id, _convert(params, EmbedTexts))
+
     def _loaded(self) -> Engine:
         if self._engine is None:
             raise LoadFailed("no model is loaded in this worker")
         return self._engine
 
     def _send(self, outcome: Outcome) -> None:
-        if outcome.pieces:
+        if outcome.others:
+            self._pipe.notify("step", {"pieces": outcome.pieces, "others": outcome.others})
+        elif outcome.pieces:
             self._pipe.notify("step", {"pieces": outcome.pieces})
         for request_id, end in outcome.ended:
-            if isinstance(end, Generated):
-                self._pipe.reply(request_id, end)
-            else:
+            if isinstance(end, RpcError):
                 self._pipe.fail(request_id, end)
+            else:
+                self._pipe.reply(request_id, end)
 
 
 def limits(wished: LoadModel) -> dict[str, int]:

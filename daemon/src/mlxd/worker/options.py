@@ -19,6 +19,7 @@ from .sampling import Sampling, make_key
 # What a request gets that says nothing, on a model whose folder says nothing.
 DEFAULTS: dict[str, Any] = {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.15}
 DEFAULT_MAX_TOKENS = {"process": 150, "chat": 2048}
+DEFAULT_XTC_THRESHOLD = 0.1  # mlx_lm's
 
 # What a model's folder may set. The rest is the daemon's business or each request's own.
 MODEL_DEFAULTS = frozenset(
@@ -39,8 +40,10 @@ class Choices:
     thinking: bool = False
     cache_prompt: bool = True
     rule: Rule | None = None
-    lane: LaneKey = PLAIN
     speculation: str = "auto"
+    answers: int = 1
+    context_policy: str = "refuse"
+    lane: LaneKey = PLAIN
 
 
 def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], vocabulary: int) -> Choices:
@@ -65,12 +68,16 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
     except msgspec.ValidationError as error:
         raise InvalidParams(str(error), **_field(error)) from None
     lane = _lane(params)
+    if options.get("xtc_threshold") is not None and "xtc_probability" not in options:
+        raise InvalidParams("xtc_threshold does nothing without xtc_probability", field="xtc_threshold")
     return Choices(
         sampling=Sampling(
             temperature=_or(params.temperature, 0.0),
             top_p=_or(params.top_p, 1.0),
             top_k=_or(params.top_k, 0),
             min_p=_or(params.min_p, 0.0),
+            xtc_probability=_or(params.xtc_probability, 0.0),
+            xtc_threshold=_or(params.xtc_threshold, DEFAULT_XTC_THRESHOLD),
             repetition=_or(params.repetition_penalty, 1.0),
             presence=_or(params.presence_penalty, 0.0),
             frequency=_or(params.frequency_penalty, 0.0),
@@ -84,21 +91,17 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
         thinking=_or(params.thinking, False),
         cache_prompt=_or(params.cache_prompt, True) and lane == PLAIN,
         rule=read_rule(_or(params.schema, None), _or(params.grammar, None)),
+        speculation=_or(params.speculation, "auto"),
+        answers=_or(params.n, 1),
+        context_policy=_or(params.context_policy, "refuse"),
         lane=lane,
-        speculation=_or(params.speculation, "auto") if lane == PLAIN else "off",
     )
 
 
 def _lane(params: GenerateParams) -> LaneKey:
     """Raises Unsupported for what no lane can do."""
     policy = _or(params.context_policy, "refuse")
-    if policy == "drop_oldest":
-        raise Unsupported("this engine cannot honour context_policy drop_oldest yet", option="context_policy")
     lane = LaneKey(_or(params.kv_bits, 0), policy == "rotate", _or(params.deterministic, False))
-    if lane != PLAIN and _or(params.speculation, "auto") in ("lookup", "draft"):
-        raise Unsupported(
-            "nothing is guessed ahead with kv_bits, context_policy rotate or deterministic", option="speculation"
-        )
     if lane != PLAIN and _or(params.cache_prompt, None) is True:
         raise Unsupported(
             "prefixes are kept of plain requests only: not with kv_bits, context_policy rotate or deterministic",

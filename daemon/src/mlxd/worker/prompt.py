@@ -16,13 +16,14 @@ from typing import Any
 import jinja2
 
 from mlxd_client.errors import ContextExceeded, InvalidParams, ModelInvalid, RpcError, Unsupported
+from mlxd_client.types import MAX_TEXT_CHARACTERS
 
 # A template is a program from the model's folder: it gets this long.
 TEMPLATE_LIMIT_S = 5.0
 # Tokenizing takes seconds for each million characters, and nobody else is served meanwhile: a text longer than the
 # probe is first judged by its start, and nothing longer than the limit is counted.
 PROBE_CHARACTERS = 200_000
-MAX_COUNT_CHARACTERS = 2_000_000
+MAX_COUNT_CHARACTERS = MAX_TEXT_CHARACTERS
 # How many tokens a cut through a text may add at its end.
 _CUT_TOKENS = 8
 ROLES = ("system", "user", "assistant")
@@ -31,12 +32,14 @@ ROLES = ("system", "user", "assistant")
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """`source` is the text that the last user turn brought; `in_reasoning` says that the template opened a thought;
-    `cuts` are where other prompts may go on differently, in tokens: after the system turn, and after the last one."""
+    `cuts` are where other prompts may go on differently, in tokens: after the system turn, and after the last one;
+    `dropped` is how many messages were left out, see shorten.py."""
 
     tokens: list[int]
     source: str
     in_reasoning: bool = False
     cuts: tuple[int, ...] = ()
+    dropped: int = 0
 
 
 class PromptBuilder:
@@ -50,7 +53,7 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: Any, context_length: int, vocabulary: int) -> None:
         self._tokenizer = tokenizer
-        self._context_length = context_length
+        self.context_length = context_length
         self._vocabulary = vocabulary
         # No token spells more bytes than this, so that huge texts are refused without tokenizing them.
         self._longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
@@ -98,9 +101,9 @@ class PromptBuilder:
         if prompt.in_reasoning:
             return prompt
         tokens = [*prompt.tokens, *self._tokenizer.think_start_tokens]
-        if len(tokens) >= self._context_length:
+        if len(tokens) >= self.context_length:
             raise self._too_long(len(tokens))
-        return Prompt(tokens, prompt.source, True)
+        return Prompt(tokens, prompt.source, True, dropped=prompt.dropped)
 
     def count(self, *, text: str | None, messages: list[dict[str, Any]] | None) -> int:
         """How many tokens a plain text has, or the prompt that `chat` would make of messages, context or not.
@@ -123,16 +126,16 @@ class PromptBuilder:
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         least = len(text) // self._longest_token
-        if least >= self._context_length:
+        if least >= self.context_length:
             raise self._too_long(least)
         if len(text) > PROBE_CHARACTERS:
             least = len(self._tokenizer.encode(text[:PROBE_CHARACTERS], add_special_tokens=special)) - _CUT_TOKENS
-            if least >= self._context_length:
+            if least >= self.context_length:
                 raise self._too_long(least)
         tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
         if not tokens:
             raise InvalidParams("the prompt is empty", field="messages")
-        if len(tokens) >= self._context_length:
+        if len(tokens) >= self.context_length:
             raise self._too_long(len(tokens))
         if max(tokens) >= self._vocabulary:
             raise Unsupported("the prompt holds a token that the model has no embedding for", option="messages")
@@ -140,10 +143,10 @@ class PromptBuilder:
 
     def _too_long(self, tokens: int) -> ContextExceeded:
         return ContextExceeded(
-            f"the prompt has {tokens} tokens or more; the model's context holds {self._context_length},"
+            f"the prompt has {tokens} tokens or more; the model's context holds {self.context_length},"
             " of which one is for the answer",
             prompt_tokens=tokens,
-            context_length=self._context_length,
+            context_length=self.context_length,
         )
 
     def _render(self, messages: list[dict[str, Any]], thinking: bool) -> str:

@@ -1,10 +1,10 @@
 """How the next tokens of a whole batch are chosen: penalties, filters and draws, each one call for all rows.
 
 The filters are mlx_lm's; the order is its too: logit bias, repetition, presence, frequency penalty, then log
-probabilities, top_p, min_p, top_k, temperature, draw. What differs from its samplers is where randomness comes from:
-each request has a key of its own and each position of it a key of its own, so that who else is in the batch changes
-nothing. A draw is Gumbel-max, argmax(logprobs / temperature + Gumbel noise), which is how `mx.random.categorical`
-draws.
+probabilities, top_p, min_p, xtc, top_k, temperature, draw. What differs from its samplers is where randomness comes
+from: each request has a key of its own and each position of it a key of its own, so that who else is in the batch
+changes nothing. A draw is Gumbel-max, argmax(logprobs / temperature + Gumbel noise), which is how
+`mx.random.categorical` draws.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from .speculation import Guess
 
 # How many of the latest tokens the penalties look at; mlx_lm's default.
 PENALTY_WINDOW = 20
+# top_p, min_p, top_k, and the tokens that xtc spares where it is on.
+Filters = tuple[float, float, int, tuple[int, ...] | None]
 _COUNT = mx.array([0, 1], dtype=mx.uint32)
+# What a request draws besides its tokens comes from its key with this laid over it.
+_XTC_KEYS = mx.array([0x9E3779B9, 0], dtype=mx.uint32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,8 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the most likely token and never draws.
+        xtc_probability, xtc_threshold: how often all but the last of the tokens above the threshold are left out.
+        spared: tokens that this never leaves out.
         repetition, presence, frequency: penalties over the last PENALTY_WINDOW tokens; 1, 0 and 0 do nothing.
         logprobs: how many alternatives to report for each token; -1 reports nothing.
         key: two 32-bit words; equal keys draw equal noise.
@@ -42,6 +48,9 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    spared: tuple[int, ...] = ()
     repetition: float = 1.0
     presence: float = 0.0
     frequency: float = 0.0
@@ -55,15 +64,41 @@ class Sampling:
         return self.repetition != 1.0 or self.presence != 0.0 or self.frequency != 0.0
 
     @property
-    def filters(self) -> tuple[float, float, int] | None:
+    def filters(self) -> Filters | None:
         """What rows must share to be drawn together; None for greedy ones."""
-        return (self.top_p, self.min_p, self.top_k) if self.temperature > 0 else None
+        xtc = self.spared if self.xtc_probability > 0 else None
+        return (self.top_p, self.min_p, self.top_k, xtc) if self.temperature > 0 else None
 
 
 def make_key(seed: int | None) -> tuple[int, int]:
     """The key of a request: from its seed, or from the system's randomness where it has none."""
     raw = os.urandom(8) if seed is None else hashlib.blake2b(seed.to_bytes(8, "big"), digest_size=8).digest()
     return int.from_bytes(raw[:4], "big"), int.from_bytes(raw[4:], "big")
+
+
+def other_key(key: tuple[int, int], index: int) -> tuple[int, int]:
+    """The key of a request's answer `index`, from that of its first, which is number 0."""
+    if index == 0:
+        return key
+    raw = b"".join(number.to_bytes(4, "big") for number in (*key, index))
+    made = hashlib.blake2b(raw, digest_size=8).digest()
+    return int.from_bytes(made[:4], "big"), int.from_bytes(made[4:], "big")
+
+
+def apply_xtc(
+    logprobs: mx.array, draws: mx.array, probability: mx.array, threshold: mx.array, spared: tuple[int, ...]
+) -> mx.array:
+    """mlx_lm's function of that name, for rows of their own probabilities and thresholds, and with given draws.
+
+    Args:
+        logprobs: [rows, vocabulary].
+        draws, probability, threshold: [rows, 1]; draws are uniform in [0, 1).
+    """
+    probs = mx.softmax(logprobs, -1)
+    above = probs > mx.where(probs > threshold, probs, mx.inf).min(axis=-1, keepdims=True)
+    if spared:
+        above[..., list(spared)] = False
+    return mx.where((draws <= probability) & above, -mx.inf, logprobs)
 
 
 class Plan:
@@ -81,7 +116,7 @@ class Plan:
         self._window: mx.array | None = None
         if any(row.penalised for row in rows):
             self._build_penalties(rows, tokens, inputs)
-        groups: dict[tuple[float, float, int] | None, list[int]] = {}
+        groups: dict[Filters | None, list[int]] = {}
         for index, row in enumerate(rows):
             groups.setdefault(row.filters, []).append(index)
         self._groups = [_Group(rows, tokens, indices, len(groups) == 1) for indices in groups.values()]
@@ -165,6 +200,11 @@ class _Group:
         self._top_p, self._min_p, self._top_k = first.top_p, first.min_p, first.top_k
         # An array, not a number: mlx compiles these filters once for each number it meets.
         self._top_p_array = mx.array(first.top_p)
+        self._xtc = first.xtc_probability > 0
+        if self._xtc:
+            self._spared = first.spared
+            self._xtc_probability = mx.array([[rows[index].xtc_probability] for index in indices])
+            self._xtc_threshold = mx.array([[rows[index].xtc_threshold] for index in indices])
         self._heat = mx.array([[1.0 / rows[index].temperature] for index in indices])
         # A position's key is the request's key plus the position.
         keys = [(rows[i].key[0], (rows[i].key[1] + len(tokens[i])) & 0xFFFFFFFF) for i in indices]
@@ -178,6 +218,9 @@ class _Group:
             logprobs = apply_top_p(logprobs, self._top_p_array)
         if self._min_p > 0.0:
             logprobs = apply_min_p(logprobs, self._min_p)
+        if self._xtc:
+            draws = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(self._keys ^ _XTC_KEYS)
+            logprobs = apply_xtc(logprobs, draws, self._xtc_probability, self._xtc_threshold, self._spared)
         if 0 < self._top_k < size:
             logprobs = apply_top_k(logprobs, self._top_k)
         if len(self.indices) == 1:  # the same noise, without the cost of vmap

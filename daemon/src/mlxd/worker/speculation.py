@@ -48,12 +48,13 @@ class Guesses:
         self.odds = Odds()
         self.draft: Draft | None = None
 
-    def guess(self, wished: str, *, constrained: bool) -> Guess | None:
+    def guess(self, wished: str, *, apart: bool) -> Guess | None:
         """The guesses of a request; None where it goes without.
 
         Args:
             wished: as on the wire: auto, off, lookup, draft.
-            constrained: the answer follows a rule: then each token is chosen with that in view, one after the other.
+            apart: the answer follows a rule, and each token is chosen with that in view, one after the other; or its
+                caches or its arithmetic are of a kind of their own.
 
         Raises:
             Unsupported: a kind was asked for that cannot be.
@@ -63,12 +64,14 @@ class Guesses:
                 raise _refused(
                     "what this model computes cannot be taken back token by token, so that nothing is guessed"
                 )
-            if constrained:
-                raise _refused("answers that follow a schema or a grammar are not guessed")
+            if apart:
+                raise _refused(
+                    "nothing is guessed with a schema, a grammar, kv_bits, context_policy rotate or deterministic"
+                )
             if wished == "draft" and (self.draft is None or self.draft.closed):
                 raise _refused("this model has no draft model; models.load attaches one")
             return Guess(self, drafting=wished == "draft", always=True)
-        if wished == "off" or not self.usable or constrained:
+        if wished == "off" or not self.usable or apart:
             return None
         return Guess(self, drafting=self.draft is not None and not self.draft.closed, always=False)
 
@@ -93,17 +96,19 @@ class Guess:
     def __init__(self, shared: Guesses, *, drafting: bool, always: bool) -> None:
         self.drafted = self.accepted = 0
         self._pace = shared.pace
-        self._lookup = None if drafting else Lookup(Odds(shared.odds))
+        self._odds = Odds(shared.odds)
+        self._lookup = Lookup(self._odds)
         self._draft = shared.draft if drafting else None
         self._always = always
         self._began = 0.0  # when the last step began, or the checking in it
         self._size = 0  # of how many tokens it was; 0 where its time says nothing
         self._plain = False  # it was a plain one
-        self._first: int | None = None  # how many tokens there were when guessing was first thought of
+        self._tokens: list[int] | None = None  # of whom the guesses are
+        self._first = 0  # how many there were when guessing was first thought of
 
     @property
     def kind(self) -> Literal["lookup", "draft"]:
-        return "lookup" if self._lookup is not None else "draft"
+        return "lookup" if self._draft is None else "draft"
 
     def report(self) -> Speculation | None:
         """For the reply; None where nothing was guessed."""
@@ -140,13 +145,15 @@ class Guess:
         """
         if most < 1:
             return None
-        if self._lookup is not None:
-            return self._look_up(self._lookup, batch, min(most, MOST))
-        assert self._draft is not None
+        if self._draft is None:
+            return self._look_up(batch, min(most, MOST))
         return self._have_drafted(self._draft, batch, min(most, MOST))
 
-    def _look_up(self, lookup: Lookup, batch: Pending, most: int) -> list[int] | None:
+    def _look_up(self, batch: Pending, most: int) -> list[int] | None:
         tokens = batch.tokens[0]
+        if tokens is not self._tokens:  # of several answers to one prompt each has its own
+            self._tokens, self._lookup = tokens, Lookup(self._odds)
+        lookup = self._lookup
         if not lookup.follow(tokens):
             return None
         # To know the newest token is to wait for it, with nothing described meanwhile: only where it may pay.
@@ -164,13 +171,13 @@ class Guess:
 
     def _have_drafted(self, draft: Draft, batch: Pending, most: int) -> list[int] | mx.array | None:
         tokens = batch.tokens[0]
-        if self._first is None:
-            self._first = len(tokens)
+        if tokens is not self._tokens:
+            self._tokens, self._first = tokens, len(tokens)
         count = draft.choose(most, always=self._always)
-        if not count or not draft.ready(self, tokens, len(tokens) - self._first, always=self._always):
-            return None
-        newest = self._read(batch)
         try:
+            if not count or not draft.ready(tokens, len(tokens) - self._first, always=self._always):
+                return None
+            newest = self._read(batch)
             return draft.propose(tokens, newest, count, batch.samplers[0], batch.logits_processors[0])
         except Exception:  # nobody asked for its opinion: the answer goes on without it
             draft.closed = True

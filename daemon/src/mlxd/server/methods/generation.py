@@ -1,11 +1,23 @@
-"""process, chat, tokens.count: the models at work."""
+"""process, chat, tokens.…, embed: the models at work."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from mlxd_client.errors import InvalidParams
-from mlxd_client.types import UNSET, ChatParams, ProcessParams, TokensParams, TokensResult
+from mlxd_client.types import (
+    UNSET,
+    ChatParams,
+    DecodeParams,
+    DecodeResult,
+    EmbedParams,
+    EmbedResult,
+    EncodeParams,
+    EncodeResult,
+    ProcessParams,
+    TokensParams,
+    TokensResult,
+)
 
 from ..call import PENDING
 
@@ -29,3 +41,15 @@ async def count_tokens(call: Call, params: TokensParams) -> TokensResult:
     if (params.text is UNSET) == (params.messages is UNSET):
         raise InvalidParams("give either `text` or `messages`", field="text")
     return await call.runtime.count_tokens(call.client, params)
+
+
+async def encode(call: Call, params: EncodeParams) -> EncodeResult:
+    return await call.runtime.encode(call.client, params)
+
+
+async def decode(call: Call, params: DecodeParams) -> DecodeResult:
+    return await call.runtime.decode(call.client, params)
+
+
+async def embed(call: Call, params: EmbedParams) -> EmbedResult:
+    return await call.runtime.embed(call.client, params)
