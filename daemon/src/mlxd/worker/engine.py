@@ -902,12 +902,13 @@ class Engine:
         with contextlib.suppress(RpcError):  # whom it refuses, it tells
             self._prompts.build("chat", [{"role": "user", "content": "x"}], thinking=False)
         prompt = [min(1, self._loaded.vocabulary - 1)] * max(1, min(8, room - 2))
+        rows = self._generator.plain  # whatever memory there is for requests
         started = time.perf_counter()
         row = None
         for choice in (sampling, Sampling()):
-            self._generator.add(prompt, 2, choice, [], StopSequences())
-            while self._generator.active or self._generator.waiting:
-                for response in self._generator.next()[1]:
+            rows.add(prompt, 2, choice, [], StopSequences())
+            while rows.active or rows.waiting:
+                for response in rows.next()[1]:
                     row = response.prompt_cache or row
             if time.perf_counter() - started > 1.0:  # a large model on a slow device: the rest can wait
                 break
