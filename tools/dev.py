@@ -181,14 +181,15 @@ def make_venv(uv: "str | None") -> None:
 
 
 def install(uv: "str | None") -> None:
-    """Install the pins by hash, then both packages as they lie here, built by the pinned hatchling."""
+    """Install the pins by hash, those and no others, then both packages as they lie here, built by the pinned
+    hatchling."""
     if uv:
         pip = [uv, "pip", "install", "--quiet", "--python", PYTHON]
     else:
         pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
     editable = [flag for name in PACKAGES for flag in ("--editable", os.path.join(ROOT, name))]
     for step in (
-        [*pip, "--require-hashes", "--requirement", LOCK],
+        [*pip, "--no-deps", "--require-hashes", "--requirement", LOCK],
         [*pip, "--no-deps", "--no-build-isolation", *editable],
     ):
         status, output = run(step)

@@ -51,8 +51,8 @@ def test_the_sockets_rows_are_ratios() -> None:
 @pytest.mark.slow
 @pytest.mark.model
 def test_the_built_in_models_rows_are_ratios() -> None:
-    measured = rows("stream/cleanup", "batch/cleanup", "http/cleanup", "prefix/cleanup")
-    assert len(measured) == 5
+    measured = rows("stream/cleanup", "batch/cleanup", "http/cleanup", "prefix/cleanup", "restart/cleanup")
+    assert len(measured) == 6
     assert are_numbers(measured)
     assert all(row["theirs"] > 0 and row["target"] for row in measured.values())
 
@@ -64,6 +64,15 @@ def test_the_made_models_rows_are_ratios_and_nothing_is_left_running() -> None:
     assert are_numbers(measured)
     assert measured["workers while a model is loaded"]["ours"] == 1
     assert measured["workers after it was unloaded"]["holds"]
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_the_rows_of_guesses_are_ratios() -> None:
+    measured = rows("speculation")
+    assert len(measured) == 4
+    assert are_numbers(measured)
+    assert all(row["theirs"] > 0 for row in measured.values())
 
 
 @pytest.mark.slow

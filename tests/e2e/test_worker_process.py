@@ -220,3 +220,30 @@ def test_garbage_ends_the_worker(child: Child) -> None:
     next(child.frames())
     child.socket.sendall(b"\x00\x00\x00\x01\xc1")
     assert child.process.wait(timeout=TIMEOUT_S) == 0
+
+
+def test_an_idle_worker_writes_what_it_keeps(child: Child, kernels: Path, tiny: Path, tmp_path: Path) -> None:
+    asked = ask("so i think we should meet on monday at 3 pm " * 14, max_tokens=4, **GREEDY)
+    params = {
+        "model": "tiny", "path": str(tiny), "cache_bytes": 1 << 26, "disk_cache": str(tmp_path / "cache" / "prompts"),
+        "disk_cache_bytes": 1 << 26,
+    }  # fmt: skip
+    assert "result" in child.call("load", params)
+    first = child.call("generate", asked)["result"]
+    blocks = (first["prompt_tokens"] + 3) // 64
+    assert blocks >= 4
+    for _ in range(100):
+        child.until(lambda frame: frame.get("method") == "heartbeat")
+        if len(list(tmp_path.rglob("*.kv"))) == blocks:
+            break
+    child.process.kill()  # it need not be asked to go for that
+    other = Child(kernels)
+    try:
+        other.call("load", params)
+        again = other.call("generate", asked)["result"]
+        assert again["text"] == first["text"]
+        assert again["cached_tokens"] == (first["prompt_tokens"] - 1) // 64 * 64
+        stats = other.call("cache", {})["result"]
+        assert (stats["hits"], stats["disk_hits"], stats.get("disk_failures", 0)) == (1, 1, 0)
+    finally:
+        other.end()

@@ -171,7 +171,7 @@ def test_a_model_that_broke_after_it_was_found(client: Client, tmp_path: Path) -
         ({"prompt": "x", "model": ""}, "model"),
         ({"prompt": "x", "model": 5}, "model"),
         ({"prompt": "x", "temprature": 0.5}, "temprature"),
-        ({"prompt": "x", "adapter": "a"}, "adapter"),
+        ({"prompt": "x", "adapter": ""}, "adapter"),
         ({"prompt": "x", "draft_model": "a"}, "draft_model"),
     ],
 )
@@ -194,6 +194,15 @@ def test_params_of_process(client: Client, params: dict, field: str) -> None:
         ({"messages": [{"role": "user", "content": "x", "mood": "good"}]}, "messages[0].mood"),
         ({"messages": [None]}, "messages[0]"),
         (ASK | {"stream": "yes"}, "stream"),
+        (ASK | {"tools": "clock"}, "tools"),
+        (ASK | {"tools": [3]}, "tools[0]"),
+        (ASK | {"tools": [{}] * 129}, "tools"),
+        (ASK | {"tools": [{"name": "x" * 10_000_000}]}, "tools"),
+        (ASK | {"tool_choice": "auto"}, "tool_choice"),
+        (ASK | {"tools": [], "tool_choice": {"name": "clock"}}, "tool_choice"),
+        (ASK | {"tools": [{}], "tool_choice": 3}, "tool_choice"),
+        (ASK | {"thinking": False, "thinking_budget": 3}, "thinking_budget"),
+        (ASK | {"thinking_budget": -1}, "thinking_budget"),
     ],
 )
 def test_params_of_chat(client: Client, params: dict, field: str) -> None:
@@ -205,16 +214,25 @@ def test_params_of_chat(client: Client, params: dict, field: str) -> None:
 @pytest.mark.parametrize(
     ("method", "params", "option"),
     [
-        ("chat", ASK | {"tools": [{"name": "clock"}]}, "tools"),
-        ("chat", ASK | {"tool_choice": "auto"}, "tool_choice"),
-        ("chat", {"messages": [{"role": "tool", "content": "3 PM"}]}, "messages"),
-        ("chat", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages"),
-        ("models.load", {"model": CLEANUP, "adapter": "org/lora"}, "adapter"),
+        ("chat", ASK | {"tools": [{"type": "function", "function": {"name": "clock"}}]}, "tools"),
+        ("chat", ASK | {"thinking_budget": 3}, "thinking"),
+        ("chat", ASK | {"speculation": "draft"}, "speculation"),
+        ("chat", {"messages": [{"role": "user", "content": [{"type": "image", "path": "/x.png"}]}]}, "messages"),
+        ("models.load", {"model": CLEANUP, "draft_model": CLEANUP}, "draft_model"),
     ],
 )
 def test_options_that_cannot_be_honoured(client: Client, method: str, params: dict, option: str) -> None:
     error = refused(client, method, params)
     assert (error.kind, error.details["option"]) == ("unsupported", option)
+
+
+@pytest.mark.parametrize(
+    "adapter", ["org/lora", "lora", "./lora", "../lora", "/no/such/folder", "/etc/passwd", "/", "a\nb", "mlxd/cleanup"]
+)
+def test_adapters_that_are_not_there(client: Client, adapter: str) -> None:
+    for method, params in (("process", {"prompt": "x"}), ("chat", ASK), ("models.load", {"model": CLEANUP})):
+        error = refused(client, method, {**params, "adapter": adapter})
+        assert (error.kind, error.details["field"]) == ("model_not_found", "adapter")
 
 
 @pytest.mark.parametrize(

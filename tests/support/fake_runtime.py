@@ -57,6 +57,9 @@ class FakeTicket:
         self.text += text
         self.sink.piece(text, reasoning)
 
+    def calls(self, calls: list[types.ToolCall], malformed: list[types.MalformedToolCall]) -> None:
+        self.sink.calls(calls, malformed)
+
     def done(self, finish_reason: Any = "stop") -> None:
         self.ended = True
         self.sink.done(completion(self.text, finish_reason))
@@ -198,6 +201,14 @@ class FakeRuntime:
 
     async def catalog(self) -> types.CatalogResult:
         return types.CatalogResult(entries=[], memory_bytes=1)
+
+    async def caches(self) -> types.CacheResult:
+        return types.CacheResult(models=[], disk_bytes=0, memory_budget_bytes=1, disk_budget_bytes=1)
+
+    async def clear_caches(self, ref: str | None) -> types.ClearCacheResult:
+        if ref is not None:
+            await self.model(ref)
+        return types.ClearCacheResult(memory_bytes=1, disk_bytes=2)
 
     async def count_tokens(self, client: int, params: types.TokensParams) -> types.TokensResult:
         if params.text == "bug":

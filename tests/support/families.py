@@ -40,3 +40,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5, "full_attention_interval": 2,
     },
 }  # fmt: skip
+
+# Architectures that mlx_lm cannot batch, or not in every way; see mlxd/worker/families.py.
+MORE: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "mamba": {"state_size": 16, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4},
+    "jamba": {
+        "attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2,
+        "mamba_d_conv": 4, "mamba_d_state": 16, "mamba_expand": 2, "mamba_dt_rank": 4, "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "gpt_bigcode": {
+        "n_embd": 64, "n_layer": 2, "n_inner": 128, "n_head": 4, "n_positions": 4096, "layer_norm_epsilon": 1e-5,
+        "num_key_value_heads": 1,
+    },
+    "llama4": {
+        "text_config": {
+            "model_type": "llama4_text", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 128, "intermediate_size_mlp": 128, "head_dim": 16,
+            "vocab_size": 400, "max_position_embeddings": 4096, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
+            "rope_scaling": None, "num_local_experts": 4, "num_experts_per_tok": 1, "attention_bias": False,
+            "attention_chunk_size": WINDOW, "interleave_moe_layer_step": 2, "use_qk_norm": True,
+        },
+    },
+}  # fmt: skip

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from support.families import FAMILIES
+from support.families import FAMILIES, MORE
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -49,7 +49,7 @@ def build(
     """Write a model into `folder` and return it.
 
     Args:
-        family: one of support.families.
+        family: one of support.families, either list.
         hidden: width; the feed-forward part is three times as wide.
         vocabulary: the wished tokenizer size; the small corpus may give less. Embeddings have exactly this many rows.
         chat_template: None writes a tokenizer without one.
@@ -77,7 +77,7 @@ def build(
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "eos_token_id": 2,
-    } | FAMILIES[family]
+    } | (FAMILIES | MORE)[family]
     mx.random.seed(seed)
     model_class, arguments_class = get_classes(settings)
     model = model_class(arguments_class.from_dict(settings))
@@ -95,8 +95,8 @@ def build(
     return folder
 
 
-def write_tokenizer(folder: Path, vocabulary: int, chat_template: str | None) -> None:
-    """Write tokenizer.json and tokenizer_config.json: byte-level BPE, the chat markers of Qwen, thinking markers."""
+def write_tokenizer(folder: Path, vocabulary: int, chat_template: str | None, *, thinking: bool = True) -> None:
+    """Write tokenizer.json and tokenizer_config.json: byte-level BPE, the chat markers of Qwen, and for `thinking`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -109,7 +109,8 @@ def write_tokenizer(folder: Path, vocabulary: int, chat_template: str | None) ->
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    if thinking:
+        tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -127,6 +127,66 @@ def test_load_and_unload(daemon: ScriptedDaemon, mlxd: Run) -> None:
     assert daemon.connections[-1].requests("models.unload")[0]["params"] == {"model": os.path.abspath("x")}
 
 
+def test_load_with_a_system_turn(daemon: ScriptedDaemon, mlxd: Run, tmp_path: Path) -> None:
+    daemon.on("models.load", MODELS[0])
+    (tmp_path / "system").write_text("be brief\n")
+    for words, system in ((("--system", "be kind"), "be kind"), (("--system-file", "system"), "be brief\n")):
+        words = words if words[0] == "--system" else (words[0], str(tmp_path / words[1]))
+        assert mlxd("load", "org/m", *words)[0] == 0
+        asked = daemon.connections[-1].requests("models.load")[0]["params"]
+        assert asked == {"model": "org/m", "system": system}
+    (tmp_path / "latin").write_bytes(b"\xe4\xff")
+    for name in ("latin", "missing"):
+        status, _, err = mlxd("load", "org/m", "--system-file", str(tmp_path / name))
+        assert status == exits.USAGE
+        assert f"{tmp_path / name} cannot be read" in err
+
+
+# --- cache ------------------------------------------------------------------------------------------------------------
+
+KEPT = types.CacheResult(
+    models=[
+        types.ModelCache(
+            model="mlxd/cleanup",
+            memory=types.CacheInMemory(hits=5, misses=2, saved_tokens=12_345, bytes=9_000_000),
+            disk=types.CacheOnDisk(entries=7, bytes=4_000_000, hits=1, saved_tokens=64, failures=2),
+        ),
+        types.ModelCache(model="org/fresh", memory=types.CacheInMemory()),
+        types.ModelCache(model="org/gone", disk=types.CacheOnDisk(entries=1, bytes=1_000_000)),
+    ],
+    disk_bytes=5_000_000, memory_budget_bytes=800_000_000, disk_budget_bytes=4_000_000_000,
+)  # fmt: skip
+
+
+def test_cache(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    for one in KEPT.models:
+        if one.disk is not None:
+            one.disk.last_used_at = time.time() - 130
+    daemon.on("cache.list", KEPT)
+    assert [" ".join(line.split()) for line in mlxd("cache")[1].splitlines()] == [
+        "MODEL HITS MISSES TOKENS SAVED MEMORY ENTRIES DISK LAST USED",
+        "mlxd/cleanup 5 2 12,345 9.0 MB 7 4.0 MB 2 min ago",
+        "org/fresh 0 0 0 0 B - - -",
+        "org/gone - - - - 1 1.0 MB 2 min ago",
+        "2 files could not be read or written, and were removed",
+        "memory: at most 800 MB for each model; disk: 5.0 MB of at most 4.0 GB",
+    ]
+    assert json.loads(mlxd("cache", "--json")[1])["disk_bytes"] == 5_000_000
+    daemon.on("cache.list", types.CacheResult(models=[], disk_bytes=0, memory_budget_bytes=0, disk_budget_bytes=0))
+    assert mlxd("cache")[1].splitlines() == ["nothing is kept", "memory: off; disk: off"]
+
+
+def test_cache_clear(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    daemon.on("cache.clear", types.ClearCacheResult(memory_bytes=9_000_000, disk_bytes=4_000_000))
+    assert mlxd("cache", "clear")[1] == "cleared: 9.0 MB in memory and 4.0 MB on disk are free again\n"
+    assert daemon.connections[-1].requests("cache.clear")[0].get("params", {}) == {}
+    assert json.loads(mlxd("cache", "clear", "org/m", "--json")[1]) == {
+        "memory_bytes": 9_000_000,
+        "disk_bytes": 4_000_000,
+    }
+    assert daemon.connections[-1].requests("cache.clear")[0]["params"] == {"model": "org/m"}
+
+
 # --- stop -----------------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +228,7 @@ def test_stop_without_a_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_ended_processes_are_seen(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    assert service._gone(str(tmp_path / "no-socket"), process.pid, 0)
+    assert service.gone(str(tmp_path / "no-socket"), process.pid, 0)
 
 
 # --- run ------------------------------------------------------------------------------------------------------------
@@ -329,7 +389,11 @@ def test_run_streams_to_a_terminal(daemon: ScriptedDaemon, terminal: Start) -> N
     def stream(connection: Connection, request: dict[str, Any]) -> Any:
         connection.stream(request["id"], 0, phase="loading", progress=0.5)
         connection.stream(request["id"], 1, reasoning="hmm")
-        connection.stream(request["id"], 2, text="I think\x1b]0;evil\x07 so.")
+        call = {"id": "1", "name": "clock", "arguments": {"zone": "\x1b]0;evil\x07"}}
+        connection.stream(
+            request["id"], 2, tool_calls=[call], malformed_tool_calls=[{"text": "x", "reason": "no call"}]
+        )
+        connection.stream(request["id"], 3, text="I think\x1b]0;evil\x07 so.")
         connection.cancel_of(request["id"]).wait(PATIENCE_S)
         connection.fail(request["id"], errors.Cancelled("the request was cancelled"))
         return NOTHING
@@ -339,6 +403,8 @@ def test_run_streams_to_a_terminal(daemon: ScriptedDaemon, terminal: Start) -> N
     screen.until("so.")
     assert "loading the model 50%" in screen.shown
     assert "\r\x1b[K\x1b[2mhmm\x1b[0m" in screen.shown
+    assert '{"id":"1","name":"clock","arguments":{"zone":"\\u001b]0;evil\\u0007"}}' in screen.shown
+    assert "malformed: no call" in screen.shown
     assert "I think]0;evil so." in screen.shown
     screen.interrupt()
     assert screen.end() == exits.INTERRUPTED
@@ -383,6 +449,28 @@ def test_chat_from_a_pipe(daemon: ScriptedDaemon, mlxd: Run, monkeypatch: pytest
         ["system: be brief", "user: hello", "assistant: HELLO", "user: world"],
         ["system: be brief", "user: two\nlines"],
     ]
+
+
+def test_chat_shows_images(daemon: ScriptedDaemon, mlxd: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def seen(connection: Connection, request: dict[str, Any]) -> Any:
+        connection.stream(request["id"], 0, text="seen")
+        return completion("seen")
+
+    daemon.on("chat", seen)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"what is it\n/image /other.png\nand that\n")))
+    assert mlxd("chat", "--image", "cat.png", "--image", "/dog.png")[0] == 0
+    sent = [
+        request["params"]["messages"] for connection in daemon.connections for request in connection.requests("chat")
+    ]
+    first = [
+        {"type": "image", "path": str(tmp_path / "cat.png")},
+        {"type": "image", "path": "/dog.png"},
+        {"type": "text", "text": "what is it"},
+    ]
+    second = [{"type": "image", "path": "/other.png"}, {"type": "text", "text": "and that"}]
+    assert [turn["content"] for turn in sent[0]] == [first]
+    assert [turn["content"] for turn in sent[-1]][::2] == [first, second]
 
 
 def test_chat_from_a_pipe_ends_with_the_first_failure(

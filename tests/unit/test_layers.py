@@ -25,11 +25,13 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.settings": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.core": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.store": ({"mlxd_client"}, {"msgspec"}),
+    "mlxd.promptfiles": ({"mlxd.store"}, {"msgspec"}),
     "mlxd.childside": ({"mlxd_client", "mlxd.childwire"}, {"msgspec"}),
     "mlxd.children": ({"mlxd_client", "mlxd.childwire"}, {"msgspec", "psutil"}),
     "mlxd.worker": (
-        {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.store"},
-        {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance"},
+        {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.promptfiles", "mlxd.store"},
+        {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance", "PIL", "jsonschema",
+         "referencing"},
     ),
     "mlxd.fetch": (
         {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.store"},
@@ -50,9 +52,14 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
          "mlxd.settings", "mlxd.store"},
         set(),
     ),
+    "mlxd.prompts": (
+        {"mlxd_client", "mlxd.childwire", "mlxd.promptfiles", "mlxd.server", "mlxd.settings", "mlxd.workers"},
+        {"msgspec"},
+    ),
     "mlxd.runtime": (
         {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.generation",
-         "mlxd.library", "mlxd.logs", "mlxd.server", "mlxd.settings", "mlxd.store", "mlxd.texts", "mlxd.workers"},
+         "mlxd.library", "mlxd.logs", "mlxd.prompts", "mlxd.server", "mlxd.settings", "mlxd.store", "mlxd.texts",
+         "mlxd.workers"},
         {"msgspec", "psutil"},
     ),
     "mlxd.notify": (set(), set()),
@@ -151,7 +158,9 @@ def test_the_core_does_not_look_at_the_world() -> None:
 def test_only_workers_touch_mlx() -> None:
     for part, package, path in SOURCES:
         tops = {name.split(".")[0] for name in imports(path, package)}
-        assert part == "mlxd.worker" or tops.isdisjoint({"mlx", "mlx_lm", "transformers", "tokenizers"}), path
+        assert part == "mlxd.worker" or tops.isdisjoint(
+            {"mlx", "mlx_lm", "mlx_vlm", "transformers", "tokenizers", "PIL"}
+        ), path
 
 
 def test_only_fetchers_ask_the_hub() -> None:
@@ -167,6 +176,9 @@ def test_the_daemon_loads_nothing_heavy() -> None:
     heavy = {
         "mlx",
         "mlx_lm",
+        "mlx_vlm",
+        "PIL",
+        "requests",
         "numpy",
         "transformers",
         "tokenizers",

@@ -188,6 +188,17 @@ def test_answers_wait_together_until_there_is_memory_for_all(loaded: LoadedModel
     assert (engine.active, engine.waiting, engine.busy) == (0, 0, False)
 
 
+def test_guessing_ahead_changes_none_of_the_answers(engine: Engine) -> None:
+    """Nor where one comes to be alone, and xtc draws besides."""
+    said = "one two three one two three one two three one two"
+    options = {**DRAWN, "max_tokens": 40, "temperature": 0.2, "xtc_probability": 0.5, "xtc_threshold": 0.01}
+    plain = alone(engine, ask(said, speculation="off", n=3, **options))
+    assert texts(alone(engine, ask(said, speculation="lookup", n=3, **options))) == texts(plain)
+    one = alone(engine, ask(said, speculation="lookup", **options))
+    assert one.speculation is not None, "nothing was guessed"
+    assert one.text == plain.text
+
+
 def test_prompts_of_one_token_are_answered_several_times(loaded: LoadedModel) -> None:
     bare = LoadedModel(loaded.model, loaded.tokenizer, loaded.context_length, loaded.vocabulary)
     engine = Engine(bare, max_batch=8, prefill_step=16)

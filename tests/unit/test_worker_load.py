@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
+from mlxd.childwire import Generate
+from mlxd.worker.engine import Engine
 from mlxd.worker.load import LoadedModel, context_length, load
 from mlxd.worker.options import resolve
 from mlxd.worker.prompt import PromptBuilder, time_limit
-from mlxd_client.errors import InvalidParams, ModelInvalid, RpcError, Unsupported
+from mlxd_client.errors import ContextExceeded, InvalidParams, LoadFailed, ModelInvalid, RpcError, Unsupported
 from support import tiny_model
 
 pytestmark = pytest.mark.model
@@ -59,6 +65,7 @@ def test_a_sound_folder_loads_in_parts(folder: Path) -> None:
         "structured",
         "grammar",
         "embed",
+        "adapters",
     }
 
 
@@ -215,3 +222,139 @@ def test_a_template_that_loops_is_stopped() -> None:
 
     with pytest.raises(ModelInvalid, match="longer"):
         render()
+
+
+# --- folders that lie -------------------------------------------------------------------------------------------------
+
+
+def weights(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    file = folder / "model.safetensors"
+    arrays: Any = {name: mx.array(array) for name, array in mx.load(str(file)).items()}  # type: ignore[union-attr]
+    mx.eval(arrays)
+    change(arrays)
+    file.unlink()
+    mx.save_safetensors(str(file), arrays, {"format": "mlx"})
+
+
+def link(folder: Path, name: str, target: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(target)
+
+
+def pipe(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+
+
+def hole(folder: Path, name: str) -> None:
+    with open(folder / name, "wb") as file:
+        file.truncate(2**40)
+
+
+LIES: dict[str, Callable[[Path], Any]] = {
+    "more layers": lambda f: edit(f, "config.json", num_hidden_layers=3),
+    "fewer layers": lambda f: edit(f, "config.json", num_hidden_layers=1),
+    "no layers": lambda f: edit(f, "config.json", num_hidden_layers=0),
+    "more tokens": lambda f: edit(f, "config.json", vocab_size=401),
+    "fewer tokens": lambda f: edit(f, "config.json", vocab_size=399),
+    "other heads": lambda f: edit(f, "config.json", num_key_value_heads=4),
+    "another family": lambda f: edit(f, "config.json", model_type="mamba2"),
+    "half a head": lambda f: edit(f, "config.json", num_attention_heads=2.5),
+    "quantized": lambda f: edit(f, "config.json", quantization={"group_size": 32, "bits": 4}),
+    "absurd bits": lambda f: edit(f, "config.json", quantization={"group_size": 32, "bits": 10**9}),
+    "a weight of another shape": lambda f: weights(f, lambda w: w.update({"lm_head.weight": mx.zeros((400, 32))})),
+    "a weight too few": lambda f: weights(f, lambda w: w.pop("lm_head.weight")),
+    "a weight too many": lambda f: weights(f, lambda w: w.update(another=mx.zeros(3))),
+    "no weight at all": lambda f: weights(f, lambda w: w.clear()),
+    "whole numbers": lambda f: weights(f, lambda w: w.update({"lm_head.weight": mx.zeros((400, 64), mx.int32)})),
+    "a config in a circle": lambda f: link(f, "config.json", "config.json"),
+    "weights in a circle": lambda f: link(f, "model.safetensors", "model.safetensors"),
+    "a tokenizer in a circle": lambda f: link(f, "tokenizer.json", "tokenizer.json"),
+    "a config without end": lambda f: link(f, "config.json", "/dev/zero"),
+    "a tokenizer without end": lambda f: link(f, "tokenizer.json", "/dev/zero"),
+    "a template without end": lambda f: link(f, "chat_template.jinja", "/dev/zero"),
+    "a tokenizer nobody writes": lambda f: pipe(f, "tokenizer.json"),
+    "weights nobody writes": lambda f: pipe(f, "model.safetensors"),
+    "a template nobody writes": lambda f: pipe(f, "chat_template.jinja"),
+    "a huge tokenizer": lambda f: hole(f, "tokenizer.json"),
+    "a huge template": lambda f: hole(f, "chat_template.jinja"),
+    "a tokenizer of bytes": lambda f: (f / "tokenizer.json").write_bytes(bytes(range(256)) * 40),
+    "a tokenizer without a model": lambda f: (f / "tokenizer.json").write_text("{}"),
+    "a tokenizer too deep": lambda f: (f / "tokenizer.json").write_text("[" * 100_000),
+    "tokenizer settings no JSON": lambda f: (f / "tokenizer_config.json").write_text("{"),
+    "tokenizer settings a list": lambda f: (f / "tokenizer_config.json").write_text("[1]"),
+    "a template of another type": lambda f: edit(f, "tokenizer_config.json", chat_template={"a": 1}),
+    "a package that is not there": lambda f: edit(f, "config.json", model_type="olmo"),
+}
+
+
+# These load, and compute something: mlx_lm finds nothing to quantize, and takes the numbers for what they are.
+SERVED = ("quantized", "absurd bits", "whole numbers")
+
+
+def serve(folder: Path) -> Any:
+    """What a request on this folder's model ends with."""
+    engine = Engine(quietly(folder), max_batch=2, prefill_step=16)
+    engine.warm_up()
+    engine.submit(1, Generate(kind="chat", messages=[USER], options={"max_tokens": 3}))
+    ends: dict[int, Any] = {}
+    while engine.busy:
+        ends.update(engine.step().ended)
+    return ends[1]
+
+
+@pytest.mark.parametrize("name", [name for name in LIES if name not in SERVED])
+def test_a_folder_that_lies_is_refused(folder: Path, name: str) -> None:
+    LIES[name](folder)
+    with pytest.raises((ModelInvalid, LoadFailed)) as caught:
+        serve(folder)
+    assert caught.value.message
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_folder_that_lies_and_serves(folder: Path, name: str) -> None:
+    LIES[name](folder)
+    assert serve(folder).completion_tokens == 3
+
+
+@pytest.mark.parametrize("said", [-1, 0, 7, 10**30, 1e308, "512", None, [512]])
+def test_a_context_that_is_none(folder: Path, said: Any) -> None:
+    edit(folder, "config.json", max_position_embeddings=said)
+    with contextlib.suppress(ModelInvalid):
+        assert 8 <= quietly(folder).context_length <= 16_777_216
+
+
+def test_ten_thousand_files(folder: Path) -> None:
+    for number in range(10_000):
+        (folder / f"{number}.json").touch()
+    assert serve(folder).completion_tokens == 3
+
+
+def test_no_code_of_the_folder_runs(folder: Path) -> None:
+    trace = folder / "trace"
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\n")
+    edit(folder, "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil")
+    edit(folder, "config.json", auto_map={"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"})
+    with contextlib.suppress(ModelInvalid):
+        quietly(folder)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(10**12) %}{% endfor %}",
+        "{{ ().__class__.__base__.__subclasses__() }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ messages.append(messages[0]) }}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
+def test_a_hostile_template_costs_its_request(folder: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxd.worker.prompt.TEMPLATE_LIMIT_S", 0.2)
+    prompts = builder(folder, template)
+    gc.collect()  # what earlier tests left must not be finalized where the stack is full
+    with pytest.raises(RpcError) as caught:
+        prompts.build("chat", [USER], thinking=False)
+    assert isinstance(caught.value, ModelInvalid | InvalidParams | ContextExceeded)

@@ -1,6 +1,7 @@
 """The second turn of a long conversation: with what the first one computed, and without.
 
-Both sides are the same daemon and the same messages, one with `cache_prompt` off. Every conversation is new.
+Both sides are the same daemon and the same messages, one with `cache_prompt` off. Every conversation is new. Where the
+daemon was restarted in between, what the first turn computed comes from disk; loading the model is not counted.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from mlxd_client import Client
 
 from .effort import Scale
 from .generation_rows import GREEDY, Messages
-from .processes import Daemon
+from .processes import PATIENCE_S, Daemon
 from .table import Row, paired
 
 ANSWER = 8
+# How many tokens an entry on disk holds.
+BLOCK = 64
 
 
 def prefix_rows(label: str, daemon: Daemon, model: Path, scale: Scale) -> Iterator[Row]:
@@ -28,6 +31,32 @@ def prefix_rows(label: str, daemon: Daemon, model: Path, scale: Scale) -> Iterat
                  for _ in range(scale.prefix_rounds)]  # fmt: skip
     what = f"{label}: first token of a second turn after {scale.prefix_tokens} tokens; without a cache"
     yield paired(f"prefix/{model.name}", what, pairs, "ms", ("<=", 0.08))
+
+
+def restart_rows(label: str, model: Path, scale: Scale) -> Iterator[Row]:
+    """With a daemon of its own, which ends meanwhile."""
+    source = random.Random(1)
+    with Daemon() as daemon:
+        with daemon.client() as client:
+            seconds = []
+            for _ in range(scale.prefix_rounds):
+                seconds.append(second_turn(client, model, conversation(client, model, scale.prefix_tokens, source)))
+            wait_until_written(client, scale.prefix_rounds * (scale.prefix_tokens // BLOCK))
+        daemon.restart()
+        with daemon.client() as client:
+            client.load(str(model))
+            pairs = [pair(client, model, messages) for messages in seconds]
+    what = f"{label}: first token of a second turn after {scale.prefix_tokens} tokens and a restart; without a cache"
+    yield paired(f"restart/{model.name}", what, pairs, "ms", ("<=", 0.2))
+
+
+def wait_until_written(client: Client, entries: int) -> None:
+    """A worker writes where it has nothing to do."""
+    until = time.monotonic() + PATIENCE_S
+    while sum(one.disk.entries for one in client.cache().models if one.disk is not None) < entries:
+        if time.monotonic() > until:
+            raise RuntimeError("what was computed does not come to the disk")
+        time.sleep(0.2)
 
 
 def conversation(client: Client, model: Path, tokens: int, source: random.Random) -> Messages:
@@ -42,8 +71,16 @@ def conversation(client: Client, model: Path, tokens: int, source: random.Random
 
 def one_pair(client: Client, model: Path, messages: Messages) -> tuple[float, float]:
     """Milliseconds to the second turn's first token, with the first turn's cache and without any."""
+    return pair(client, model, second_turn(client, model, messages))
+
+
+def second_turn(client: Client, model: Path, messages: Messages) -> Messages:
+    """A conversation, with its first answer and what is said to that."""
     first = client.chat(messages, model=str(model), max_tokens=ANSWER, **GREEDY)
-    messages = [*messages, {"role": "assistant", "content": first.text}, {"role": "user", "content": " and then"}]
+    return [*messages, {"role": "assistant", "content": first.text}, {"role": "user", "content": " and then"}]
+
+
+def pair(client: Client, model: Path, messages: Messages) -> tuple[float, float]:
     cold = first_token_ms(client, model, messages, cache_prompt=False)
     return first_token_ms(client, model, messages, cache_prompt=True), cold
 

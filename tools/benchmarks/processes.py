@@ -65,15 +65,23 @@ class Daemon:
         self.socket = self.home / "mlxd.sock"
 
     def __enter__(self) -> Self:
-        env = environment(self.home, MLXD_HOME=str(self.home), MLXD_KEEP_ALIVE_S="-1") | self._more
         self._stderr = open(self.home / "stderr", "w+")
+        self._start()
+        return self
+
+    def restart(self) -> None:
+        """End it in good order, and start another one in the same folder."""
+        end(self.process)
+        self._start()
+
+    def _start(self) -> None:
+        env = environment(self.home, MLXD_HOME=str(self.home), MLXD_KEEP_ALIVE_S="-1") | self._more
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mlxd", "serve"], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=self._stderr,
         )  # fmt: skip
         with self.client(start=self._check_alive) as client:
             client.ping(wait_s=PATIENCE_S)
-        return self
 
     def _check_alive(self) -> None:
         if self.process.poll() is not None:

@@ -33,7 +33,7 @@ NAMES = (
     "pipelined",
     "download",
     *(f"speculation/{kind}" for kind in ("copy", "clean-ups", "draft")),
-    *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "schema", "http", "prefix")),
+    *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "schema", "http", "prefix", "restart")),
     *(f"{kind}/cleanup" for kind in ("load", "profile")),
     *(f"{kind}/dense" for kind in ("load", "blas", "mixed", "profile")),
 )
@@ -106,6 +106,8 @@ def generation(
     label = model if model == "cleanup" else f"{models.parameters(path) / 1e6:.0f} M, {width}"
     if not any(name.endswith(f"/{model}") for name in wanted):
         return
+    if f"restart/{model}" in wanted:
+        yield from prefix_rows.restart_rows(label, path, scale)
     with daemon.client() as client:
         client.load(str(path), keep_alive=-1)
         if {f"stream/{model}", f"batch/{model}", f"load/{model}"} & set(wanted):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         RequestTimeout,
         RpcError,
     )
+    from .images import image
     from .mirror import Mirror
     from .paths import home, socket_path
     from .sync import Client, EventStream, ModelLease, Stream
@@ -53,6 +54,7 @@ __all__ = [
     "Stream",
     "VerifyResult",
     "home",
+    "image",
     "socket_path",
 ]
 
@@ -68,6 +70,7 @@ _HOMES = {
         "RequestTimeout",
         "RpcError",
     ),
+    "images": ("image",),
     "mirror": ("Mirror",),
     "paths": ("home", "socket_path"),
     "sync": ("Client", "EventStream", "ModelLease", "Stream"),

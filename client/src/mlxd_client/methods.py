@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec,
 from msgspec import UNSET, UnsetType
 
 from .types import (
+    CacheResult,
     CancelJobParams,
     CancelParams,
     CancelResult,
     CatalogResult,
     ChatParams,
+    ClearCacheParams,
+    ClearCacheResult,
     Completion,
     DecodeParams,
     DecodeResult,
@@ -49,6 +52,7 @@ from .types import (
     PlanParams,
     ProcessParams,
     Status,
+    TextPart,
     TokensParams,
     TokensResult,
     VerifyResult,
@@ -221,7 +225,15 @@ def _set(options: Mapping[str, Any]) -> dict[str, Any]:
 def _turns(messages: Messages) -> list[Message]:
     if isinstance(messages, str):
         return [Message(role="user", content=messages)]
-    return [turn if isinstance(turn, Message) else Message(**turn) for turn in messages]
+    return [turn if isinstance(turn, Message) else Message(**_in_parts(turn)) for turn in messages]
+
+
+def _in_parts(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The turn, with texts that lie bare among its parts made parts."""
+    content = turn.get("content")
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return turn
+    return {**turn, "content": [TextPart(text=part) if isinstance(part, str) else part for part in content]}
 
 
 def _generate(method: str, params: ProcessParams | ChatParams, wait_s: Wait) -> Request[Completion]:
@@ -292,19 +304,23 @@ class Methods:
         keep_alive: float | None = None,
         adapter: str | None = None,
         draft_model: str | None = None,
+        system: str | None = None,
         wait_s: Wait = UNSET,
     ) -> Request[Model]:
         """Load a model and return it once it is Ready.
 
         Args:
             keep_alive: seconds until an idle model is unloaded; -1 never, 0 at once.
+            adapter: what requests get that name none: an absolute folder, or an id of the hub; `none` takes it away.
+            system: a system turn whose prompts are to begin at once; raises Unsupported where that cannot be.
             wait_s: the caller's patience in seconds; unset or None has no limit.
 
         Raises ModelNotFound, ModelInvalid, InsufficientMemory, LoadFailed.
         """
         params = LoadParams(
-            model=model, keep_alive=_unset(keep_alive), adapter=_unset(adapter), draft_model=_unset(draft_model)
-        )
+            model=model, keep_alive=_unset(keep_alive), adapter=_unset(adapter), draft_model=_unset(draft_model),
+            system=_unset(system),
+        )  # fmt: skip
         return Request("models.load", params, Model, wait_s, long=True)
 
     @remote
@@ -358,6 +374,16 @@ class Methods:
         """The recommended models, each with whether it is here and whether it can run here."""
         return Request("models.catalog", None, CatalogResult, wait_s)
 
+    @remote
+    def cache(self, *, wait_s: Wait = UNSET) -> Request[CacheResult]:
+        """What is kept of prompts, by model, in memory and on disk."""
+        return Request("cache.list", None, CacheResult, wait_s)
+
+    @remote
+    def clear_cache(self, model: str | None = None, *, wait_s: Wait = UNSET) -> Request[ClearCacheResult]:
+        """Forget what is kept of prompts, of one model or of all. Returns what that freed. Raises ModelNotFound."""
+        return Request("cache.clear", ClearCacheParams(model=_unset(model)), ClearCacheResult, wait_s, long=True)
+
     @leased
     def acquire(self, model: str, *, wait_s: Wait = UNSET) -> Request[Lease]:
         """Keep a model loaded until the lease is released or this client's connection ends. Loads it if need be."""
@@ -402,7 +428,8 @@ class Methods:
         """The next turn of a conversation.
 
         Args:
-            messages: the turns so far, as Message or dict {role, content, …}; a str is one user turn.
+            messages: the turns so far, as Message or dict {role, content, …}; a str is one user turn. Content is a
+                text, or a list of texts and images: see `mlxd_client.image`.
             wait_s: the caller's patience in seconds; giving up cancels the request.
             options: see GenerateParams, `tools` and `tool_choice`. Raises TypeError for names that are none.
         """
@@ -428,12 +455,13 @@ class Methods:
         text: str | None = None,
         *,
         messages: Messages | None = None,
+        tools: list[dict[str, Any]] | None = None,
         model: str | None = None,
         wait_s: Wait = UNSET,
     ) -> Request[int]:
-        """How many tokens `text`, or `messages` through the chat template, take with a model's tokenizer."""
+        """How many tokens `text`, or `messages` and `tools` through the chat template, take for a model."""
         turns = UNSET if messages is None else _turns(messages)
-        params = TokensParams(model=_unset(model), text=_unset(text), messages=turns)
+        params = TokensParams(model=_unset(model), text=_unset(text), messages=turns, tools=_unset(tools))
         return Request("tokens.count", params, TokensResult, wait_s, pick=_tokens)
 
     @remote

@@ -16,6 +16,29 @@ export interface BadFile {
   reason: string;
 }
 
+export interface CacheInMemory {
+  hits?: number;
+  misses?: number;
+  saved_tokens?: number;
+  bytes?: number;
+}
+
+export interface CacheOnDisk {
+  entries?: number;
+  bytes?: number;
+  last_used_at?: number;
+  hits?: number;
+  saved_tokens?: number;
+  failures?: number;
+}
+
+export interface CacheResult {
+  models: ModelCache[];
+  disk_bytes: number;
+  memory_budget_bytes: number;
+  disk_budget_bytes: number;
+}
+
 export interface CancelJobParams {
   job: string;
   discard?: boolean;
@@ -83,6 +106,15 @@ export interface ChatParams {
   tool_choice?: string | Record<string, unknown>;
 }
 
+export interface ClearCacheParams {
+  model?: string;
+}
+
+export interface ClearCacheResult {
+  memory_bytes: number;
+  disk_bytes: number;
+}
+
 export interface ClientInfo {
   name: string;
   version?: string;
@@ -96,9 +128,11 @@ export interface Completion {
   timings: Timings;
   reasoning?: string;
   tool_calls?: ToolCall[];
+  malformed_tool_calls?: MalformedToolCall[];
   structured?: unknown;
   logprobs?: TokenLogprob[];
   invented?: string[];
+  adapter?: string;
   speculation?: Speculation;
   alternatives?: Alternative[];
   dropped_messages?: number;
@@ -200,6 +234,22 @@ export interface HelloResult {
   capabilities: string[];
 }
 
+export interface ImagePart {
+  type: "image";
+  path?: string;
+  data?: string;
+}
+
+export interface ImageUrl {
+  url: string;
+  detail?: "auto";
+}
+
+export interface ImageUrlPart {
+  type: "image_url";
+  image_url: ImageUrl;
+}
+
 export interface Job {
   job: string;
   kind: "batch" | "download" | "load";
@@ -249,9 +299,16 @@ export interface ListParams {
 
 export interface LoadParams {
   model: string;
+  system?: string;
   keep_alive?: number;
   adapter?: string;
   draft_model?: string;
+}
+
+export interface MalformedToolCall {
+  text: string;
+  reason: string;
+  name?: string;
 }
 
 export interface Memory {
@@ -261,7 +318,7 @@ export interface Memory {
 
 export interface Message {
   role: "assistant" | "system" | "tool" | "user";
-  content?: string;
+  content?: string | (TextPart | ImagePart | ImageUrlPart)[];
   name?: string;
   tool_calls?: Record<string, unknown>[];
   tool_call_id?: string;
@@ -284,6 +341,12 @@ export interface Model {
   leases?: number;
   idle_unload_at?: number;
   draft_model?: string;
+}
+
+export interface ModelCache {
+  model: string;
+  memory?: CacheInMemory;
+  disk?: CacheOnDisk;
 }
 
 export interface ModelParams {
@@ -403,6 +466,7 @@ export interface Stream {
   text?: string;
   reasoning?: string;
   tool_calls?: ToolCall[];
+  malformed_tool_calls?: MalformedToolCall[];
   phase?: "downloading" | "loading" | "prompt" | "queued";
   progress?: number;
 }
@@ -425,6 +489,11 @@ export interface SubscriptionParams {
   subscription: number;
 }
 
+export interface TextPart {
+  type: "text";
+  text: string;
+}
+
 export interface Timings {
   queue_s?: number;
   load_s?: number;
@@ -445,6 +514,7 @@ export interface TokensParams {
   model?: string;
   text?: string;
   messages?: Message[];
+  tools?: Record<string, unknown>[];
 }
 
 export interface TokensResult {
@@ -461,6 +531,7 @@ export interface Usage {
   prompt_tokens: number;
   completion_tokens: number;
   cached_tokens?: number;
+  reasoning_tokens?: number;
 }
 
 export interface VerifyResult {
@@ -485,7 +556,7 @@ export interface Methods {
   "rpc.discover": { params: Record<string, never>; result: Record<string, unknown> };
   "models.list": { params: { updates?: boolean }; result: ModelsResult };
   "models.get": { params: { model: string }; result: Model };
-  "models.load": { params: { model: string; keep_alive?: number; adapter?: string; draft_model?: string }; result: Model };
+  "models.load": { params: { model: string; system?: string; keep_alive?: number; adapter?: string; draft_model?: string }; result: Model };
   "models.unload": { params: { model: string }; result: Model };
   "models.acquire": { params: { model: string }; result: Lease };
   "models.release": { params: { lease: string }; result: Empty };
@@ -494,13 +565,15 @@ export interface Methods {
   "models.delete": { params: { model: string }; result: DeleteResult };
   "models.verify": { params: { model: string }; result: VerifyResult };
   "models.catalog": { params: Record<string, never>; result: CatalogResult };
+  "cache.list": { params: Record<string, never>; result: CacheResult };
+  "cache.clear": { params: { model?: string }; result: ClearCacheResult };
   "jobs.list": { params: Record<string, never>; result: JobsResult };
   "jobs.get": { params: { job: string }; result: Job };
   "jobs.wait": { params: { job: string }; result: Job };
   "jobs.cancel": { params: { job: string; discard?: boolean }; result: Job };
   "process": { params: { prompt: string; model?: string; stream?: boolean; max_tokens?: number; temperature?: number; top_p?: number; top_k?: number; min_p?: number; repetition_penalty?: number; presence_penalty?: number; frequency_penalty?: number; logit_bias?: Record<string, number>; seed?: number; stop?: string[]; logprobs?: number; schema?: Record<string, unknown> | boolean; grammar?: string; thinking?: boolean; keep_alive?: number; timeout_s?: number; priority?: "batch" | "interactive"; cache_prompt?: boolean; xtc_probability?: number; xtc_threshold?: number; thinking_budget?: number; n?: number; adapter?: string; speculation?: "auto" | "draft" | "lookup" | "off"; context_policy?: "drop_oldest" | "refuse" | "rotate"; kv_bits?: 4 | 8; deterministic?: boolean; system?: string }; result: Completion };
   "chat": { params: { messages: Message[]; model?: string; stream?: boolean; max_tokens?: number; temperature?: number; top_p?: number; top_k?: number; min_p?: number; repetition_penalty?: number; presence_penalty?: number; frequency_penalty?: number; logit_bias?: Record<string, number>; seed?: number; stop?: string[]; logprobs?: number; schema?: Record<string, unknown> | boolean; grammar?: string; thinking?: boolean; keep_alive?: number; timeout_s?: number; priority?: "batch" | "interactive"; cache_prompt?: boolean; xtc_probability?: number; xtc_threshold?: number; thinking_budget?: number; n?: number; adapter?: string; speculation?: "auto" | "draft" | "lookup" | "off"; context_policy?: "drop_oldest" | "refuse" | "rotate"; kv_bits?: 4 | 8; deterministic?: boolean; tools?: Record<string, unknown>[]; tool_choice?: string | Record<string, unknown> }; result: Completion };
-  "tokens.count": { params: { model?: string; text?: string; messages?: Message[] }; result: TokensResult };
+  "tokens.count": { params: { model?: string; text?: string; messages?: Message[]; tools?: Record<string, unknown>[] }; result: TokensResult };
   "tokens.encode": { params: { text: string; model?: string; special?: boolean; pieces?: boolean }; result: EncodeResult };
   "tokens.decode": { params: { tokens: number[]; model?: string }; result: DecodeResult };
   "embed": { params: { input: string[]; model?: string; dimensions?: number; normalize?: boolean; truncate?: boolean; encoding?: "base64" | "float"; keep_alive?: number; timeout_s?: number }; result: EmbedResult };

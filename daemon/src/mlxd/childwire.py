@@ -8,9 +8,13 @@ Daemon → worker, requests (id, method, params), each answered once by a result
     attach    Attach         → Attached         a draft model for the loaded one, in place of the one it has
     generate  Generate       → Generated        with `step` notifications on the way
     count     CountTokens    → {tokens}
+    adapt     Adapt          → Adapted          once the adapter is read; the one before it stays until then
     encode    EncodeText     → Packed, of types.EncodeResult
     decode    DecodeTokens   → {text}
     embed     EmbedTexts     → Embedded
+    prewarm   Prewarm        → Generated        of no text: the beginning of prompts with a system turn is kept then
+    cache     {}             → PromptCacheStats, or {} where nothing is kept
+    clear     {}             → Cleared          what is kept of prompts, in memory and on disk
 Daemon → fetcher, requests; each answered once by a result or an error; one fetcher gets one of them:
     plan      PlanFetch      → FetchPlan
     fetch     Fetch          → Fetched          with `fetching` notifications on the way
@@ -42,14 +46,12 @@ MAX_FRAME_BYTES = types.MAX_FRAME_BYTES + 65_536
 MAX_DEPTH = types.MAX_DEPTH + 4
 # A schema, as JSON, or a grammar may be this long: compiling takes time and memory.
 MAX_RULE_BYTES = 256 * 1024
-# Options of the wire that no worker honours yet: refused before anything is loaded for them.
-NOT_YET = (
-    "tools",
-    "tool_choice",
-    "thinking_budget",
-    "adapter",
-    "draft_model",
-)
+# How many images a request may bring.
+MAX_IMAGES = 16
+# So long may the tools of a request be, as JSON: each schema is checked, and all are in the prompt.
+MAX_TOOLS, MAX_TOOLS_BYTES = 128, 256 * 1024
+# Options that no worker honours.
+NOT_YET = ("draft_model",)
 
 
 class Ready(msgspec.Struct, omit_defaults=True):
@@ -62,12 +64,16 @@ class Ready(msgspec.Struct, omit_defaults=True):
 
 class PromptCacheStats(msgspec.Struct, omit_defaults=True):
     """What became of the prefix cache since the model was loaded: requests that found a prefix and that found none,
-    tokens that were not computed; `bytes` is what it holds now."""
+    tokens that were not computed; `bytes` is what it holds now. `disk_hits` requests took up `disk_tokens` from files;
+    `disk_failures` files could not be read or written."""
 
     hits: int = 0
     misses: int = 0
     saved_tokens: int = 0
     bytes: int = 0
+    disk_hits: int = 0
+    disk_tokens: int = 0
+    disk_failures: int = 0
 
 
 class Heartbeat(msgspec.Struct, omit_defaults=True):
@@ -92,13 +98,16 @@ class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     their KV caches and the prefixes that are kept hold together, where 0 keeps none. `kv_bytes` is what they may hold
     at all: requests wait, or are refused, so that it is enough; 0 is no bound. `kv_bits` is for requests that say
     nothing; 0 leaves their KV caches as they are. `context_length` is how many tokens prompt and answer may have, where
-    it is not 0. The model is loaded also where `draft` cannot be its draft model."""
+    it is not 0. The model is loaded also where `draft` cannot be its draft model. `disk_cache` is the folder of all
+    models' prefixes on disk, `disk_cache_bytes` what they may hold together."""
 
     model: str
     path: str
     max_batch: int = 32
     prefill_step: int = 512
     cache_bytes: int = 0
+    disk_cache: str = ""
+    disk_cache_bytes: int = 0
     draft: Attach | None = None
     context_length: int = 0
     kv_bytes: int = 0
@@ -122,15 +131,38 @@ class Attached(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """One request. `messages` are chat turns as on the public wire; `options` the sampling options that were set,
-    under the public wire's names; what is not set falls to the model's defaults, then the worker's. `priority` as on
-    the public wire: where requests wait inside the worker, interactive ones go first."""
+    """One request. `messages` are chat turns as on the public wire, images included, as are `tools` and `tool_choice`;
+    `options` the sampling options that were set, under the public wire's names; what is not set falls to the model's
+    defaults, then the worker's. `priority` as on the public wire: where requests wait inside the worker, interactive
+    ones go first. `adapter`: an absolute folder."""
 
     kind: str  # "process" | "chat"
     messages: list[dict[str, Any]]
     options: dict[str, Any] = {}
     stream: bool = False
+    tools: list[dict[str, Any]] = []
+    tool_choice: str | dict[str, Any] | None = None
     priority: str = "interactive"
+    adapter: str | None = None
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """What a name was found to stand for: `id` is said to clients; to workers the absolute folder `path` is."""
+
+    id: str
+    path: str
+
+
+class Adapt(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """`adapter` is an absolute folder; that adapter is kept in memory, whatever else is read. None lets go of it."""
+
+    adapter: str | None = None
+
+
+class Adapted(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """What the adapters hold now."""
+
+    adapters_bytes: int = 0
 
 
 class WorkerTimings(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -159,7 +191,7 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     `dropped_messages` did not fit into the context."""
 
     text: str
-    finish_reason: str  # stop | length | cancelled
+    finish_reason: str  # stop | length | tool_calls | cancelled
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
@@ -168,6 +200,9 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     logprobs: list[dict[str, Any]] | None = None
     invented: list[str] | None = None
     structured: Any = None
+    reasoning_tokens: int = 0
+    tool_calls: list[types.ToolCall] | None = None
+    malformed_tool_calls: list[types.MalformedToolCall] | None = None
     speculation: types.Speculation | None = None
     alternatives: list[Answer] | None = None
     dropped_messages: int = 0
@@ -175,10 +210,19 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """Either plain `text`, or `messages` through the chat template."""
+    """Either plain `text`, or `messages` and `tools` through the chat template."""
 
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] = []
+
+
+class Calls(msgspec.Struct, omit_defaults=True):
+    """The tool calls that one decode step completed for the streaming request `id`."""
+
+    id: int
+    tool_calls: list[types.ToolCall] = []
+    malformed_tool_calls: list[types.MalformedToolCall] = []
 
 
 class EncodeText(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -217,11 +261,25 @@ class Embedded(msgspec.Struct, kw_only=True):
     prompt_tokens: int
 
 
+class Prewarm(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """The text of a system turn; `adapter` as in Generate."""
+
+    system: str
+    adapter: str | None = None
+
+
+class Cleared(msgspec.Struct, omit_defaults=True, kw_only=True):
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+
+
 class Step(msgspec.Struct, omit_defaults=True):
-    """`pieces` holds (request id, text, reasoning) for each streaming request that got new text. `others` holds
-    (request id, number, text, reasoning) of the second and further answers to requests that asked for several."""
+    """`pieces` holds (request id, text, reasoning) for each streaming request that got new text; `calls` is of those
+    that completed tool calls. `others` holds (request id, number, text, reasoning) of the second and further answers to
+    requests that asked for several."""
 
     pieces: list[tuple[int, str, str]] = []
+    calls: list[Calls] = []
     others: list[tuple[int, int, str, str]] = []
 
 

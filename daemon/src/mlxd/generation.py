@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
+from msgspec import UnsetType
 
 from mlxd_client import errors, types
 from mlxd_client.types import UNSET
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 # What goes to the worker as it stands on the wire; the rest of the params is the daemon's own business.
 _NOT_FOR_WORKERS = frozenset(
-    {"model", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *wire.NOT_YET}
+    {"model", "adapter", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *wire.NOT_YET}
 )
 _SAMPLING = tuple(f for f in types.GenerateParams.__struct_fields__ if f not in _NOT_FOR_WORKERS)
 
@@ -29,8 +30,8 @@ class Generation:
     """A generation that has had no last word yet. Also its caller's ticket."""
 
     __slots__ = (
-        "accepted_at", "client", "dispatched_at", "gave_up", "kind", "model", "outcome", "params", "ready_at", "rid",
-        "sink", "tell", "waiting",
+        "accepted_at", "adapter", "client", "dispatched_at", "gave_up", "kind", "model", "outcome", "params",
+        "ready_at", "rid", "sink", "tell", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +55,7 @@ class Generation:
         self.gave_up = False
         self.waiting: asyncio.Task[None] | None = None  # what looks for the model, and may fetch it, before the core
         self.model = ""
+        self.adapter: wire.Adapter | None = None
         self.ready_at = 0.0
 
     def cancel(self) -> None:
@@ -76,14 +78,17 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
         total_s=now - request.accepted_at,
     )  # fmt: skip
     usage = types.Usage(
-        prompt_tokens=made.prompt_tokens, completion_tokens=made.completion_tokens, cached_tokens=made.cached_tokens
-    )
+        prompt_tokens=made.prompt_tokens, completion_tokens=made.completion_tokens, cached_tokens=made.cached_tokens,
+        reasoning_tokens=made.reasoning_tokens,
+    )  # fmt: skip
     return types.Completion(
         model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
         usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented,
         logprobs=_logprobs(made.logprobs), structured=made.structured, dropped_messages=made.dropped_messages,
         alternatives=None if made.alternatives is None else [_alternative(answer) for answer in made.alternatives],
+        tool_calls=made.tool_calls, malformed_tool_calls=made.malformed_tool_calls,
         alone=made.alone, speculation=made.speculation,
+        adapter=None if request.adapter is None else request.adapter.id,
     )  # fmt: skip
 
 
@@ -105,10 +110,13 @@ def refuse_unsupported(params: types.GenerateParams) -> None:
         if getattr(params, option, UNSET) is not UNSET:
             raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
     check_rule(params)
-    for number, turn in enumerate(params.messages if isinstance(params, types.ChatParams) else ()):
-        if turn.role == "tool" or turn.tool_calls is not UNSET or turn.tool_call_id is not UNSET:
-            told = f"messages[{number}]"
-            raise errors.Unsupported(f"{told}: tool turns are not supported yet", option="messages", field=told)
+    if params.thinking is False and params.thinking_budget is not UNSET:
+        raise errors.InvalidParams("a thinking_budget turns thinking on; give no `thinking`", field="thinking_budget")
+    if isinstance(params, types.ChatParams):
+        check_images(params.messages)
+        check_tools(params.tools)
+        if params.tool_choice is not UNSET and not params.tools:
+            raise errors.InvalidParams("there are no tools to choose from", field="tool_choice")
 
 
 def check_rule(params: types.GenerateParams) -> None:
@@ -127,21 +135,78 @@ def check_rule(params: types.GenerateParams) -> None:
             raise errors.InvalidParams(told, field=name, limit_bytes=wire.MAX_RULE_BYTES)
 
 
-def worker_params(kind: str, params: types.GenerateParams) -> wire.Generate:
+def check_images(messages: list[types.Message]) -> int:
+    """How many images there are. Raises InvalidParams for those that no worker would read, as far as that shows from
+    outside: whether a file is there, and is an image, is for the worker to see."""
+    count = 0
+    for number, turn in enumerate(messages):
+        for place, part in enumerate(turn.content if isinstance(turn.content, list) else ()):
+            if isinstance(part, types.TextPart):
+                continue
+            count += 1
+            field = f"messages[{number}].content[{place}]"
+            if count > wire.MAX_IMAGES:
+                told = f"{field}: a request brings {wire.MAX_IMAGES} images at most"
+                raise errors.InvalidParams(told, field=field, limit=wire.MAX_IMAGES)
+            if isinstance(part, types.ImageUrlPart):
+                if not part.image_url.url[:5].lower() == "data:":
+                    raise errors.InvalidParams(f"{field}: nothing is fetched; send a data: URL or a path", field=field)
+            elif (part.path is UNSET) == (part.data is UNSET):
+                raise errors.InvalidParams(f"{field}: an image is either a path or data", field=field)
+            elif part.path is not UNSET and (not part.path.startswith("/") or "\0" in part.path):
+                raise errors.InvalidParams(f"{field}: the path of an image is absolute", field=field)
+    return count
+
+
+def turn_params(messages: list[types.Message]) -> list[dict[str, Any]]:
+    """Turns as their worker gets them."""
+    return [msgspec.to_builtins(message, builtin_types=(bytes,)) for message in messages]
+
+
+def check_tools(tools: list[dict[str, Any]] | UnsetType) -> None:
+    """Raises InvalidParams for more tools than a worker takes."""
+    if tools is UNSET:
+        return
+    if len(tools) > wire.MAX_TOOLS:
+        told = f"tools: {len(tools)} are over the limit of {wire.MAX_TOOLS}"
+        raise errors.InvalidParams(told, field="tools", limit=wire.MAX_TOOLS)
+    size = len(msgspec.json.encode(tools))
+    if size > wire.MAX_TOOLS_BYTES:
+        told = f"tools: {size} bytes are over the limit of {wire.MAX_TOOLS_BYTES}"
+        raise errors.InvalidParams(told, field="tools", limit_bytes=wire.MAX_TOOLS_BYTES)
+
+
+def worker_params(kind: str, params: types.GenerateParams, adapter: wire.Adapter | None = None) -> wire.Generate:
     """The request as its worker gets it: turns, and the options that were set."""
     if isinstance(params, types.ChatParams):
-        messages = [msgspec.to_builtins(message) for message in params.messages]
+        messages = turn_params(params.messages)
     else:
         assert isinstance(params, types.ProcessParams)
         messages = [] if params.system is UNSET else [{"role": "system", "content": params.system}]
         messages.append({"role": "user", "content": params.prompt})
     options = {name: value for name in _SAMPLING if (value := getattr(params, name)) is not UNSET}
-    return wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority)
+    made = wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority)
+    made.adapter = None if adapter is None else adapter.path
+    if isinstance(params, types.ChatParams) and params.tools:
+        made.tools = params.tools
+        made.tool_choice = None if params.tool_choice is UNSET else params.tool_choice
+    return made
+
+
+def characters(messages: list[types.Message]) -> int:
+    """How much text turns have."""
+    total = 0
+    for turn in messages:
+        if isinstance(turn.content, str):
+            total += len(turn.content)
+        else:
+            total += sum(len(part.text) for part in turn.content if isinstance(part, types.TextPart))
+    return total
 
 
 def count_params(params: types.TokensParams) -> wire.CountTokens:
     if params.messages is not UNSET:
-        return wire.CountTokens(messages=[msgspec.to_builtins(message) for message in params.messages])
+        return wire.CountTokens(messages=turn_params(params.messages), tools=params.tools or [])
     return wire.CountTokens(text=params.text or "")
 
 

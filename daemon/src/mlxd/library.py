@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .core.core import Core
     from .server.runtime_api import Log
     from .settings import Settings
-    from .store import Found, Store
+    from .store import Found, FoundAdapter, Store
 
 __all__ = ["Library", "draft_bytes"]
 
@@ -127,6 +127,10 @@ class Library:
             self._ids.clear()  # spellings come from clients; what is forgotten is asked for again
         self._ids[ref] = found.model
         return found
+
+    async def adapter(self, ref: str) -> FoundAdapter:
+        """The adapter that `ref` names. Raises as Store.adapter does."""
+        return await self._loop.run_in_executor(self._disk, self._store.adapter, ref)
 
     # --- what models take -----------------------------------------------------------------------------------------
 

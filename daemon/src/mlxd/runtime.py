@@ -27,8 +27,18 @@ from .core import actions as do
 from .core import events as ev
 from .core.core import Core, Limits
 from .fetchers import Fetchers
-from .generation import Generation, completion, count_params, refuse_unsupported, with_text, worker_params
+from .generation import (
+    Generation,
+    characters,
+    check_tools,
+    completion,
+    count_params,
+    refuse_unsupported,
+    with_text,
+    worker_params,
+)
 from .library import Library, draft_bytes
+from .prompts import Prompts, ask
 from .server.events import EventLog
 from .workers import Attached, WorkerLink
 
@@ -37,6 +47,9 @@ if TYPE_CHECKING:
     from .server.runtime_api import Log, Sink
     from .settings import Settings
     from .store import Found, Store
+
+# What a request says that wants the model without the adapter that it was loaded with.
+NO_ADAPTER = "none"
 
 T = TypeVar("T")
 
@@ -91,6 +104,7 @@ class Runtime:
         self._job_waiters: dict[str, list[asyncio.Future[types.Job]]] = {}
         self._watchers: dict[str, list[Callable[[float | None], None]]] = {}  # of downloads that requests wait for
         self._links: dict[int, WorkerLink] = {}
+        self._prompts = Prompts(settings, self._links.values, log, loop)
         self._memory: dict[int, int] = {}  # by worker, as last told to the core
         self._resolving: set[asyncio.Task[None]] = set()
         self._timer: asyncio.Handle | None = None
@@ -102,7 +116,7 @@ class Runtime:
             do.StartWorker: self._start_worker, do.StopWorker: self._stop_worker, do.Dispatch: self._dispatch,
             do.CancelOnWorker: self._cancel_on_worker, do.Deliver: self._deliver, do.Answer: self._answer,
             do.Fail: self._fail, do.Publish: self._publish, do.StartFetcher: downloads.start,
-            do.StopFetcher: downloads.stop, do.DeleteFiles: downloads.delete, do.DiscardPartial: downloads.discard,
+            do.StopFetcher: downloads.stop, do.DeleteFiles: self._delete_files, do.DiscardPartial: downloads.discard,
             do.Prune: downloads.prune, do.Started: lambda action: self._reached(action.rid, action.job),
             do.Deleted: lambda action: self._reached(action.rid, action.freed_bytes),
         }  # fmt: skip
@@ -153,7 +167,9 @@ class Runtime:
         draft = self._library.drafts.get(action.model)
         load = wire.LoadModel(
             model=action.model, path=self._library.paths[action.model], max_batch=settings.max_batch,
-            cache_bytes=settings.prompt_cache_bytes, kv_bits=settings.kv_bits.get(action.model, 0),
+            cache_bytes=settings.prompt_cache_bytes, disk_cache=str(self._prompts.root),
+            disk_cache_bytes=self._prompts.budget_bytes,
+            kv_bits=settings.kv_bits.get(action.model, 0),
             kv_bytes=self._kv_bytes(action.model, self.core.shares()[action.worker]),
             draft=None if draft is None else wire.Attach(draft=draft.model, path=draft.path),
             context_length=settings.context_length.get(action.model, 0),
@@ -183,13 +199,19 @@ class Runtime:
         assert child is not None
         child.stop()
 
+    def _delete_files(self, action: do.DeleteFiles) -> None:
+        self._downloads.delete(action)
+        self._prompts.forget(action.model)
+
     def _dispatch(self, action: do.Dispatch) -> None:
         request = self._open[action.rid]
         link = self._links[action.worker]
         request.dispatched_at = time.monotonic()
         request.ready_at = link.ready_at or 0.0
         try:
-            link.generate(request.rid, worker_params(request.kind, request.params))
+            if request.params.adapter is UNSET:
+                request.adapter = link.adapter
+            link.generate(request.rid, worker_params(request.kind, request.params, request.adapter))
         except Exception as error:  # a bug; the caller must hear of it all the same
             self._log.error("handing a request over failed", request=request.sink.request_name, exc_info=error)
             request.outcome = errors.InternalError(f"the request could not be handed over: {type(error).__name__}")
@@ -280,6 +302,11 @@ class Runtime:
         if request is not None:
             request.sink.piece(text, reasoning, index)
 
+    def worker_calls(self, rid: int, calls: list[types.ToolCall], malformed: list[types.MalformedToolCall]) -> None:
+        request = self._open.get(rid)
+        if request is not None:
+            request.sink.calls(calls, malformed)
+
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None:
         request = self._open.get(rid)
         if request is not None:
@@ -293,6 +320,10 @@ class Runtime:
             self._memory[worker] = memory_bytes
             self.tell(ev.MemoryReport(worker, memory_bytes))
             self._share_memory()
+
+    def worker_cache_failed(self, worker: int, failures: int) -> None:
+        model = self._links[worker].model
+        self._log.warning("files of the prompt cache could not be read or written", model=model, failures=failures)
 
     def worker_exited(self, worker: int, death: Death) -> None:
         link = self._links.pop(worker)
@@ -310,6 +341,7 @@ class Runtime:
 
     async def begin(self) -> None:
         """Learn what is there, and go on with what an earlier daemon had begun."""
+        self._prompts.begin()
         left = await self._downloads.begin()
         await self.scan()
         for one in left:
@@ -333,16 +365,35 @@ class Runtime:
             return self.core.view(named)  # it is on its way, or was
 
     async def load(self, client: int, params: types.LoadParams) -> types.Model:
-        if params.adapter is not UNSET:
-            raise errors.Unsupported("adapter is not supported by the models' backend", option="adapter")
+        adapter = None if params.adapter is UNSET else await self._adapter(params.adapter)
+        if params.system is not UNSET and not self._settings.prompt_cache_bytes:
+            raise errors.Unsupported("no prompts are kept, by the setting `prompt_cache_bytes`", option="system")
         model = await self._have(params.model)
         keep_alive = None if params.keep_alive is UNSET else params.keep_alive
         draft = None if params.draft_model is UNSET else await self._have_draft(params.draft_model, model)
         room = 0 if draft is None else draft_bytes(draft)
-        view: types.Model = await self._reach(
-            lambda rid: ev.Ensure(rid, client, model, keep_alive_s=keep_alive, draft_bytes=room)
-        )
-        return view if draft is None else await self._attach(client, model, draft)
+        # It cannot go before all that was asked for is there.
+        lease = None if params.adapter is UNSET and params.system is UNSET else self._new_lease()
+        try:
+            view: types.Model = await self._reach(
+                lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive, draft_bytes=room)
+            )
+            if draft is not None:
+                view = await self._attach(client, model, draft)
+            if lease is None:
+                return view
+            if params.adapter is not UNSET:
+                adapted: asyncio.Future[Any] = self.loop.create_future()
+                self._link(model).adapt(adapter, lambda answer: settle(adapted, answer))
+                await adapted
+            if params.system is not UNSET:
+                link = self._link(model)
+                path = None if link.adapter is None else link.adapter.path
+                await ask(link, "prewarm", wire.Prewarm(system=params.system, adapter=path), len(params.system))
+        finally:
+            if lease is not None:
+                self.tell(ev.Release(client, lease))
+        return self.core.view(model)
 
     async def _have_draft(self, ref: str, model: str) -> Found:
         """The draft model that `ref` names. Raises what `_have` does, and InvalidParams for what is none."""
@@ -388,6 +439,23 @@ class Runtime:
 
         link.attach(wire.Attach(draft=draft.model, path=draft.path), attached)
 
+    async def _adapter(self, ref: str) -> wire.Adapter | None:
+        if ref == NO_ADAPTER:
+            return None
+        found = await self._library.adapter(ref)
+        return wire.Adapter(id=found.adapter, path=found.path)
+
+    def _new_lease(self) -> str:
+        return f"{self.epoch[:6]}-{next(self._leases)}"
+
+    def _link(self, model: str) -> WorkerLink:
+        """The worker of a model that is Ready."""
+        worker = self.core.models[model].worker
+        link = None if worker is None else self._links.get(worker)
+        if link is None:
+            raise errors.WorkerDied("the model's worker went away", cause="exit")
+        return link
+
     async def unload(self, ref: str) -> types.Model:
         model = await self._library.resolve(ref)
         view: types.Model = await self._reach(lambda rid: ev.Unload(rid, 0, model))
@@ -395,7 +463,7 @@ class Runtime:
 
     async def acquire(self, client: int, ref: str, *, keep_alive_s: float | None = None) -> types.Lease:
         model = await self._have(ref)
-        lease = f"{self.epoch[:6]}-{next(self._leases)}"
+        lease = self._new_lease()
         try:
             view = await self._reach(lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive_s))
         except asyncio.CancelledError:
@@ -564,7 +632,7 @@ class Runtime:
         request = Generation(self.tell, next(self._rids), client, kind, params, sink)
         self._open[request.rid] = request
         known = self._library.known(ref)
-        if known is not None:
+        if known is not None and params.adapter is UNSET:
             self._submit(request, known)
         else:
             task = request.waiting = self.loop.create_task(self._resolve_and_submit(request, ref))
@@ -577,6 +645,8 @@ class Runtime:
         patience = asyncio.timeout(limit_s)
         try:
             async with patience:
+                if request.params.adapter is not UNSET:
+                    request.adapter = await self._adapter(request.params.adapter)
                 model = await self._have(ref, lambda progress: request.sink.phase("downloading", progress))
         except errors.RpcError as error:
             self._turn_away(request, error)
@@ -624,9 +694,11 @@ class Runtime:
     async def count_tokens(self, client: int, params: types.TokensParams) -> types.TokensResult:
         if (params.text is UNSET) == (params.messages is UNSET):
             raise errors.InvalidParams("give either text or messages", field="text")
+        check_tools(params.tools)
         turns = [] if params.messages is UNSET else params.messages
-        characters = len(params.text or "") + sum(len(turn.content) for turn in turns)
-        _, result = await self._ask(client, params.model, "count", count_params(params), characters)
+        length = len(params.text or "") + characters(turns)
+        length += sum(len(msgspec.json.encode(tool)) for tool in params.tools or ())
+        _, result = await self._ask(client, params.model, "count", count_params(params), length)
         return msgspec.convert(result, types.TokensResult)
 
     async def encode(self, client: int, params: types.EncodeParams) -> types.EncodeResult:
@@ -663,19 +735,26 @@ class Runtime:
         # Leased, so that the model cannot go between loading and asking.
         lease = await self.acquire(client, ref, keep_alive_s=keep_alive_s)
         try:
-            worker = self.core.models[lease.model.id].worker
-            link = None if worker is None else self._links.get(worker)
-            if link is None:
-                raise errors.WorkerDied("the model's worker went away", cause="exit")
-            answer: asyncio.Future[Any] = self.loop.create_future()
-            asked = link.ask(method, params, lambda told: settle(answer, told), characters=characters)
-            try:
-                return lease.model.id, await answer
-            except asyncio.CancelledError:
-                link.give_up(asked)
-                raise
+            link = self._link(lease.model.id)
+            return lease.model.id, await ask(link, method, params, characters)
         finally:
             self.tell(ev.Release(client, lease.lease))
+
+    # --- what is kept of prompts ----------------------------------------------------------------------------------
+
+    async def caches(self) -> types.CacheResult:
+        return await self._prompts.list()
+
+    async def clear_caches(self, ref: str | None) -> types.ClearCacheResult:
+        if ref is None:
+            return await self._prompts.clear(None)
+        try:
+            model = await self._library.resolve(ref)
+        except (errors.ModelNotFound, errors.ModelInvalid):
+            if not await self._prompts.has(ref):  # what it left behind can be cleared all the same
+                raise
+            model = ref
+        return await self._prompts.clear(model)
 
     # --- clients, status, the end ---------------------------------------------------------------------------------
 
@@ -744,6 +823,7 @@ class Runtime:
         if self._timer is not None:
             self._timer.cancel()
         self._library.close()
+        self._prompts.close()
 
 
 def settle(future: asyncio.Future[Any], answer: Any) -> None:

@@ -79,6 +79,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         memory_budget_bytes: bounds all loaded models together.
         prompt_cache_bytes: what prompts and answers that are kept, for requests that begin alike, may hold in one model
             together with those that run; 0 keeps none.
+        prompt_disk_cache_bytes: what is kept of prompts on disk, over all models, for after a model was unloaded; never
+            more than a tenth of the free disk; 0 keeps none.
         kv_bits: models, by id, whose KV caches are quantised for requests that say nothing, and to how many bits.
         max_batch: how many requests decode together in one model.
         blas: the library that multiplies matrices where MLX runs on a Linux CPU. `auto` takes OpenBLAS, as installed
@@ -120,6 +122,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     context_length: dict[Name, Annotated[int, Meta(ge=8, le=16_777_216)]] = {}
     memory_budget_bytes: Annotated[int, Meta(ge=1)] = msgspec.field(default_factory=memory_budget)
     prompt_cache_bytes: Annotated[int, Meta(ge=0, le=2**53)] = msgspec.field(default_factory=prompt_cache_budget)
+    prompt_disk_cache_bytes: Annotated[int, Meta(ge=0, le=2**53)] = 4 * 1024**3
     kv_bits: dict[Name, Literal[4, 8]] = {}
     max_batch: Annotated[int, Meta(ge=1, le=1024)] = 32
     blas: Annotated[str, Meta(pattern=r"^(auto|bundled|/[^\0]+)$", max_length=4096)] = "auto"

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from mlxd_client import errors
+from mlxd_client import errors, types
 
 from . import childwire as wire
 from .children.child import Child
@@ -20,6 +20,8 @@ from .children.death import Death
 # Characters, and characters a second: a slow tokenizer on a busy machine.
 _LONG_TEXT = 100_000
 _READING_SPEED = 20_000
+# Seconds: a large vision tower looks at one image, on a slow device.
+_LOOKING_S = 60.0
 
 
 class WorkerEvents(Protocol):
@@ -29,8 +31,10 @@ class WorkerEvents(Protocol):
     def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None: ...
     def worker_load_failed(self, worker: int, error: errors.RpcError) -> None: ...
     def worker_piece(self, rid: int, text: str, reasoning: str, index: int = 0) -> None: ...
+    def worker_calls(self, rid: int, calls: list[types.ToolCall], malformed: list[types.MalformedToolCall]) -> None: ...
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None: ...
     def worker_memory(self, worker: int, memory_bytes: int) -> None: ...
+    def worker_cache_failed(self, worker: int, failures: int) -> None: ...
     def worker_exited(self, worker: int, death: Death) -> None: ...
 
 
@@ -54,6 +58,7 @@ class WorkerLink:
         self.child: Child | None = None
         self.loaded: wire.Loaded | None = None
         self.ready_at: float | None = None
+        self.prompt_cache: wire.PromptCacheStats | None = None  # as it said last
         self._load = load
         self._load_s = load_s
         self._events = events
@@ -61,6 +66,7 @@ class WorkerLink:
         self._load_timer: asyncio.TimerHandle | None = None
         self._rids: dict[int, int] = {}  # the child's request id → rid
         self._ids: dict[int, int] = {}  # and back
+        self.adapter: wire.Adapter | None = None  # what requests get that name none
         self._asked: dict[int, Answered] = {}  # what is no generation
         self._attaching: dict[int, Attached] = {}
         self._reading: dict[int, float] = {}  # requests with long texts, and the seconds that reading each may take
@@ -70,7 +76,7 @@ class WorkerLink:
     def generate(self, rid: int, params: wire.Generate) -> None:
         assert self.child is not None
         request_id = self.child.request("generate", params)
-        self._expect_reading(request_id, sum(len(turn.get("content", "")) for turn in params.messages))
+        self._expect_reading(request_id, *_size(params.messages, params.tools))
         self._rids[request_id] = rid
         self._ids[rid] = request_id
 
@@ -84,7 +90,7 @@ class WorkerLink:
             self._load.kv_bytes = kv_bytes
             self.child.notify("allow", {"kv_bytes": kv_bytes})
 
-    def ask(self, method: str, params: Any, answer: Answered, *, characters: int) -> int:
+    def ask(self, method: str, params: Any, answer: Answered, characters: int = 0) -> int:
         """Ask for what is no generation; `answer` is called once, with the result or an error.
 
         Args:
@@ -111,10 +117,24 @@ class WorkerLink:
         self._reading[request_id] = self._load_s  # as with a load, there may be no sign of life meanwhile
         self._bear_silence()
 
-    def _expect_reading(self, request_id: int, characters: int) -> None:
-        """A tokenizer gives no sign of life before it has read its whole text: bear with it in proportion."""
-        if characters > _LONG_TEXT:
-            self._reading[request_id] = characters / _READING_SPEED
+    def adapt(self, adapter: wire.Adapter | None, answer: Answered) -> None:
+        """Have requests get this adapter that name none, once it is read; `answer` is called then, or with why not."""
+
+        def answered(told: Any) -> None:
+            if not isinstance(told, errors.RpcError):
+                self.adapter = adapter
+            answer(told)
+
+        self.ask("adapt", wire.Adapt(adapter=None if adapter is None else adapter.path), answered, characters=0)
+
+    def _expect_reading(self, request_id: int, characters: int, images: int = 0) -> None:
+        """A tokenizer gives no sign of life before it has read its whole text, nor a vision tower before it has seen
+        an image: bear with them, with texts in proportion."""
+        patience_s = characters / _READING_SPEED if characters > _LONG_TEXT else 0.0
+        if images:
+            patience_s += _LOOKING_S
+        if patience_s:
+            self._reading[request_id] = patience_s
             self._bear_silence()
 
     def _bear_silence(self) -> None:
@@ -130,7 +150,11 @@ class WorkerLink:
 
     def on_heartbeat(self, child: Child, heartbeat: wire.Heartbeat, /) -> None:
         if self.loaded is not None:
+            before, self.prompt_cache = self.prompt_cache, heartbeat.prompt_cache
             self._events.worker_memory(self.worker, heartbeat.memory_bytes)
+            failures = heartbeat.prompt_cache.disk_failures if heartbeat.prompt_cache is not None else 0
+            if failures > (before.disk_failures if before is not None else 0):
+                self._events.worker_cache_failed(self.worker, failures)
 
     def on_message(self, child: Child, message: dict[str, Any], /) -> None:
         method = message.get("method")
@@ -143,10 +167,18 @@ class WorkerLink:
                 rid = self._rids.get(request_id)
                 if rid is not None:
                     self._events.worker_piece(rid, text, reasoning, number)
+            if "calls" in message["params"]:
+                self._on_calls(message["params"]["calls"])
         elif method == "progress":
             self._events.worker_progress(self.worker, min(1.0, max(0.0, float(message["params"]["progress"]))))
         elif "id" in message:
             self._on_answer(child, message)
+
+    def _on_calls(self, raw: Any) -> None:
+        for made in msgspec.convert(raw, list[wire.Calls]):
+            rid = self._rids.get(made.id)
+            if rid is not None:
+                self._events.worker_calls(rid, made.tool_calls, made.malformed_tool_calls)
 
     def on_exit(self, child: Child, death: Death, /) -> None:
         self._load_ended()
@@ -189,3 +221,18 @@ class WorkerLink:
             del self._ids[rid]
             outcome = failed if failed is not None else msgspec.convert(message["result"], wire.Generated)
             self._events.worker_answered(rid, outcome)
+
+
+def _size(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> tuple[int, int]:
+    """How many characters of text a prompt will have, about, and how many images."""
+    others = [tools, *(turn["tool_calls"] for turn in messages if turn.get("tool_calls"))]
+    characters, images = sum(len(msgspec.json.encode(other)) for other in others if other), 0
+    for turn in messages:
+        content = turn.get("content", "")
+        if isinstance(content, str):
+            characters += len(content)
+        else:
+            texts = [part["text"] for part in content if part["type"] == "text"]
+            characters += sum(map(len, texts))
+            images += len(content) - len(texts)
+    return characters, images

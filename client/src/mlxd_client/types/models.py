@@ -49,11 +49,17 @@ class OptionalModelParams(Params, kw_only=True):
 
 
 class LoadParams(Params, kw_only=True):
-    """`keep_alive` in seconds: -1 never unloads, 0 unloads at once when idle. `draft_model` is loaded beside the model,
-    to guess for it, in place of the one it has; it goes when the model is unloaded. Where it cannot guess for the model
-    the request fails, and the model stays loaded without it."""
+    """`keep_alive` in seconds: -1 never unloads, 0 unloads at once when idle. `adapter` is what requests get that name
+    none, from the answer to this until the model is unloaded; it is read beside the model, which is not loaded anew.
+    `none` takes it away.
+
+    `draft_model` is loaded beside the model, to guess for it, in place of the one it has; it goes when the model is
+    unloaded. Where it cannot guess for the model the request fails, and the model stays loaded without it. `system`:
+    what prompts with this system turn begin with is computed, too, and kept, so that the first of them need not;
+    `unsupported` where nothing can be kept."""
 
     model: ModelRef
+    system: Annotated[str, Meta(min_length=1)] | UnsetType = UNSET
     keep_alive: KeepAlive | UnsetType = UNSET
     adapter: ModelRef | UnsetType = UNSET
     draft_model: ModelRef | UnsetType = UNSET

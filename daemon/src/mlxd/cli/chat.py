@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ _HELP = """\
 /clear          forget the conversation
 /system TEXT    give instructions; without a text, take them back
 /model ID       go on with another model
+/image FILE     show the model an image, with the next turn
 /bye            leave; so does ctrl-D, or ctrl-C twice
 \"\"\"             begin, and end, a text of several lines
 ctrl-C while an answer comes cancels it."""
@@ -33,6 +35,9 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         epilog="From a pipe, each line is one turn. With --json, each answer is one line of JSON.",
     )  # fmt: skip
     parser.add_argument("-v", "--verbose", action="store_true", help="show speed and token counts after each answer")
+    parser.add_argument(
+        "--image", metavar="FILE", action="append", default=[], help="show the model an image, with the first turn"
+    )
     parser.add_argument("--system", metavar="TEXT", help="instructions for the whole conversation")
     add_sampling(parser)
 
@@ -57,7 +62,8 @@ class Chat:
         self._system: str | None = args.system
         self._output = output
         self._verbose: bool = args.verbose
-        self._turns: list[dict[str, str]] = []
+        self._turns: list[dict[str, Any]] = []
+        self._images: list[str] = list(args.image)  # they go with the next turn
         self._interrupts = 0
 
     def run(self) -> int:
@@ -131,6 +137,7 @@ class Chat:
             return False
         if name == "clear":
             self._turns.clear()
+            self._images.clear()
             self._say("The conversation is forgotten.")
         elif name == "system":
             self._system = rest or None
@@ -138,6 +145,9 @@ class Chat:
         elif name == "model" and rest:
             self._options["model"] = model_ref(rest)
             self._say(f"{rest} answers now.")
+        elif name == "image" and rest:
+            self._images.append(os.path.expanduser(rest))
+            self._say("It goes with the next turn.")
         elif name in ("help", "?"):
             self._say(_HELP)
         else:
@@ -154,9 +164,12 @@ class Chat:
 
     def _turn(self, text: str) -> int:
         """Ask, and print the answer as it comes. What failed or was cancelled before a word came is not remembered."""
+        from mlxd_client import image
         from mlxd_client.errors import MlxdError, ModelNotDownloaded
 
-        turns = [*self._turns, {"role": "user", "content": text}]
+        images, self._images = self._images, []
+        content = [*map(image, images), text] if images else text
+        turns = [*self._turns, {"role": "user", "content": content}]
         system = [{"role": "system", "content": self._system}] if self._system else []
         parts: list[str] = []
         try:
@@ -167,6 +180,7 @@ class Chat:
                 self._output.line()
             self._output.error(error)
             if isinstance(error, ModelNotDownloaded) and self._fetched(error):
+                self._images = images
                 return self._turn(text)
             return code_of(error)
         except KeyboardInterrupt:

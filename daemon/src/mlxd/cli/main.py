@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mlxd import __version__
 
-from . import chat, completion, generate, hub, jobs, manage, models, service, watch
+from . import cache, chat, completion, generate, hub, jobs, manage, models, service, watch
 from .common import HelpFormatter
 from .exits import BROKEN_PIPE, INTERRUPTED, code_of
 from .output import Output
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mlxd {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (generate, chat, models, hub, jobs, watch, service, manage, completion):
+    for group in (generate, chat, models, hub, jobs, cache, watch, service, manage, completion):
         group.register(commands)
     return parser
 

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from .common import Commands, add_command, connect, duration, model_ref
-from .exits import OK
+from .exits import OK, USAGE
 
 if TYPE_CHECKING:
     from mlxd_client.types import Model
@@ -27,6 +27,12 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--keep-alive", type=duration, metavar="TIME", help="unload when unused for so long: 90, 5m, 2h, forever"
     )
+    parser.add_argument(
+        "--adapter",
+        type=model_ref,
+        metavar="MODEL",
+        help="a LoRA or DoRA folder or repository, for requests without one",
+    )
 
     parser.add_argument(
         "--draft-model",
@@ -34,6 +40,9 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         metavar="MODEL",
         help="a smaller model of the same family, to guess ahead for it",
     )
+    system = parser.add_mutually_exclusive_group()
+    system.add_argument("--system", metavar="TEXT", help="have the prompts with these instructions begin at once, too")
+    system.add_argument("--system-file", metavar="FILE", help="the same, with the instructions in a file")
 
     parser = add_command(commands, "unload", unload, "unload a model and free its memory")
     parser.add_argument("model", type=model_ref, help="an id, an alias or a folder")
@@ -133,11 +142,22 @@ def _stays(model: Model) -> str:
 def load(args: argparse.Namespace, output: Output) -> int:
     from .output import bytes_text, seconds_text
 
+    system = args.system
+    if args.system_file is not None:
+        try:
+            with open(args.system_file, encoding="utf-8") as file:
+                system = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            output.note(f"{args.system_file} cannot be read: {getattr(error, 'strerror', None) or error}")
+            return USAGE
     began = time.monotonic()
     output.progress(f"loading {args.model}")
     try:
         with connect(args) as client:
-            model = client.load(args.model, keep_alive=args.keep_alive, draft_model=args.draft_model)
+            model = client.load(
+                args.model, keep_alive=args.keep_alive, adapter=args.adapter, draft_model=args.draft_model,
+                system=system,
+            )  # fmt: skip
     finally:
         output.progress(None)
     if output.json:

@@ -59,7 +59,7 @@ def _word(command: str, action: argparse.Action) -> Word:
         values = "jobs"
     elif action.dest == "use":
         values = _USES
-    elif action.dest in ("socket", "home", "schema"):
+    elif action.dest in ("socket", "home", "schema", "system_file"):
         values = "files"
     return Word(tuple(action.option_strings), action.help or "", action.nargs != 0, values)
 

@@ -32,6 +32,9 @@ class Sink(Protocol):
     def piece(self, text: str, reasoning: str = "", index: int = 0) -> None:
         """The next text of the answer of this index. Does nothing unless the request streams."""
 
+    def calls(self, calls: list[types.ToolCall], malformed: list[types.MalformedToolCall]) -> None:
+        """Tool calls that were completed just now. Does nothing unless the request streams."""
+
     def phase(
         self, phase: Literal["queued", "downloading", "loading", "prompt"], progress: float | None = None
     ) -> None:
@@ -91,6 +94,9 @@ class Runtime(Protocol):
 
     async def verify(self, ref: str) -> types.VerifyResult: ...
     async def catalog(self) -> types.CatalogResult: ...
+
+    async def caches(self) -> types.CacheResult: ...
+    async def clear_caches(self, ref: str | None) -> types.ClearCacheResult: ...
 
     async def count_tokens(self, client: int, params: types.TokensParams) -> types.TokensResult: ...
     async def encode(self, client: int, params: types.EncodeParams) -> types.EncodeResult: ...

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .store import Found, Store
+from .store import Found, FoundAdapter, Store
 
-__all__ = ["Found", "Store"]
+__all__ = ["Found", "FoundAdapter", "Store"]

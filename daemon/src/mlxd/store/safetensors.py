@@ -52,17 +52,7 @@ def check_safetensors(path: Path | str) -> int:
         SafetensorsError: truncated, malformed, or tensors that overlap, leave gaps or reach outside the file.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 8:
-            raise SafetensorsError("shorter than the eight bytes of its header length")
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise SafetensorsError(f"a header of {header_bytes} bytes is over the limit of {MAX_HEADER_BYTES}")
-        if 8 + header_bytes > size:
-            raise SafetensorsError(f"truncated: the header says {header_bytes} bytes, the file has {size}")
-        header = _parse(file.read(header_bytes))
-    data_bytes = size - 8 - header_bytes
+    header, data_bytes = _read(path)
     spans = sorted(_span(name, entry) for name, entry in header.items() if name != "__metadata__")
     end = 0
     for start, stop, name in spans:
@@ -72,6 +62,26 @@ def check_safetensors(path: Path | str) -> int:
             raise SafetensorsError(f"tensor {name!r} overlaps another")
         end = stop
     return data_bytes
+
+
+def tensor_types(path: Path | str) -> dict[str, str]:
+    """The type of each tensor, by name, as the header says. Raises SafetensorsError, OSError."""
+    header, _ = _read(path)
+    return {name: str(entry.get("dtype")) for name, entry in header.items() if isinstance(entry, dict)}
+
+
+def _read(path: Path | str) -> tuple[dict[str, Any], int]:
+    """The header, and how many bytes of data follow it."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise SafetensorsError("shorter than the eight bytes of its header length")
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise SafetensorsError(f"a header of {header_bytes} bytes is over the limit of {MAX_HEADER_BYTES}")
+        if 8 + header_bytes > size:
+            raise SafetensorsError(f"truncated: the header says {header_bytes} bytes, the file has {size}")
+        return _parse(file.read(header_bytes)), size - 8 - header_bytes
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

@@ -16,10 +16,11 @@ import msgspec
 from mlxd_client.errors import ModelInvalid, ModelNotFound
 
 from . import hub
+from .adapter import examine_adapter
 from .folder import Folder, Incomplete, examine, fingerprint
 from .layout import RepoCache
 
-__all__ = ["Found", "Store"]
+__all__ = ["Found", "FoundAdapter", "Store"]
 
 Source = Literal["builtin", "hub", "path"]
 
@@ -56,6 +57,13 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     kv_token_bytes: int
     context_length: int
     revision: str | None = None
+
+
+class FoundAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter on this disk. `adapter` is its id, as a model's would be; `path` its folder, absolute."""
+
+    adapter: str
+    path: str
 
 
 class Store:
@@ -98,6 +106,35 @@ class Store:
             return self._in_cache(name)
         except OSError as error:
             raise ModelInvalid(f"{name} cannot be read: {error.strerror}", model=name) from None
+
+    def adapter(self, ref: str) -> FoundAdapter:
+        """The adapter that `ref` names: an absolute folder, or a repository in the cache. Aliases are replaced, once.
+
+        Raises:
+            ModelNotFound: there is none.
+            InvalidParams, Unsupported: it is there and cannot be used; `details.field` is adapter, as in all of them.
+        """
+        try:
+            self._check_text(ref)
+            name = self.aliases.get(ref, ref)
+            if name.startswith("/"):
+                path = os.path.realpath(name)
+                examine_adapter(path)
+                return FoundAdapter(adapter=path, path=path)
+            repo, revision = hub.split_ref(name)
+            if not hub.is_repo_id(repo) or not (revision is None or hub.is_revision(revision)):
+                raise ModelNotFound(
+                    f"{name} names no adapter: give an absolute folder, or one of the hub's repositories"
+                )
+            folder = hub.repo_folder(self.cache, repo)
+            snapshot = hub.find_snapshot(folder, revision)
+            if snapshot is None:
+                raise ModelNotFound(f"there is no adapter {name} on this machine", adapter=name)
+            examine_adapter(str(snapshot), (folder, self.cache / "blobs"))
+            return FoundAdapter(adapter=hub.join_ref(repo, revision), path=str(snapshot))
+        except ModelNotFound as error:
+            error.details.setdefault("field", "adapter")
+            raise
 
     def scan(self) -> list[Found]:
         """All models that have a name: built in, or whole in the cache. What is broken is left out."""

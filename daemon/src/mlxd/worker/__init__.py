@@ -6,9 +6,19 @@
     threads    how many threads it uses, as the machine has cores to spare
     loop       the pipe, one decode step, the pipe again
     load       a folder becomes a LoadedModel, or a typed error
+    families   what architectures cannot do in a batch
     options    what a request asks for, what the model defaults to, what is refused
     prompt     messages become tokens, through the model's chat template
+    turns      the turns of a conversation, checked
+    timelimit  how long code may run that is not ours
+    tools      the tools of a request, checked
+    toolsyntax how families of models spell calls
+    toolflat   those that spell argument by argument
+    calls      tool calls out of what a model wrote
     shorten    which messages of a conversation go where it is too long
+    images     an image of a request becomes pixels, or a typed error
+    vision     a model that sees: mlx-vlm's, in two halves
+    sights     prompts with images, on their way into the batch
     engine     the requests in flight and how each ends
     answers    several answers to one prompt, as one result
     lanes      a batch for each kind of rows that cannot share one, and whose turn it is
@@ -18,10 +28,15 @@
     batch      mlx_lm's BatchGenerator with sampling for all rows in one call
     prefix      which prefixes of prompts are kept, and which go first
     kvcache     their arrays: out of a batch, and into another row
+    diskcache   the same beyond this process
+    layout      what caches are made of, as bytes
     waits       prompts that wait for one that begins alike
     grammar    schemas and grammars, compiled; or refused
     trial      compiles in a process that may be lost
     constraint what one answer may go on with, as masks over a batch's logits
+    adapters   the LoRA and DoRA adapters beside the model: read, kept, let go
+    adapterfile an adapter's folder becomes what it does to each layer
+    adapted    layers that compute adapters, for rows with different ones
     sampling   penalties, filters and seeded draws, for a whole batch
     speculation guesses ahead: whose they are, and what checking them takes
     lookup     guesses by looking up what was said before

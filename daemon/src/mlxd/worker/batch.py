@@ -21,6 +21,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from mlxd_client.errors import InternalError
 
+from .adapted import BASE, Mix
 from .constraint import allows_any, apply_masks
 from .kvcache import PromptCache, RowView, foreseen_bytes, take
 from .patience import Patience
@@ -111,7 +112,8 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
         count = inputs.shape[0]
         values = fed if isinstance(fed, list) else [0] * count  # what is not known is not looked at
         plan = Plan([row] * count, prefixes(tokens, values, PENALTY_WINDOW), inputs)
-        logits = self.model(inputs[None], cache=self.prompt_cache)[0]
+        with plan.mix or BASE:
+            logits = self.model(inputs[None], cache=self.prompt_cache)[0]
         for processor in self.logits_processors[0]:
             logits = processor(None, logits)
         logits = plan.penalise(inputs, logits)
@@ -164,7 +166,8 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
             if self._steps_alone >= STEPS_ALONE:
                 self._make_plain()
 
-        logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+        with plan.mix or BASE:
+            logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         self._next_logprobs = [None] * len(self.uids)
         if any(self.logits_processors):
             logits = self._run_processors(inputs, logits)
@@ -223,12 +226,16 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
             if self._next_logprobs[index] is not None:
                 continue
             try:
-                masks[index] = constraint.follow(newest[index])
-                if not allows_any(masks[index], logits.shape[-1]):
+                mask = constraint.follow(newest[index])
+                if mask is None:
+                    continue
+                masks[index] = mask
+                if not allows_any(mask, logits.shape[-1]):
                     raise InternalError("the rule of this answer allows no token that the model has")
             except Exception as error:
                 masks.pop(index, None)
                 self._next_logprobs[index] = RowFailure(error)
+        plan.constrained = [(index, constraint) for index, constraint in plan.constrained if not constraint.over]
         return apply_masks(logits, masks) if masks else logits
 
     def extend(self, batch: RowBatch) -> None:
@@ -275,6 +282,10 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
 class RowPrompts(PromptProcessingBatch):  # type: ignore[misc]
     """A PromptProcessingBatch that hands over to a RowBatch."""
 
+    def prompt(self, tokens: list[list[int]]) -> None:
+        with Mix.of([row.adapter for row in self.samplers]) or BASE:
+            super().prompt(tokens)
+
     def extract_cache(self, idx: int) -> RowView | None:
         return take(self.prompt_cache, idx, len(self.tokens[idx]))
 
@@ -304,6 +315,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         prefill_step: how many tokens of each prompt are read between two decode steps at most; see PREFILL_S.
         prefill_joins: how many prompts begin to be read in one step at most. One that takes several steps is read
             together with those that begin after it.
+        most_prefills: how many prompts are read together at most.
         prompt_cache: where prompts find what was computed before; None computes everything.
         beside: what caches hold that are none of these rows', as far as the prompt cache has to mind them.
         fixed_prefill: this many tokens of a prompt are read at a time, however long it takes; 0 leaves it to PREFILL_S.
@@ -323,6 +335,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         max_batch: int,
         prefill_step: int,
         prefill_joins: int = MOST_PREFILLS,
+        most_prefills: int = MOST_PREFILLS,
         prompt_cache: PromptCache | None = None,
         beside: Callable[[], int] = lambda: 0,
         fixed_prefill: int = 0,
@@ -331,10 +344,10 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         super().__init__(
             model,
             completion_batch_size=max_batch,
-            prefill_batch_size=min(MOST_PREFILLS, max_batch),
+            prefill_batch_size=min(most_prefills, max_batch),
             prefill_step_size=prefill_step,
         )
-        self._most_prefills = min(MOST_PREFILLS, max_batch)
+        self._most_prefills = min(most_prefills, max_batch)
         self._prefill_joins = prefill_joins
         self._prompt_batch = RowPrompts.empty(model, greedy_sampler, prefill_step_size=prefill_step)
         self._generation_batch = RowBatch.empty(model, greedy_sampler)
@@ -535,20 +548,24 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
 
         Args:
             uid: that number, where it is not to be the next one.
-            caches: what the row decodes on, empty; None has the model make them.
+            caches: what the row decodes on, empty; None has the model make them. See also `Reuse.begun`.
             urgent: its prompt is read before those that are not.
         """
         if uid is not None:
             self._uid_count = uid
+        read = 0
+        if reuse is not None and reuse.begun is not None:
+            caches, read = reuse.begun
         uids: list[int] = self.insert(
-            [tokens],
+            [tokens[read:]],
             max_tokens=[max_tokens],
             caches=None if caches is None else [caches],
+            all_tokens=[tokens[:read]],
             samplers=[sampling],
             logits_processors=[processors],
             stop_sequences=[stops],
         )
-        if reuse is not None:
+        if reuse is not None and read == 0:
             self._reuses[uids[0]] = reuse
         if not urgent:
             self._patience.add(uids[0])

@@ -29,7 +29,7 @@ from mlx_lm.models.cache import (
 from ..childwire import PromptCacheStats
 from .prefix import Found, PrefixTree
 
-__all__ = ["PromptCache", "RowView", "foreseen_bytes", "leaves", "take"]
+__all__ = ["KvPart", "PromptCache", "RowView", "StateMark", "foreseen_bytes", "leaves", "make_rotating", "take"]
 
 Pair = tuple[mx.array, mx.array]
 
@@ -105,7 +105,7 @@ def take(caches: Iterable[Any], index: int, length: int) -> RowView | None:
             if state.offset != length or state.keys.shape[2] < window:
                 return None
             view.states.append(
-                _rotating(state.max_size, length, state.keys[:, :, -window:], state.values[:, :, -window:])
+                make_rotating(state.max_size, length, state.keys[:, :, -window:], state.values[:, :, -window:])
             )
         elif kind is ArraysCache:
             state = ArraysCache(len(cache.cache))
@@ -193,6 +193,10 @@ class PromptCache:
         for namespace, tokens, row in pending:
             self.tree.add(namespace, tokens, row)
 
+    def clear(self) -> None:
+        self._pending.clear()
+        self.tree.clear()
+
     def forget_pending(self) -> None:
         """The batch they come from failed."""
         self._pending.clear()
@@ -231,7 +235,7 @@ def _fill(caches: list[Any], found: Found) -> None:
             states += 1
 
 
-def _rotating(max_size: int, offset: int, keys: mx.array, values: mx.array) -> RotatingKVCache:
+def make_rotating(max_size: int, offset: int, keys: mx.array, values: mx.array) -> RotatingKVCache:
     state = RotatingKVCache(max_size)
     state.keys, state.values = keys, values
     state.offset, state._idx = offset, keys.shape[2]

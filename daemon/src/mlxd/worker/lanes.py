@@ -173,6 +173,10 @@ class Lanes:
         self._admission.admit(self._foreseen)
         return uid
 
+    def holds_back(self, uid: int) -> bool:
+        """A row still waits for memory."""
+        return any(row.uid == uid for row in self._admission.line)
+
     def view(self, uid: int) -> tuple[RowView | None, list[int]]:
         """See RowGenerator."""
         return self._homes[uid].rows.view(uid) if uid in self._homes else (None, [])

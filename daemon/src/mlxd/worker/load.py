@@ -7,6 +7,8 @@ folder runs, and numbers that would make building the model hang are refused fir
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -16,20 +18,24 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_model, load_tokenizer
+from mlx_lm.utils import load_config, load_model, load_tokenizer
 
 from mlxd_client.errors import LoadFailed, ModelInvalid, RpcError
 
 from ..childside import PipeClosed
 from ..store.safetensors import SafetensorsError, check_safetensors
+from .calls import can_call
 from .early import start_early
+from .families import Batching, prepare
 from .grammar import can_constrain
 from .options import check_defaults
 from .pooling import Pooling, inner_of, read_pooling
+from .vision import FAMILIES, HOW_TO_INSTALL, Family, Vision, family_of, installed, load_seeing
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
+# Of what is no weights, and is read into memory whole.
+MAX_OTHER_BYTES = 512 * 1024 * 1024
 DEFAULT_CONTEXT = 4096
 MIN_CONTEXT, MAX_CONTEXT = 8, 16_777_216
 # Weights are brought to memory in parts of this size, with a word to the daemon in between.
@@ -50,6 +56,11 @@ _LIMITS = {
     "num_experts": 100_000,
     "num_local_experts": 100_000,
     "n_routed_experts": 100_000,
+    "depth": 2_000,
+    "embed_dim": 1_000_000,
+    "out_hidden_size": 1_000_000,
+    "image_size": 100_000,
+    "num_position_embeddings": 10_000_000,
 }
 
 
@@ -61,7 +72,10 @@ class LoadedModel:
         vocabulary: rows of the embeddings: tokens are 0 to vocabulary - 1.
         context_length: tokens of prompt and answer together.
         defaults: sampling options for requests that set none, checked.
+        batching: how far its requests may be computed together.
         faithful: the model promises to invent no words when it processes text.
+        vision: what sees, where the model does and can be asked to.
+        blind: else why not.
         pooling: how vectors of texts are made of what it computes.
     """
 
@@ -71,11 +85,14 @@ class LoadedModel:
     vocabulary: int
     defaults: dict[str, Any] = field(default_factory=dict)
     faithful: bool = False
+    batching: Batching = "together"
+    vision: Vision | None = None
+    blind: str | None = "this model sees no images"
     pooling: Pooling = field(default_factory=Pooling)
 
     @property
     def capabilities(self) -> list[str]:
-        found = ["process", "logprobs", "seed"]
+        found = ["process", "logprobs", "seed", "adapters"]
         if self.tokenizer.has_chat_template:
             found.append("chat")
         if self.tokenizer.has_thinking:
@@ -84,6 +101,10 @@ class LoadedModel:
             found.append("faithful")
         if can_constrain(self.tokenizer):
             found += ["structured", "grammar"]
+        if self.vision is not None:
+            found.append("vision")
+        if can_call(self.tokenizer):
+            found.append("tools")
         if self.pooling.refusal is None and inner_of(self.model) is not None:
             found.append("embed")
         return found
@@ -101,7 +122,9 @@ def load(path: str, progress: Callable[[float], None], most_context: int = 0) ->
         LoadFailed: it may be one, but could not be read.
     """
     folder = Path(path)
+    config: dict[str, Any] = {}
     try:
+        check_files(folder)
         config = read_config(folder)
         settings = _read_settings(folder)
         check_weights(folder)
@@ -114,23 +137,32 @@ def load(path: str, progress: Callable[[float], None], most_context: int = 0) ->
         raise
     except (OSError, MemoryError) as error:
         raise LoadFailed(f"the model could not be read: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # an architecture that lacks a package of its own ends the program
         # mlx_lm, transformers and MLX raise nearly anything on a folder that is no model.
-        raise ModelInvalid(f"the folder is no model that mlx_lm can load: {type(error).__name__}: {error}") from error
+        told = f"the folder is no model that mlx_lm can load: {type(error).__name__}: {error}"
+        if config.get("model_type") in FAMILIES and not installed():
+            told += f"; {HOW_TO_INSTALL}"
+        raise ModelInvalid(told) from error
 
 
 def _load(
     folder: Path, config: dict[str, Any], settings: dict[str, Any], progress: Callable[[float], None]
 ) -> LoadedModel:
-    model, loaded_config = load_model(folder, lazy=True)
-    if not all(hasattr(cache, "merge") for cache in make_prompt_cache(model)):
-        raise ModelInvalid("mlx_lm cannot batch this architecture")
-    vocabulary = _whole(_text_config(config).get("vocab_size"))
+    family, vision = family_of(folder, config), None
+    if family is not None and installed():
+        model, vision = load_seeing(folder, config, family)
+        loaded_config = load_config(folder)
+    else:
+        model, loaded_config = load_model(folder, lazy=True)
+    batching = prepare(model)
+    vocabulary = model.vocabulary if vision is not None else _whole(_text_config(config).get("vocab_size"))
     if vocabulary is None:
         raise ModelInvalid("config.json: no vocab_size", file="config.json")
     tokenizer = load_tokenizer(
         folder, {"trust_remote_code": False}, eos_token_ids=loaded_config.get("eos_token_id", None)
     )
+    if vision is not None:
+        tokenizer, vision = _fit_template(folder, tokenizer, vision, loaded_config.get("eos_token_id", None))
     # Tokens added to a tokenizer may lie beyond the embeddings (some families ship so); its own vocabulary may not.
     own = getattr(tokenizer, "vocab_size", None)
     if isinstance(own, int) and own > vocabulary:
@@ -149,8 +181,26 @@ def _load(
         vocabulary=vocabulary,
         defaults=check_defaults(settings.get("defaults", {})),
         faithful=settings.get("guard") == "faithful",
+        batching=batching,
+        vision=vision,
+        blind=None if vision is not None else _blind(family),
         pooling=read_pooling(folder, config),
     )
+
+
+def _blind(family: Family | None) -> str:
+    if family is None:
+        return "this model sees no images, or is of a family that is not served with them"
+    return "the model's chat template has no place for images" if installed() else HOW_TO_INSTALL
+
+
+def _fit_template(folder: Path, tokenizer: Any, vision: Vision, eos: Any) -> tuple[Any, Vision | None]:
+    """The tokenizer with the chat template that lies with the processor, where it has none of its own. Without a
+    template that has a place for images the model is one for text."""
+    if not tokenizer.has_chat_template and vision.template:
+        options = {"trust_remote_code": False, "chat_template": vision.template}
+        tokenizer = load_tokenizer(folder, options, eos_token_ids=eos)
+    return tokenizer, vision if vision.fits(tokenizer) else None
 
 
 def _materialise(model: Any, progress: Callable[[float], None]) -> None:
@@ -175,6 +225,27 @@ def _materialise(model: Any, progress: Callable[[float], None]) -> None:
     progress(1.0)
 
 
+def check_files(folder: Path) -> None:
+    """Check that nothing in the folder would block, or never end, when it is read. Raises ModelInvalid, OSError."""
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelInvalid("there is no such folder") from None
+    for entry in entries:
+        try:
+            status = entry.stat()
+        except OSError:
+            continue  # a link that leads nowhere is as good as no file
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise ModelInvalid(f"{entry.name} is no file", file=entry.name)
+        if status.st_size > MAX_OTHER_BYTES and not entry.name.endswith(".safetensors") and _is_read(entry.name):
+            raise ModelInvalid(f"{entry.name} has {status.st_size} bytes", file=entry.name)
+
+
+def _is_read(name: str) -> bool:
+    return name.endswith((".json", ".jinja", ".model", ".txt", ".tiktoken"))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json, with the numbers that size a model within reason. Raises ModelInvalid."""
     config = _read_json(folder, "config.json")
@@ -182,7 +253,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelInvalid("the folder has no config.json", file="config.json")
     if not isinstance(config.get("model_type"), str):
         raise ModelInvalid("config.json: no model_type", file="config.json")
-    for part in (config, _text_config(config)):
+    tower = config.get("vision_config")
+    for part in (config, _text_config(config), tower if isinstance(tower, dict) else {}):
         for name, limit in _LIMITS.items():
             value = part.get(name)
             if isinstance(value, int | float) and not 0 <= value <= limit:

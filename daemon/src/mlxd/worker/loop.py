@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -17,13 +19,16 @@ from mlxd_client.errors import (
     LoadFailed,
     MethodNotFound,
     ModelInvalid,
+    PermissionDenied,
     RpcError,
 )
 
 from ..childside import Pipe, PipeClosed, Pulse, Stopped
 from ..childwire import (
+    Adapt,
     Attach,
     Attached,
+    Cleared,
     CountTokens,
     DecodeTokens,
     EmbedTexts,
@@ -32,13 +37,21 @@ from ..childwire import (
     Heartbeat,
     Loaded,
     LoadModel,
+    Prewarm,
 )
+from ..promptfiles import identity
 from .blas import Blas
+from .diskcache import open_disk
 from .engine import Engine, EngineLost, Outcome
 from .load import LoadedModel, load
 
 # MLX keeps freed memory for reuse; a worker that was idle this long gives it back.
 IDLE_TRIM_S = 5.0
+# Prefixes go to disk once a worker was idle for so long, some at a time, so that no request waits for long.
+SAVE_IDLE_S = 0.5
+SAVE_STEP_S = 0.03
+# How long one that has to go may still write; then the daemon's patience, where that ends itself, is not over yet.
+SAVE_LAST_S = 1.2
 
 T = TypeVar("T")
 
@@ -67,9 +80,13 @@ class Worker:
             "attach": self._attach,
             "generate": self._generate,
             "count": self._count,
+            "adapt": self._adapt,
             "encode": self._encode,
             "decode": self._decode,
             "embed": self._embed,
+            "prewarm": self._prewarm,
+            "cache": self._cache,
+            "clear": self._clear,
         }
 
     def run(self) -> None:
@@ -80,20 +97,41 @@ class Worker:
 
     def _turn(self, patience_s: float) -> None:
         """Take in what has arrived, waiting for it so long where there is nothing else to do; then one step."""
-        engine = self._engine
-        busy = engine is not None and engine.busy
-        for message in self._receive(0.0 if busy else patience_s):
+        for message in self._receive(self._patience_s(patience_s)):
             self._handle(message)
         if self._threads is not None:
             self._threads.adapt(alone=self._engine is not None and self._engine.exact)
         if self._engine is not None and self._engine.busy:
             self._send(self._engine.step())
             self._busy_at, self._trimmed = time.monotonic(), False
-        elif not self._trimmed and time.monotonic() - self._busy_at > IDLE_TRIM_S:
-            mx.clear_cache()
-            self._trimmed = True
+        else:
+            self._rest()
         self._pulse.beat()
         self._pipe.flush()
+
+    def _patience_s(self, most_s: float) -> float:
+        """How long to wait for a message, in seconds."""
+        engine = self._engine
+        if engine is None:
+            return most_s
+        if engine.busy:
+            return 0.0
+        if engine.disk is not None and engine.disk.due:
+            return min(most_s, max(0.0, self._busy_at + SAVE_IDLE_S - time.monotonic()))
+        return most_s
+
+    def _rest(self) -> None:
+        """What is done where there is nothing to do."""
+        idle_s = time.monotonic() - self._busy_at
+        if idle_s >= SAVE_IDLE_S:
+            self._save(SAVE_STEP_S)
+        if not self._trimmed and idle_s > IDLE_TRIM_S:
+            mx.clear_cache()
+            self._trimmed = True
+
+    def _save(self, limit_s: float) -> None:
+        if self._engine is not None and self._engine.disk is not None and self._engine.disk.due:
+            self._engine.disk.save(limit_s)
 
     def _receive(self, timeout_s: float) -> list[dict[str, Any]]:
         if self._early:
@@ -105,12 +143,11 @@ class Worker:
         engine = self._engine
         if engine is None:
             return Heartbeat(memory_bytes=mx.get_active_memory())
-        cache = engine.cache
         return Heartbeat(
             active=engine.active,
             waiting=engine.waiting,
             memory_bytes=mx.get_active_memory(),
-            prompt_cache=cache.stats() if cache is not None else None,
+            prompt_cache=engine.cache_stats(),
         )
 
     # --- messages
@@ -130,6 +167,8 @@ class Worker:
 
     def _notified(self, method: Any, params: Any) -> None:
         if method == "stop":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it says the same, while this has a limit of its own
+            self._save(SAVE_LAST_S)
             raise Stopped
         if method == "cancel" and self._engine is not None and isinstance(params, dict):
             self._send(self._engine.cancel(params.get("id", -1)))
@@ -143,6 +182,7 @@ class Worker:
         if self._refusal:
             raise LoadFailed(f"the setting `blas` names a library that cannot be used: {self._refusal}")
         started = time.perf_counter()
+        facts = _identity(request)
         loaded = load(request.path, self._progress, request.context_length)
         engine = Engine(
             loaded,
@@ -154,10 +194,15 @@ class Worker:
         )
         no_draft = self._begin_with(engine, request.draft) if request.draft is not None else None
         try:
-            engine.warm_up()
+            row = engine.warm_up()
         except Exception as error:
             raise ModelInvalid(f"the model loads but does not run: {type(error).__name__}: {error}") from error
         mx.clear_cache()
+        if facts is not None and engine.cache is not None:
+            engine.disk = open_disk(
+                engine.cache, row, root=request.disk_cache, model=request.model, path=request.path, identity=facts,
+                budget_bytes=request.disk_cache_bytes,
+            )  # fmt: skip
         self._engine = engine
         result = Loaded(
             context_length=loaded.context_length,
@@ -230,6 +275,9 @@ class Worker:
             raise InvalidParams("count takes either text or messages", field="text")
         self._pipe.reply(request_id, {"tokens": self._loaded().count(request)})
 
+    def _adapt(self, request_id: int, params: Any) -> None:
+        self._send(self._loaded().adapt(request_id, _convert(params, Adapt)))
+
     def _encode(self, request_id: int, params: Any) -> None:
         self._pipe.reply(request_id, self._loaded().encode(_convert(params, EncodeText)))
 
@@ -239,14 +287,27 @@ class Worker:
     def _embed(self, request_id: int, params: Any) -> None:
         self._loaded().embed(request_id, _convert(params, EmbedTexts))
 
+    def _prewarm(self, request_id: int, params: Any) -> None:
+        self._loaded().prewarm(request_id, _convert(params, Prewarm))
+
+    def _cache(self, request_id: int, _params: Any) -> None:
+        self._pipe.reply(request_id, self._loaded().cache_stats() or {})
+
+    def _clear(self, request_id: int, _params: Any) -> None:
+        try:
+            memory, disk = self._loaded().clear_cache()
+        except OSError as error:
+            raise PermissionDenied(f"the prompt cache could not be removed: {error.strerror or error}") from None
+        self._pipe.reply(request_id, Cleared(memory_bytes=memory, disk_bytes=disk))
+
     def _loaded(self) -> Engine:
         if self._engine is None:
             raise LoadFailed("no model is loaded in this worker")
         return self._engine
 
     def _send(self, outcome: Outcome) -> None:
-        if outcome.others:
-            self._pipe.notify("step", {"pieces": outcome.pieces, "others": outcome.others})
+        if outcome.calls or outcome.others:
+            self._pipe.notify("step", {"pieces": outcome.pieces, "calls": outcome.calls, "others": outcome.others})
         elif outcome.pieces:
             self._pipe.notify("step", {"pieces": outcome.pieces})
         for request_id, end in outcome.ended:
@@ -254,6 +315,16 @@ class Worker:
                 self._pipe.fail(request_id, end)
             else:
                 self._pipe.reply(request_id, end)
+
+
+def _identity(request: LoadModel) -> bytes | None:
+    """Which weights the folder holds now; None where nobody needs to know, or where it cannot be told."""
+    if not request.disk_cache or request.disk_cache_bytes <= 0:
+        return None
+    try:
+        return identity(Path(request.path))
+    except OSError:
+        return None
 
 
 def limits(wished: LoadModel) -> dict[str, int]:

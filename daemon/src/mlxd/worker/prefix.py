@@ -174,6 +174,23 @@ class PrefixTree:
             return matched, beyond
         return (exact.end, exact) if exact is not None else (0, None)
 
+    def alike(self, namespace: bytes, tokens: Sequence[int]) -> int:
+        """How much of the beginning of `tokens` has parts here, whether it can be taken up or not."""
+        path, _, alike = self._walk(namespace, _packed(tokens))
+        return (path[-1].end if path else 0) + alike
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Another one after each use and each change."""
+        return self._uses, self.nbytes
+
+    def nodes(self) -> Iterator[tuple[bytes, Node]]:
+        """All that is kept, with its namespace."""
+        for namespace, root in self._roots.items():
+            for node in _below(root):
+                if node.parent is not None:
+                    yield namespace, node
+
     # --- keeping
 
     def add(self, namespace: bytes, tokens: Sequence[int], row: Row) -> int:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
+from .adapted import Mix, Slot
 from .constraint import Constraint
 from .speculation import Guess
 
@@ -41,6 +42,7 @@ class Sampling:
         logprobs: how many alternatives to report for each token; -1 reports nothing.
         key: two 32-bit words; equal keys draw equal noise.
         constraint: what the answer has to follow; see RowBatch.
+        adapter: what the model is changed by for this row.
         guess: guesses the answer's next tokens, where that is wished; see RowBatch.
     """
 
@@ -57,6 +59,7 @@ class Sampling:
     logprobs: int = -1
     key: tuple[int, int] = (0, 0)
     constraint: Constraint | None = None
+    adapter: Slot | None = None
     guess: Guess | None = None
 
     @property
@@ -125,7 +128,9 @@ class Plan:
             placed = [index for group in self._groups for index in group.indices]
             self._order = mx.array(sorted(range(len(placed)), key=placed.__getitem__))
         self.reporting = [index for index, row in enumerate(rows) if row.logprobs >= 0]
-        self.constrained = [(index, row.constraint) for index, row in enumerate(rows) if row.constraint is not None]
+        constraints = [(index, row.constraint) for index, row in enumerate(rows)]
+        self.constrained = [(index, one) for index, one in constraints if one is not None and not one.over]
+        self.mix = Mix.of([row.adapter for row in rows])
         self._alternatives = max((rows[index].logprobs for index in self.reporting), default=0)
 
     # --- penalties

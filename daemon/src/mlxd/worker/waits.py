@@ -29,12 +29,14 @@ class Reuse:
         namespace: nothing is shared between different ones.
         cuts: after how many tokens its reading pauses, so that what was computed can be kept.
         cached: how many tokens were there already; known once its reading begins.
+        begun: caches, and how many tokens they hold, where a part of the prompt was read outside the batch.
         urgent: it waits for nobody who is not.
     """
 
     namespace: bytes
     cuts: tuple[int, ...] = ()
     cached: int = 0
+    begun: tuple[list[Any], int] | None = None
     urgent: bool = True
 
 

@@ -10,7 +10,7 @@ from mlxd_client import errors, types
 from mlxd_client.errors import RpcError
 from mlxd_client.types import Empty
 
-from . import admin, connection, events, generation, jobs, models
+from . import admin, cache, connection, events, generation, jobs, models
 
 __all__ = ["METHODS", "Method"]
 
@@ -141,7 +141,7 @@ _TABLE = (
         types.LoadParams,
         types.Model,
         "Load a model; answers once it is Ready, and at once where it is already.",
-        errors=_LOADING,
+        errors=(*_LOADING, errors.ContextExceeded),
         work=True,
     ),
     Method(
@@ -204,6 +204,15 @@ _TABLE = (
     ),
     Method(
         "models.catalog", models.catalog, Empty, types.CatalogResult, "Recommended models, and which of them fit here."
+    ),
+    Method("cache.list", cache.list_caches, Empty, types.CacheResult, "What is kept of prompts, by model."),
+    Method(
+        "cache.clear",
+        cache.clear,
+        types.ClearCacheParams,
+        types.ClearCacheResult,
+        "Forget what is kept of prompts, in memory and on disk. Requests that run keep what they have.",
+        errors=(errors.ModelNotFound, errors.ModelInvalid, errors.PermissionDenied),
     ),
     Method("jobs.list", jobs.list_jobs, Empty, types.JobsResult, "Every job that is known."),
     Method("jobs.get", jobs.get, types.JobParams, types.Job, "One job.", errors=(errors.NotFound,)),
