@@ -194,6 +194,15 @@ def test_params_of_process(client: Client, params: dict, field: str) -> None:
         ({"messages": [{"role": "user", "content": "x", "mood": "good"}]}, "messages[0].mood"),
         ({"messages": [None]}, "messages[0]"),
         (ASK | {"stream": "yes"}, "stream"),
+        (ASK | {"tools": "clock"}, "tools"),
+        (ASK | {"tools": [3]}, "tools[0]"),
+        (ASK | {"tools": [{}] * 129}, "tools"),
+        (ASK | {"tools": [{"name": "x" * 10_000_000}]}, "tools"),
+        (ASK | {"tool_choice": "auto"}, "tool_choice"),
+        (ASK | {"tools": [], "tool_choice": {"name": "clock"}}, "tool_choice"),
+        (ASK | {"tools": [{}], "tool_choice": 3}, "tool_choice"),
+        (ASK | {"thinking": False, "thinking_budget": 3}, "thinking_budget"),
+        (ASK | {"thinking_budget": -1}, "thinking_budget"),
     ],
 )
 def test_params_of_chat(client: Client, params: dict, field: str) -> None:
@@ -205,10 +214,11 @@ def test_params_of_chat(client: Client, params: dict, field: str) -> None:
 @pytest.mark.parametrize(
     ("method", "params", "option"),
     [
-        ("chat", ASK | {"tools": [{"name": "clock"}]}, "tools"),
-        ("chat", ASK | {"tool_choice": "auto"}, "tool_choice"),
-        ("chat", {"messages": [{"role": "tool", "content": "3 PM"}]}, "messages"),
-        ("chat", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages"),
+        ("chat", ASK | {"tools": [{"type": "function", "function": {"name": "clock"}}]}, "tools"),
+        ("chat", ASK | {"thinking_budget": 3}, "thinking"),
+        ("chat", ASK | {"speculation": "draft"}, "speculation"),
+        ("chat", {"messages": [{"role": "user", "content": [{"type": "image", "path": "/x.png"}]}]}, "messages"),
+        ("models.load", {"model": CLEANUP, "draft_model": CLEANUP}, "draft_model"),
     ],
 )
 def test_options_that_cannot_be_honoured(client: Client, method: str, params: dict, option: str) -> None:

@@ -57,6 +57,9 @@ class FakeTicket:
         self.text += text
         self.sink.piece(text, reasoning)
 
+    def calls(self, calls: list[types.ToolCall], malformed: list[types.MalformedToolCall]) -> None:
+        self.sink.calls(calls, malformed)
+
     def done(self, finish_reason: Any = "stop") -> None:
         self.ended = True
         self.sink.done(completion(self.text, finish_reason))

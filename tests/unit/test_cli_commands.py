@@ -389,7 +389,11 @@ def test_run_streams_to_a_terminal(daemon: ScriptedDaemon, terminal: Start) -> N
     def stream(connection: Connection, request: dict[str, Any]) -> Any:
         connection.stream(request["id"], 0, phase="loading", progress=0.5)
         connection.stream(request["id"], 1, reasoning="hmm")
-        connection.stream(request["id"], 2, text="I think\x1b]0;evil\x07 so.")
+        call = {"id": "1", "name": "clock", "arguments": {"zone": "\x1b]0;evil\x07"}}
+        connection.stream(
+            request["id"], 2, tool_calls=[call], malformed_tool_calls=[{"text": "x", "reason": "no call"}]
+        )
+        connection.stream(request["id"], 3, text="I think\x1b]0;evil\x07 so.")
         connection.cancel_of(request["id"]).wait(PATIENCE_S)
         connection.fail(request["id"], errors.Cancelled("the request was cancelled"))
         return NOTHING
@@ -399,6 +403,8 @@ def test_run_streams_to_a_terminal(daemon: ScriptedDaemon, terminal: Start) -> N
     screen.until("so.")
     assert "loading the model 50%" in screen.shown
     assert "\r\x1b[K\x1b[2mhmm\x1b[0m" in screen.shown
+    assert '{"id":"1","name":"clock","arguments":{"zone":"\\u001b]0;evil\\u0007"}}' in screen.shown
+    assert "malformed: no call" in screen.shown
     assert "I think]0;evil so." in screen.shown
     screen.interrupt()
     assert screen.end() == exits.INTERRUPTED

@@ -30,7 +30,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.children": ({"mlxd_client", "mlxd.childwire"}, {"msgspec", "psutil"}),
     "mlxd.worker": (
         {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.promptfiles", "mlxd.store"},
-        {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance", "PIL"},
+        {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance", "PIL", "jsonschema",
+         "referencing"},
     ),
     "mlxd.fetch": (
         {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.store"},

@@ -148,7 +148,8 @@ def test_it_describes_every_method_of_version_1(discovered: dict[str, Any]) -> N
         "hello ping status shutdown rpc.discover models.list models.get models.load models.unload models.acquire "
         "models.release models.plan models.download models.delete models.verify models.catalog jobs.list jobs.get "
         "jobs.wait jobs.cancel cache.list cache.clear process chat tokens.count tokens.encode tokens.decode embed "
-        "cancel events.subscribe events.unsubscribe"
+        "cancel events.subscribe "
+        "events.unsubscribe"
     ).split()
     names = [method["name"] for method in discovered["methods"]]
     assert set(now) <= set(names) <= {*now, *later}

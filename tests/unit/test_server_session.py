@@ -11,6 +11,7 @@ import pytest
 from mlxd.server.limits import ServerLimits
 from mlxd_client import codec
 from mlxd_client.codec import Encoding
+from mlxd_client.types import MalformedToolCall, ToolCall
 from support.fake_runtime import completion
 from support.loops import run
 from support.serving import Closed, RawClient, serving
@@ -216,8 +217,14 @@ def test_a_stream_brings_pieces_then_the_whole(encoding: Encoding) -> None:
             ticket.piece("b")
             assert (await client.next())["params"] == {"id": "s", "seq": 2, "text": "ab"}
             ticket.piece("c")
+            call, none = ToolCall(id="1", name="clock", arguments={}), MalformedToolCall(text="x", reason="no call")
+            for _ in range(2):
+                ticket.calls([call], [none])
             ticket.done()
-            assert (await client.next())["params"] == {"id": "s", "seq": 3, "text": "c"}
+            assert (await client.next())["params"] == {
+                "id": "s", "seq": 3, "text": "c", "tool_calls": [{"id": "1", "name": "clock", "arguments": {}}] * 2,
+                "malformed_tool_calls": [{"text": "x", "reason": "no call"}] * 2,
+            }  # fmt: skip
             answer = await client.next()
             assert answer["id"] == id
             assert answer["result"]["text"] == "abc"

@@ -308,8 +308,8 @@ def test_a_cancelled_row_leaves_its_text(engine: Engine, loaded: LoadedModel) ->
         ({"schema": False}, InvalidParams, "schema"),
         ({"schema": {}, "grammar": "x"}, InvalidParams, "grammar"),
         ({"schema": [1]}, InvalidParams, "schema"),
-        ({"tools": []}, Unsupported, "tools"),
-        ({"tool_choice": "auto"}, Unsupported, "tool_choice"),
+        ({"thinking_budget": 5, "thinking": False}, InvalidParams, "thinking_budget"),
+        ({"thinking_budget": -1}, InvalidParams, "thinking_budget"),
         ({"adapter": "x"}, InvalidParams, "adapter"),
         ({"draft_model": "x"}, Unsupported, "draft_model"),
         ({"cache_prompt": True}, Unsupported, "cache_prompt"),
@@ -327,6 +327,15 @@ def test_what_is_refused_is_refused_by_name(
         engine.submit(0, ask("hello", **options))
     assert name in (caught.value.details.get("option"), caught.value.details.get("field"))
     assert not engine.busy
+
+
+def test_tools_are_refused_by_a_model_that_has_none(engine: Engine) -> None:
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    with pytest.raises(Unsupported) as caught:
+        engine.submit(0, Generate(kind="chat", messages=[{"role": "user", "content": "x"}], tools=tools))
+    assert caught.value.details["option"] == "tools"
+    with pytest.raises(Unsupported):
+        engine.count(CountTokens(messages=[{"role": "user", "content": "x"}], tools=tools))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class Builder:
         self.read: list[int] = []
         self.kept: Messages = []
 
-    def build(self, kind: str, messages: Messages, *, thinking: bool, cut: bool = False) -> Prompt:
+    def build(self, kind: str, messages: Messages, *, thinking: bool, cut: bool = False, tools: Any = None) -> Prompt:
         size = sum(1 + len(turn["content"].split()) for turn in messages)
         self.read.append(len(messages))
         self.kept = messages

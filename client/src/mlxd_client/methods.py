@@ -455,12 +455,13 @@ class Methods:
         text: str | None = None,
         *,
         messages: Messages | None = None,
+        tools: list[dict[str, Any]] | None = None,
         model: str | None = None,
         wait_s: Wait = UNSET,
     ) -> Request[int]:
-        """How many tokens `text`, or `messages` through the chat template, take with a model's tokenizer."""
+        """How many tokens `text`, or `messages` and `tools` through the chat template, take for a model."""
         turns = UNSET if messages is None else _turns(messages)
-        params = TokensParams(model=_unset(model), text=_unset(text), messages=turns)
+        params = TokensParams(model=_unset(model), text=_unset(text), messages=turns, tools=_unset(tools))
         return Request("tokens.count", params, TokensResult, wait_s, pick=_tokens)
 
     @remote

@@ -108,7 +108,8 @@ class Subscription(Call[SubscribeResult]):
 
 
 def _only_text(piece: Stream) -> bool:
-    return piece.text is not None and piece.reasoning is None and piece.tool_calls is None and piece.phase is None
+    other = piece.reasoning or piece.tool_calls or piece.malformed_tool_calls or piece.phase
+    return piece.text is not None and other is None
 
 
 class Session:

@@ -128,6 +128,7 @@ export interface Completion {
   timings: Timings;
   reasoning?: string;
   tool_calls?: ToolCall[];
+  malformed_tool_calls?: MalformedToolCall[];
   structured?: unknown;
   logprobs?: TokenLogprob[];
   invented?: string[];
@@ -304,6 +305,12 @@ export interface LoadParams {
   draft_model?: string;
 }
 
+export interface MalformedToolCall {
+  text: string;
+  reason: string;
+  name?: string;
+}
+
 export interface Memory {
   budget_bytes: number;
   used_bytes: number;
@@ -459,6 +466,7 @@ export interface Stream {
   text?: string;
   reasoning?: string;
   tool_calls?: ToolCall[];
+  malformed_tool_calls?: MalformedToolCall[];
   phase?: "downloading" | "loading" | "prompt" | "queued";
   progress?: number;
 }
@@ -506,6 +514,7 @@ export interface TokensParams {
   model?: string;
   text?: string;
   messages?: Message[];
+  tools?: Record<string, unknown>[];
 }
 
 export interface TokensResult {
@@ -522,6 +531,7 @@ export interface Usage {
   prompt_tokens: number;
   completion_tokens: number;
   cached_tokens?: number;
+  reasoning_tokens?: number;
 }
 
 export interface VerifyResult {
@@ -563,7 +573,7 @@ export interface Methods {
   "jobs.cancel": { params: { job: string; discard?: boolean }; result: Job };
   "process": { params: { prompt: string; model?: string; stream?: boolean; max_tokens?: number; temperature?: number; top_p?: number; top_k?: number; min_p?: number; repetition_penalty?: number; presence_penalty?: number; frequency_penalty?: number; logit_bias?: Record<string, number>; seed?: number; stop?: string[]; logprobs?: number; schema?: Record<string, unknown> | boolean; grammar?: string; thinking?: boolean; keep_alive?: number; timeout_s?: number; priority?: "batch" | "interactive"; cache_prompt?: boolean; xtc_probability?: number; xtc_threshold?: number; thinking_budget?: number; n?: number; adapter?: string; speculation?: "auto" | "draft" | "lookup" | "off"; context_policy?: "drop_oldest" | "refuse" | "rotate"; kv_bits?: 4 | 8; deterministic?: boolean; system?: string }; result: Completion };
   "chat": { params: { messages: Message[]; model?: string; stream?: boolean; max_tokens?: number; temperature?: number; top_p?: number; top_k?: number; min_p?: number; repetition_penalty?: number; presence_penalty?: number; frequency_penalty?: number; logit_bias?: Record<string, number>; seed?: number; stop?: string[]; logprobs?: number; schema?: Record<string, unknown> | boolean; grammar?: string; thinking?: boolean; keep_alive?: number; timeout_s?: number; priority?: "batch" | "interactive"; cache_prompt?: boolean; xtc_probability?: number; xtc_threshold?: number; thinking_budget?: number; n?: number; adapter?: string; speculation?: "auto" | "draft" | "lookup" | "off"; context_policy?: "drop_oldest" | "refuse" | "rotate"; kv_bits?: 4 | 8; deterministic?: boolean; tools?: Record<string, unknown>[]; tool_choice?: string | Record<string, unknown> }; result: Completion };
-  "tokens.count": { params: { model?: string; text?: string; messages?: Message[] }; result: TokensResult };
+  "tokens.count": { params: { model?: string; text?: string; messages?: Message[]; tools?: Record<string, unknown>[] }; result: TokensResult };
   "tokens.encode": { params: { text: string; model?: string; special?: boolean; pieces?: boolean }; result: EncodeResult };
   "tokens.decode": { params: { tokens: number[]; model?: string }; result: DecodeResult };
   "embed": { params: { input: string[]; model?: string; dimensions?: number; normalize?: boolean; truncate?: boolean; encoding?: "base64" | "float"; keep_alive?: number; timeout_s?: number }; result: EmbedResult };

@@ -48,13 +48,10 @@ MAX_DEPTH = types.MAX_DEPTH + 4
 MAX_RULE_BYTES = 256 * 1024
 # How many images a request may bring.
 MAX_IMAGES = 16
-# Options of the wire that no worker honours yet: refused before anything is loaded for them.
-NOT_YET = (
-    "tools",
-    "tool_choice",
-    "thinking_budget",
-    "draft_model",
-)
+# So long may the tools of a request be, as JSON: each schema is checked, and all are in the prompt.
+MAX_TOOLS, MAX_TOOLS_BYTES = 128, 256 * 1024
+# Options that no worker honours.
+NOT_YET = ("draft_model",)
 
 
 class Ready(msgspec.Struct, omit_defaults=True):
@@ -101,8 +98,8 @@ class LoadModel(msgspec.Struct, omit_defaults=True, kw_only=True):
     their KV caches and the prefixes that are kept hold together, where 0 keeps none. `kv_bytes` is what they may hold
     at all: requests wait, or are refused, so that it is enough; 0 is no bound. `kv_bits` is for requests that say
     nothing; 0 leaves their KV caches as they are. `context_length` is how many tokens prompt and answer may have, where
-    it is not 0. The model is loaded also where `draft` cannot be its draft model.
-    `disk_cache` is the folder of all models' prefixes on disk, `disk_cache_bytes` what they may hold together."""
+    it is not 0. The model is loaded also where `draft` cannot be its draft model. `disk_cache` is the folder of all
+    models' prefixes on disk, `disk_cache_bytes` what they may hold together."""
 
     model: str
     path: str
@@ -134,15 +131,17 @@ class Attached(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Generate(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """One request. `messages` are chat turns as on the public wire, images included; `options` the sampling options
-    that were set, under the public wire's names; what is not set falls to the model's defaults, then the worker's.
-    `priority` as on the public wire: where requests wait inside the worker, interactive ones go first. `adapter`: an
-    absolute folder."""
+    """One request. `messages` are chat turns as on the public wire, images included, as are `tools` and `tool_choice`;
+    `options` the sampling options that were set, under the public wire's names; what is not set falls to the model's
+    defaults, then the worker's. `priority` as on the public wire: where requests wait inside the worker, interactive
+    ones go first. `adapter`: an absolute folder."""
 
     kind: str  # "process" | "chat"
     messages: list[dict[str, Any]]
     options: dict[str, Any] = {}
     stream: bool = False
+    tools: list[dict[str, Any]] = []
+    tool_choice: str | dict[str, Any] | None = None
     priority: str = "interactive"
     adapter: str | None = None
 
@@ -192,7 +191,7 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     `dropped_messages` did not fit into the context."""
 
     text: str
-    finish_reason: str  # stop | length | cancelled
+    finish_reason: str  # stop | length | tool_calls | cancelled
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
@@ -201,6 +200,9 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
     logprobs: list[dict[str, Any]] | None = None
     invented: list[str] | None = None
     structured: Any = None
+    reasoning_tokens: int = 0
+    tool_calls: list[types.ToolCall] | None = None
+    malformed_tool_calls: list[types.MalformedToolCall] | None = None
     speculation: types.Speculation | None = None
     alternatives: list[Answer] | None = None
     dropped_messages: int = 0
@@ -208,10 +210,19 @@ class Generated(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class CountTokens(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """Either plain `text`, or `messages` through the chat template."""
+    """Either plain `text`, or `messages` and `tools` through the chat template."""
 
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] = []
+
+
+class Calls(msgspec.Struct, omit_defaults=True):
+    """The tool calls that one decode step completed for the streaming request `id`."""
+
+    id: int
+    tool_calls: list[types.ToolCall] = []
+    malformed_tool_calls: list[types.MalformedToolCall] = []
 
 
 class EncodeText(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -251,7 +262,7 @@ class Embedded(msgspec.Struct, kw_only=True):
 
 
 class Prewarm(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """The text of a system turn. `adapter`: as Generate has it."""
+    """The text of a system turn; `adapter` as in Generate."""
 
     system: str
     adapter: str | None = None
@@ -263,10 +274,12 @@ class Cleared(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Step(msgspec.Struct, omit_defaults=True):
-    """`pieces` holds (request id, text, reasoning) for each streaming request that got new text. `others` holds
-    (request id, number, text, reasoning) of the second and further answers to requests that asked for several."""
+    """`pieces` holds (request id, text, reasoning) for each streaming request that got new text; `calls` is of those
+    that completed tool calls. `others` holds (request id, number, text, reasoning) of the second and further answers to
+    requests that asked for several."""
 
     pieces: list[tuple[int, str, str]] = []
+    calls: list[Calls] = []
     others: list[tuple[int, int, str, str]] = []
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
+from msgspec import UnsetType
 
 from mlxd_client import errors, types
 from mlxd_client.types import UNSET
@@ -77,13 +78,15 @@ def completion(request: Generation, made: wire.Generated) -> types.Completion:
         total_s=now - request.accepted_at,
     )  # fmt: skip
     usage = types.Usage(
-        prompt_tokens=made.prompt_tokens, completion_tokens=made.completion_tokens, cached_tokens=made.cached_tokens
-    )
+        prompt_tokens=made.prompt_tokens, completion_tokens=made.completion_tokens, cached_tokens=made.cached_tokens,
+        reasoning_tokens=made.reasoning_tokens,
+    )  # fmt: skip
     return types.Completion(
         model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
         usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented,
         logprobs=_logprobs(made.logprobs), structured=made.structured, dropped_messages=made.dropped_messages,
         alternatives=None if made.alternatives is None else [_alternative(answer) for answer in made.alternatives],
+        tool_calls=made.tool_calls, malformed_tool_calls=made.malformed_tool_calls,
         alone=made.alone, speculation=made.speculation,
         adapter=None if request.adapter is None else request.adapter.id,
     )  # fmt: skip
@@ -107,12 +110,13 @@ def refuse_unsupported(params: types.GenerateParams) -> None:
         if getattr(params, option, UNSET) is not UNSET:
             raise errors.Unsupported(f"{option} is not supported by the models' backend", option=option)
     check_rule(params)
-    for number, turn in enumerate(params.messages if isinstance(params, types.ChatParams) else ()):
-        if turn.role == "tool" or turn.tool_calls is not UNSET or turn.tool_call_id is not UNSET:
-            told = f"messages[{number}]"
-            raise errors.Unsupported(f"{told}: tool turns are not supported yet", option="messages", field=told)
+    if params.thinking is False and params.thinking_budget is not UNSET:
+        raise errors.InvalidParams("a thinking_budget turns thinking on; give no `thinking`", field="thinking_budget")
     if isinstance(params, types.ChatParams):
         check_images(params.messages)
+        check_tools(params.tools)
+        if params.tool_choice is not UNSET and not params.tools:
+            raise errors.InvalidParams("there are no tools to choose from", field="tool_choice")
 
 
 def check_rule(params: types.GenerateParams) -> None:
@@ -159,6 +163,19 @@ def turn_params(messages: list[types.Message]) -> list[dict[str, Any]]:
     return [msgspec.to_builtins(message, builtin_types=(bytes,)) for message in messages]
 
 
+def check_tools(tools: list[dict[str, Any]] | UnsetType) -> None:
+    """Raises InvalidParams for more tools than a worker takes."""
+    if tools is UNSET:
+        return
+    if len(tools) > wire.MAX_TOOLS:
+        told = f"tools: {len(tools)} are over the limit of {wire.MAX_TOOLS}"
+        raise errors.InvalidParams(told, field="tools", limit=wire.MAX_TOOLS)
+    size = len(msgspec.json.encode(tools))
+    if size > wire.MAX_TOOLS_BYTES:
+        told = f"tools: {size} bytes are over the limit of {wire.MAX_TOOLS_BYTES}"
+        raise errors.InvalidParams(told, field="tools", limit_bytes=wire.MAX_TOOLS_BYTES)
+
+
 def worker_params(kind: str, params: types.GenerateParams, adapter: wire.Adapter | None = None) -> wire.Generate:
     """The request as its worker gets it: turns, and the options that were set."""
     if isinstance(params, types.ChatParams):
@@ -168,10 +185,12 @@ def worker_params(kind: str, params: types.GenerateParams, adapter: wire.Adapter
         messages = [] if params.system is UNSET else [{"role": "system", "content": params.system}]
         messages.append({"role": "user", "content": params.prompt})
     options = {name: value for name in _SAMPLING if (value := getattr(params, name)) is not UNSET}
-    path = None if adapter is None else adapter.path
-    return wire.Generate(
-        kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority, adapter=path
-    )
+    made = wire.Generate(kind=kind, messages=messages, options=options, stream=params.stream, priority=params.priority)
+    made.adapter = None if adapter is None else adapter.path
+    if isinstance(params, types.ChatParams) and params.tools:
+        made.tools = params.tools
+        made.tool_choice = None if params.tool_choice is UNSET else params.tool_choice
+    return made
 
 
 def characters(messages: list[types.Message]) -> int:
@@ -187,7 +206,7 @@ def characters(messages: list[types.Message]) -> int:
 
 def count_params(params: types.TokensParams) -> wire.CountTokens:
     if params.messages is not UNSET:
-        return wire.CountTokens(messages=turn_params(params.messages))
+        return wire.CountTokens(messages=turn_params(params.messages), tools=params.tools or [])
     return wire.CountTokens(text=params.text or "")
 
 

@@ -27,7 +27,16 @@ from .core import actions as do
 from .core import events as ev
 from .core.core import Core, Limits
 from .fetchers import Fetchers
-from .generation import Generation, characters, completion, count_params, refuse_unsupported, with_text, worker_params
+from .generation import (
+    Generation,
+    characters,
+    check_tools,
+    completion,
+    count_params,
+    refuse_unsupported,
+    with_text,
+    worker_params,
+)
 from .library import Library, draft_bytes
 from .prompts import Prompts, ask
 from .server.events import EventLog
@@ -293,6 +302,11 @@ class Runtime:
         if request is not None:
             request.sink.piece(text, reasoning, index)
 
+    def worker_calls(self, rid: int, calls: list[types.ToolCall], malformed: list[types.MalformedToolCall]) -> None:
+        request = self._open.get(rid)
+        if request is not None:
+            request.sink.calls(calls, malformed)
+
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None:
         request = self._open.get(rid)
         if request is not None:
@@ -351,14 +365,14 @@ class Runtime:
             return self.core.view(named)  # it is on its way, or was
 
     async def load(self, client: int, params: types.LoadParams) -> types.Model:
+        adapter = None if params.adapter is UNSET else await self._adapter(params.adapter)
         if params.system is not UNSET and not self._settings.prompt_cache_bytes:
             raise errors.Unsupported("no prompts are kept, by the setting `prompt_cache_bytes`", option="system")
-        adapter = None if params.adapter is UNSET else await self._adapter(params.adapter)
         model = await self._have(params.model)
         keep_alive = None if params.keep_alive is UNSET else params.keep_alive
         draft = None if params.draft_model is UNSET else await self._have_draft(params.draft_model, model)
         room = 0 if draft is None else draft_bytes(draft)
-        # It cannot go before its adapter is there, and what is to be kept.
+        # It cannot go before all that was asked for is there.
         lease = None if params.adapter is UNSET and params.system is UNSET else self._new_lease()
         try:
             view: types.Model = await self._reach(
@@ -375,8 +389,7 @@ class Runtime:
             if params.system is not UNSET:
                 link = self._link(model)
                 path = None if link.adapter is None else link.adapter.path
-                wanted = wire.Prewarm(system=params.system, adapter=path)
-                await ask(link, "prewarm", wanted, len(params.system))
+                await ask(link, "prewarm", wire.Prewarm(system=params.system, adapter=path), len(params.system))
         finally:
             if lease is not None:
                 self.tell(ev.Release(client, lease))
@@ -681,8 +694,10 @@ class Runtime:
     async def count_tokens(self, client: int, params: types.TokensParams) -> types.TokensResult:
         if (params.text is UNSET) == (params.messages is UNSET):
             raise errors.InvalidParams("give either text or messages", field="text")
+        check_tools(params.tools)
         turns = [] if params.messages is UNSET else params.messages
         length = len(params.text or "") + characters(turns)
+        length += sum(len(msgspec.json.encode(tool)) for tool in params.tools or ())
         _, result = await self._ask(client, params.model, "count", count_params(params), length)
         return msgspec.convert(result, types.TokensResult)
 
@@ -721,13 +736,7 @@ class Runtime:
         lease = await self.acquire(client, ref, keep_alive_s=keep_alive_s)
         try:
             link = self._link(lease.model.id)
-            answer: asyncio.Future[Any] = self.loop.create_future()
-            asked = link.ask(method, params, lambda told: settle(answer, told), characters=characters)
-            try:
-                return lease.model.id, await answer
-            except asyncio.CancelledError:
-                link.give_up(asked)
-                raise
+            return lease.model.id, await ask(link, method, params, characters)
         finally:
             self.tell(ev.Release(client, lease.lease))
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from mlxd_client import errors
+from mlxd_client import errors, types
 
 from . import childwire as wire
 from .children.child import Child
@@ -31,6 +31,7 @@ class WorkerEvents(Protocol):
     def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None: ...
     def worker_load_failed(self, worker: int, error: errors.RpcError) -> None: ...
     def worker_piece(self, rid: int, text: str, reasoning: str, index: int = 0) -> None: ...
+    def worker_calls(self, rid: int, calls: list[types.ToolCall], malformed: list[types.MalformedToolCall]) -> None: ...
     def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None: ...
     def worker_memory(self, worker: int, memory_bytes: int) -> None: ...
     def worker_cache_failed(self, worker: int, failures: int) -> None: ...
@@ -75,7 +76,7 @@ class WorkerLink:
     def generate(self, rid: int, params: wire.Generate) -> None:
         assert self.child is not None
         request_id = self.child.request("generate", params)
-        self._expect_reading(request_id, *_size(params.messages))
+        self._expect_reading(request_id, *_size(params.messages, params.tools))
         self._rids[request_id] = rid
         self._ids[rid] = request_id
 
@@ -89,7 +90,7 @@ class WorkerLink:
             self._load.kv_bytes = kv_bytes
             self.child.notify("allow", {"kv_bytes": kv_bytes})
 
-    def ask(self, method: str, params: Any, answer: Answered, *, characters: int) -> int:
+    def ask(self, method: str, params: Any, answer: Answered, characters: int = 0) -> int:
         """Ask for what is no generation; `answer` is called once, with the result or an error.
 
         Args:
@@ -166,10 +167,18 @@ class WorkerLink:
                 rid = self._rids.get(request_id)
                 if rid is not None:
                     self._events.worker_piece(rid, text, reasoning, number)
+            if "calls" in message["params"]:
+                self._on_calls(message["params"]["calls"])
         elif method == "progress":
             self._events.worker_progress(self.worker, min(1.0, max(0.0, float(message["params"]["progress"]))))
         elif "id" in message:
             self._on_answer(child, message)
+
+    def _on_calls(self, raw: Any) -> None:
+        for made in msgspec.convert(raw, list[wire.Calls]):
+            rid = self._rids.get(made.id)
+            if rid is not None:
+                self._events.worker_calls(rid, made.tool_calls, made.malformed_tool_calls)
 
     def on_exit(self, child: Child, death: Death, /) -> None:
         self._load_ended()
@@ -214,9 +223,10 @@ class WorkerLink:
             self._events.worker_answered(rid, outcome)
 
 
-def _size(messages: list[dict[str, Any]]) -> tuple[int, int]:
-    """How many characters of text, and how many images, turns have."""
-    characters = images = 0
+def _size(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> tuple[int, int]:
+    """How many characters of text a prompt will have, about, and how many images."""
+    others = [tools, *(turn["tool_calls"] for turn in messages if turn.get("tool_calls"))]
+    characters, images = sum(len(msgspec.json.encode(other)) for other in others if other), 0
     for turn in messages:
         content = turn.get("content", "")
         if isinstance(content, str):

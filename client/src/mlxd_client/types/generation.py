@@ -43,8 +43,12 @@ Part = TextPart | ImagePart | ImageUrlPart
 
 
 class Message(Params, kw_only=True):
-    """One turn. `content` is text, or parts: texts and images in the order in which they are read. Tool fields belong
-    to assistant and tool turns."""
+    """One turn. `content` is text, or parts: texts and images in the order in which they are read.
+
+    `tool_calls` are an assistant turn's: {id, name, arguments}, as a Completion has them, or {id, type: "function",
+    function: {name, arguments}}, whose arguments may be JSON text. A `tool` turn brings what one of them returned:
+    `tool_call_id` says which. Such turns follow the assistant turn that made the calls.
+    """
 
     role: Role
     content: str | Annotated[list[Part], Meta(max_length=1024)] = ""
@@ -62,9 +66,10 @@ class GenerateParams(Params, kw_only=True):
     `schema` makes the answer JSON that fits a JSON Schema; true stands for any JSON. `grammar` makes it fit a grammar
     in the dialect of Lark that llguidance reads. They are enforced token by token; at most one of them can be given.
 
-    `thinking_budget` bounds the thought, in tokens, and turns thinking on. `n` answers are made from one prompt, which
-    is read once: see Completion.alternatives. With a `seed`, the first is what `n` 1 would give; the others have draws
-    of their own, so that a `temperature` of 0 makes them all alike. Where one fails, all do.
+    `thinking_budget` bounds the thought, in tokens, and turns thinking on: a thought that has used it up is ended, and
+    the answer begins. `n` answers are made from one prompt, which is read once: see Completion.alternatives. With a
+    `seed`, the first is what `n` 1 would give; the others have draws of their own, so that a `temperature` of 0 makes
+    them all alike. Where one fails, all do. There is one answer where there are `tools`.
     `xtc_probability` is how often, for each token, all but the least likely of those above `xtc_threshold` (0.1) are
     left out; ends of lines and of the answer are spared.
 
@@ -123,15 +128,24 @@ class ProcessParams(GenerateParams, kw_only=True):
 
 
 class ChatParams(GenerateParams, kw_only=True):
+    """`tools` are the functions that the model may call: {type: "function", function: {name, description, parameters}},
+    where `parameters` is a JSON Schema of an object. `tool_choice` is `auto` (the default), `none`, `required`, or the
+    one to call: {name} or {type: "function", function: {name}}. The last two are enforced token by token; with them
+    there can be no `schema` or `grammar`.
+    """
+
     messages: Annotated[list[Message], Meta(min_length=1, max_length=10_000)]
     tools: list[dict[str, Any]] | UnsetType = UNSET
     tool_choice: str | dict[str, Any] | UnsetType = UNSET
 
 
 class Usage(Result, kw_only=True):
+    """`reasoning_tokens` of `completion_tokens` were the thought's, its markers not counted."""
+
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 class Timings(Result, kw_only=True):
@@ -155,9 +169,21 @@ class Speculation(Result, kw_only=True):
 
 
 class ToolCall(Result, kw_only=True):
+    """A whole call of one of the request's tools; `arguments` fit the tool's `parameters`. `id` is unique among the
+    calls of one answer."""
+
     id: str
     name: str
     arguments: dict[str, Any]
+
+
+class MalformedToolCall(Result, kw_only=True):
+    """What the model wrote where a call was to be: no call, an unknown tool, arguments that do not fit, or a call that
+    was cut short. `text` is what it wrote, without the markers."""
+
+    text: str
+    reason: str
+    name: str | None = None
 
 
 class TokenLogprob(Result, kw_only=True):
@@ -188,6 +214,7 @@ class Completion(Result, kw_only=True):
     `structured` is the parsed answer where a `schema` was asked and the answer is whole; null, and what the wire cannot
     carry, are in `text` only. `alone`: `context_policy` rotate or `deterministic` had this request served by itself.
     `speculation` is set where any token was guessed ahead. `adapter` is the id of the adapter that the model had.
+    `finish_reason` is `tool_calls` where the answer ended by itself with whole calls in it.
 
     `alternatives` are the answers after the first, where `n` were asked: `usage.completion_tokens` is of all together,
     the other fields are the first one's. `dropped_messages` is how many `context_policy` left out."""
@@ -199,6 +226,7 @@ class Completion(Result, kw_only=True):
     timings: Timings
     reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
+    malformed_tool_calls: list[MalformedToolCall] | None = None
     structured: Any = None
     logprobs: list[TokenLogprob] | None = None
     invented: list[str] | None = None
@@ -211,7 +239,8 @@ class Completion(Result, kw_only=True):
 
 class Stream(Result, kw_only=True):
     """A `stream` notification: the next piece of the answer to request `id`. `seq` counts from 0 without gaps, over all
-    answers where `n` were asked; `index` says which one this belongs to, and is absent for the first."""
+    answers where `n` were asked; `index` says which one this belongs to, and is absent for the first. A tool call is in
+    the piece in which it was completed."""
 
     id: int | str
     seq: int
@@ -219,14 +248,18 @@ class Stream(Result, kw_only=True):
     text: str | None = None
     reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
+    malformed_tool_calls: list[MalformedToolCall] | None = None
     phase: Literal["queued", "downloading", "loading", "prompt"] | None = None
     progress: float | None = None
 
 
 class TokensParams(Params, kw_only=True):
+    """Either `text`, or `messages` with the `tools` that `chat` would get with them."""
+
     model: ModelRef | UnsetType = UNSET
     text: str | UnsetType = UNSET
     messages: Annotated[list[Message], Meta(min_length=1, max_length=10_000)] | UnsetType = UNSET
+    tools: list[dict[str, Any]] | UnsetType = UNSET
 
 
 class TokensResult(Result, kw_only=True):

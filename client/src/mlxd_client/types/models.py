@@ -54,10 +54,9 @@ class LoadParams(Params, kw_only=True):
     `none` takes it away.
 
     `draft_model` is loaded beside the model, to guess for it, in place of the one it has; it goes when the model is
-    unloaded. Where it cannot guess for the model the request fails, and the model stays loaded without it.
-
-    `system`: what prompts with this system turn begin with is computed, too, and kept, so that the first of them need
-    not; `unsupported` where nothing can be kept."""
+    unloaded. Where it cannot guess for the model the request fails, and the model stays loaded without it. `system`:
+    what prompts with this system turn begin with is computed, too, and kept, so that the first of them need not;
+    `unsupported` where nothing can be kept."""
 
     model: ModelRef
     system: Annotated[str, Meta(min_length=1)] | UnsetType = UNSET

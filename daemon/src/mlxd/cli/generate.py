@@ -216,6 +216,8 @@ def told(stream: Stream, output: Output) -> Iterator[types.Stream]:
                 output.progress(None)
             if piece.reasoning:
                 show_reasoning(piece.reasoning, output)
+            if (piece.tool_calls or piece.malformed_tool_calls) and not output.json:
+                show_calls(piece, output)
             yield piece
     finally:
         if waiting:
@@ -237,6 +239,16 @@ def show_reasoning(text: str, output: Output) -> None:
 
         output.out.write(f"\x1b[2m{safe(text)}\x1b[0m")
         output.out.flush()
+
+
+def show_calls(piece: types.Stream, output: Output) -> None:
+    """Tool calls, one to a line: nobody here runs them."""
+    import msgspec
+
+    for call in piece.tool_calls or ():
+        output.line(msgspec.json.encode(call).decode())
+    for malformed in piece.malformed_tool_calls or ():
+        output.note(f"a call of {malformed.name or 'a tool'} was malformed: {malformed.reason}")
 
 
 def show_stats(completion: Completion, output: Output) -> None:

@@ -155,12 +155,9 @@ def load(args: argparse.Namespace, output: Output) -> int:
     try:
         with connect(args) as client:
             model = client.load(
-                args.model,
-                keep_alive=args.keep_alive,
-                adapter=args.adapter,
-                draft_model=args.draft_model,
+                args.model, keep_alive=args.keep_alive, adapter=args.adapter, draft_model=args.draft_model,
                 system=system,
-            )
+            )  # fmt: skip
     finally:
         output.progress(None)
     if output.json:

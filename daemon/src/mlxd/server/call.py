@@ -9,7 +9,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlxd_client.errors import Cancelled, RpcError
-from mlxd_client.types import Completion, Stream
+from mlxd_client.types import Completion, MalformedToolCall, Stream, ToolCall
 
 if TYPE_CHECKING:
     from .methods.table import Method
@@ -41,8 +41,10 @@ class Call:
     """
 
     __slots__ = (
+        "_calls",
         "_detached",
         "_ended",
+        "_malformed",
         "_others",
         "_phase",
         "_progress",
@@ -69,6 +71,8 @@ class Call:
         self._seq = 0
         self._text: list[str] | None = None
         self._reasoning: list[str] | None = None
+        self._calls: list[ToolCall] | None = None
+        self._malformed: list[MalformedToolCall] | None = None
         self._phase: Phase | None = None
         self._progress: float | None = None
         self._others: dict[int, tuple[list[str], list[str]]] | None = None  # text and reasoning of further answers
@@ -131,7 +135,7 @@ class Call:
     def detach(self) -> None:
         """Stop it, and let what still comes from it go nowhere: the client is gone, or was answered already."""
         self._detached = True
-        self._text = self._reasoning = self._phase = self._others = None
+        self._text = self._reasoning = self._phase = self._calls = self._malformed = self._others = None
         self.cancel()
 
     # --- its stream -----------------------------------------------------------------------------------------------
@@ -159,6 +163,16 @@ class Call:
         if text or reasoning:
             self.session.stream_waits(self)
 
+    def calls(self, calls: list[ToolCall], malformed: list[MalformedToolCall]) -> None:
+        """Tool calls that are complete; they go with the text that was not written yet."""
+        if not self.streaming or self._detached or not (calls or malformed):
+            return
+        if calls:
+            self._calls = [*(self._calls or ()), *calls]
+        if malformed:
+            self._malformed = [*(self._malformed or ()), *malformed]
+        self.session.stream_waits(self)
+
     def phase(self, phase: Phase, progress: float | None = None) -> None:
         """What happens before the first text; only the newest is kept until it is written."""
         if not self.streaming or self._detached:
@@ -168,18 +182,26 @@ class Call:
 
     def take_piece(self) -> Stream | None:
         """The next `stream` notification, of all that waits; None where nothing does."""
-        if self._text is None and self._reasoning is None and self._phase is None:
+        if (
+            self._text is None
+            and self._reasoning is None
+            and self._phase is None
+            and self._calls is None
+            and self._malformed is None
+        ):
             return None if self._others is None else self._take_other(self._others)
         piece = Stream(
             id=self.id,
             seq=self._seq,
             text=None if self._text is None else "".join(self._text),
             reasoning=None if self._reasoning is None else "".join(self._reasoning),
+            tool_calls=self._calls,
+            malformed_tool_calls=self._malformed,
             phase=self._phase,
             progress=self._progress,
         )
         self._seq += 1
-        self._text = self._reasoning = self._phase = self._progress = None
+        self._text = self._reasoning = self._phase = self._progress = self._calls = self._malformed = None
         return piece
 
     def _take_other(self, others: dict[int, tuple[list[str], list[str]]]) -> Stream:

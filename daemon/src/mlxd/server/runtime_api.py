@@ -32,6 +32,9 @@ class Sink(Protocol):
     def piece(self, text: str, reasoning: str = "", index: int = 0) -> None:
         """The next text of the answer of this index. Does nothing unless the request streams."""
 
+    def calls(self, calls: list[types.ToolCall], malformed: list[types.MalformedToolCall]) -> None:
+        """Tool calls that were completed just now. Does nothing unless the request streams."""
+
     def phase(
         self, phase: Literal["queued", "downloading", "loading", "prompt"], progress: float | None = None
     ) -> None:

@@ -9,6 +9,12 @@
     families   what architectures cannot do in a batch
     options    what a request asks for, what the model defaults to, what is refused
     prompt     messages become tokens, through the model's chat template
+    turns      the turns of a conversation, checked
+    timelimit  how long code may run that is not ours
+    tools      the tools of a request, checked
+    toolsyntax how families of models spell calls
+    toolflat   those that spell argument by argument
+    calls      tool calls out of what a model wrote
     shorten    which messages of a conversation go where it is too long
     images     an image of a request becomes pixels, or a typed error
     vision     a model that sees: mlx-vlm's, in two halves

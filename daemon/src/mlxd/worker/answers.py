@@ -54,6 +54,7 @@ def join(made: list[Generated]) -> Generated:
         first,
         finish_reason="cancelled" if cancelled else first.finish_reason,
         completion_tokens=sum(answer.completion_tokens for answer in made),
+        reasoning_tokens=sum(answer.reasoning_tokens for answer in made),
         alternatives=others,
         timings=msgspec.structs.replace(first.timings, decode_s=max(answer.timings.decode_s for answer in made)),
     )

@@ -226,12 +226,16 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
             if self._next_logprobs[index] is not None:
                 continue
             try:
-                masks[index] = constraint.follow(newest[index])
-                if not allows_any(masks[index], logits.shape[-1]):
+                mask = constraint.follow(newest[index])
+                if mask is None:
+                    continue
+                masks[index] = mask
+                if not allows_any(mask, logits.shape[-1]):
                     raise InternalError("the rule of this answer allows no token that the model has")
             except Exception as error:
                 masks.pop(index, None)
                 self._next_logprobs[index] = RowFailure(error)
+        plan.constrained = [(index, constraint) for index, constraint in plan.constrained if not constraint.over]
         return apply_masks(logits, masks) if masks else logits
 
     def extend(self, batch: RowBatch) -> None:

@@ -1,9 +1,11 @@
-"""What one answer may go on with, asked before each draw: the rule's matcher for one request, and masks for a batch."""
+"""What one answer may go on with, asked before each draw: the rule's matcher for one request, its thought before that,
+and masks for a batch."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -25,42 +27,96 @@ _SUMMANDS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis
 _tables: dict[Any, mx.array] = {}
 
 
-class Constraint:
-    """One request's place in its rule.
+class Thought:
+    """The thought that an answer begins with, token by token. It ends where its text says so, however its tokens spell
+    that, or by force.
 
     Args:
-        compiled: the rule.
-        thought: how a thought ends that comes before the answer; None where the answer begins at once. Until it came,
-            everything may come but the tokens that end the answer.
-        eos: those tokens.
+        decode: a token's bytes.
+        ends: the texts that end it.
+        close: the tokens that it is ended with by force.
+        budget: how many tokens it may have before that; None for any number.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[int], bytes],
+        ends: Sequence[str],
+        *,
+        close: Sequence[int] = (),
+        budget: int | None = None,
+    ) -> None:
+        self._decode = decode
+        self._ends = [end.encode() for end in ends]
+        self._keep = max(len(end) for end in self._ends)
+        self._tail = b""
+        self._left = budget
+        self._close = list(close)
+
+    @property
+    def next(self) -> int | None:
+        """The token that has to come next; None where the model is free."""
+        return self._close[0] if self._left == 0 and self._close else None
+
+    def take(self, newest: int) -> bytes | None:
+        """Note the newest token. Returns what came after the end, once it came."""
+        closed = False
+        if self._left == 0:
+            closed = bool(self._close) and self._close.pop(0) == newest and not self._close
+        elif self._left is not None:
+            self._left -= 1
+        text = self._tail + self._decode(newest)
+        found = [(at, -len(end), end) for end in self._ends if (at := text.find(end)) >= 0]
+        if found:
+            at, _, end = min(found)
+            return text[at + len(end) :]
+        self._tail = text[-self._keep :]
+        return b"" if closed else None
+
+
+class Constraint:
+    """One request's place in its rule, and in the thought before.
+
+    Args:
+        compiled: the rule; None where only the thought is bounded.
+        eos: the tokens that end the answer; where there is a rule, none of them comes in the thought.
+        thought: what the answer begins with; None where there is none.
+        vocabulary: how many tokens there are; read from the rule's tokenizer where there is a rule.
 
     Attributes:
         finished: the answer is whole, and nothing can follow.
+        over: nothing is ruled out any more, nor will be.
     """
 
-    def __init__(self, compiled: Compiled, *, eos: set[int], thought: str | None = None) -> None:
-        self._rule, self._tokenizer = compiled.rule, compiled.tokenizer
-        self._matcher = compiled.fresh()
-        self._marker = None if thought is None else thought.encode()
-        self._tail = b""
+    def __init__(
+        self, compiled: Compiled | None, *, eos: set[int], thought: Thought | None = None, vocabulary: int = 0
+    ) -> None:
+        self._compiled = compiled
+        self._size = vocabulary
+        if compiled is not None:
+            self._rule, self._tokenizer = compiled.rule, compiled.tokenizer
+            self._matcher = compiled.fresh()
+            self._size = self._tokenizer.vocab_size
+        self._thought = thought
         self._begun = False
         self._steps, self._spent_s = 0, 0.0
-        self._nothing_but_eos = _bits(self._tokenizer.vocab_size, eos)
+        self._nothing_but_eos = _bits(self._size, eos)
         self._anything_but_eos = bytes(~np.frombuffer(self._nothing_but_eos, np.uint8)) if thought else b""
-        self.finished = False
+        self.finished = self.over = False
 
     def value(self, text: str) -> Any:
         """What the whole answer `text` says, where the rule is a schema; None where it is none, says null, or says what
         the wire cannot carry."""
-        if self._rule.kind != "schema" or not self.finished:
+        if self._compiled is None or self._rule.kind != "schema" or not self.finished:
             return None
         try:
             return parse_value(text)
         except ValueError:
             return None
 
-    def follow(self, newest: int) -> bytes:
-        """Which tokens may come next, one bit each, after `newest`. The first time, that is the prompt's last token.
+    def follow(self, newest: int) -> bytes | None:
+        """Which tokens may come next, one bit each, after `newest`; None for all. The first time, that is the prompt's
+        last token.
 
         Raises:
             RpcError: the rule turned out too complex to follow, or the answer has left it.
@@ -68,14 +124,20 @@ class Constraint:
         began = time.perf_counter()
         if not self._begun:
             self._begun = True
-        elif self._marker is None:
+        elif self._thought is None:
             self._take([newest])
         else:
-            self._think(newest, self._marker)
+            self._think(newest, self._thought)
         if self.finished:
             return self._nothing_but_eos
-        if self._marker is not None:
-            return self._anything_but_eos
+        if self._thought is not None:
+            forced = self._thought.next
+            if forced is not None:
+                return _bits(self._size, {forced})
+            return None if self._compiled is None else self._anything_but_eos
+        if self._compiled is None:
+            self.over = True
+            return None
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise refusal(self._rule, self._matcher.get_error())
@@ -83,22 +145,20 @@ class Constraint:
         return mask
 
     def _take(self, tokens: list[int]) -> None:
-        if self.finished:
+        if self.finished or self._compiled is None:
             return
         if not self._matcher.consume_tokens(tokens):
             told = self._matcher.get_error()
             raise InternalError(f"a token was drawn that the {self._rule.kind} does not allow: {told}")
         self.finished = self._matcher.is_stopped()
 
-    def _think(self, newest: int, marker: bytes) -> None:
-        """The thought ends where its text does, however its tokens spell that; what follows is the answer's."""
-        self._tail += self._tokenizer.decode_bytes([newest])
-        before, found, after = self._tail.partition(marker)
-        if found:
-            self._marker = None
-            if after.strip():
-                self._take(self._tokenizer.tokenize_bytes(after.lstrip()))
-        self._tail = before[-len(marker) :]
+    def _think(self, newest: int, thought: Thought) -> None:
+        after = thought.take(newest)
+        if after is None:
+            return
+        self._thought = None
+        if after.strip() and self._compiled is not None:
+            self._take(self._tokenizer.tokenize_bytes(after.lstrip()))
 
     def _watch(self, took_s: float) -> None:
         self._steps += 1
@@ -139,7 +199,7 @@ def allows_any(mask: bytes, width: int) -> bool:
     return bool(rest and mask[whole] & ((1 << rest) - 1))
 
 
-def parse_value(text: str) -> Any:
+def parse_value(text: str, depth: int = MAX_VALUE_DEPTH) -> Any:
     """The JSON value that a whole answer spells, as the wire can carry it: integers beyond ±2^53 become floats.
 
     Raises:
@@ -147,7 +207,7 @@ def parse_value(text: str) -> Any:
     """
     try:
         value = json.loads(text, parse_int=_number, parse_constant=_number)
-        _check_size(value)
+        _check_size(value, depth)
         msgspec.msgpack.encode(value)
     except (RecursionError, OverflowError) as error:
         raise ValueError(str(error)) from None
@@ -161,13 +221,13 @@ def _number(text: str) -> int | float:
 
 def values_in(value: Any) -> int:
     """How many values the wire carries for a parsed value; 0 for none."""
-    return 0 if value is None else _check_size(value)
+    return 0 if value is None else _check_size(value, MAX_VALUE_DEPTH)
 
 
-def _check_size(value: Any) -> int:
+def _check_size(value: Any, depth: int) -> int:
     """How many values there are in all. Raises ValueError where they are too many, too deep, or no finite numbers."""
     level, values = [value], 0
-    for _ in range(MAX_VALUE_DEPTH):
+    for _ in range(depth):
         values += len(level)
         if values > MAX_VALUES:
             raise ValueError("too many values")

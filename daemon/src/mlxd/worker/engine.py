@@ -19,6 +19,7 @@ from mlxd_client.errors import Cancelled, InternalError, InvalidParams, ModelInv
 from ..childwire import (
     Adapt,
     Adapted,
+    Calls,
     CountTokens,
     DecodeTokens,
     Embedded,
@@ -34,7 +35,8 @@ from ..childwire import (
 from .adapters import Adapter, Adapters
 from .answers import Answers, reportable
 from .batch import MOST_PREFILLS, NOT_FINITE, RowFailure
-from .constraint import Constraint
+from .calls import Toolbox, ToolUse, news
+from .constraint import Constraint, Thought
 from .diskcache import DiskCache, Fetched
 from .draft import Draft, check_pair
 from .embed import ALONE_S, BESIDE_S, Embedder
@@ -88,18 +90,19 @@ class Running:
     first_at: float = 0.0
     constraint: Constraint | None = None
     sight: Sight | None = None
+    tools: ToolUse | None = None
     guess: Guess | None = None
     adapter: Adapter | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     number: int = 0  # among the answers to its request
-    fetched: bool = False  # what disk has of its prompt is read, if it has any
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What one step brought: `pieces` and `others` as in childwire.Step, and the requests that ended."""
+    """What one step brought: `pieces`, `calls` and `others` as in childwire.Step, and the requests that ended."""
 
     pieces: list[tuple[int, str, str]] = field(default_factory=list)
+    calls: list[Calls] = field(default_factory=list)
     others: list[tuple[int, int, str, str]] = field(default_factory=list)
     ended: list[tuple[int, Generated | Embedded | Adapted | RpcError]] = field(default_factory=list)
 
@@ -175,14 +178,15 @@ class Engine:
         self._several: dict[int, Answers] = {}  # by request id, of those that asked for several answers
         self._failed_steps = 0
         self._compiler = Compiler(tokenizer, loaded.vocabulary, self._eos)
+        self._toolbox = Toolbox(tokenizer, self._eos)
         self._compiling: dict[int, tuple[Running, Future[Compiled]]] = {}  # by request id
-        self.disk: DiskCache | None = None
-        # By request id; without a request where that was cancelled.
-        self._fetching: dict[int, tuple[Running | None, Compiled | None, Future[Fetched | None]]] = {}
         self.adapters = Adapters(loaded.model)
-        self._adapting: dict[int, tuple[Running, Compiled | None]] = {}  # by request id; their adapter is not read yet
+        self._adapting: dict[int, Running] = {}  # by request id; their adapter is not read yet
         self._keeping: dict[int, Adapter] = {}  # by request id
         self._embedder = Embedder(loaded, most_tokens=MOST_PREFILLS * prefill_step)
+        self.disk: DiskCache | None = None
+        # By request id; without a request where that was cancelled.
+        self._fetching: dict[int, tuple[Running | None, Future[Fetched | None]]] = {}
 
     # --- requests
 
@@ -193,8 +197,8 @@ class Engine:
 
     @property
     def _generating(self) -> bool:
-        waiting = self._compiling or self._adapting or self._keeping or self.adapters.pending or self._sights
-        return bool(self._running or self._fetching or waiting) or (self.cache is not None and self.cache.pending)
+        waiting = self._compiling or self._fetching or self._adapting or self._keeping or self.adapters.pending
+        return bool(self._running or waiting or self._sights) or (self.cache is not None and self.cache.pending)
 
     @property
     def active(self) -> int:
@@ -203,12 +207,20 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        fetching = sum(running is not None for running, *_ in self._fetching.values())
-        held = len(self._compiling) + len(self._adapting) + len(self._sights or ())
-        return self._generator.waiting + held + fetching
+        fetching = sum(running is not None for running, _ in self._fetching.values())
+        waiting = len(self._compiling) + len(self._adapting) + len(self._sights or ())
+        return self._generator.waiting + waiting + fetching
+
+    @property
+    def exact(self) -> bool:
+        """A request is here whose answer may depend on nothing else, not even on how many threads compute it."""
+        if any(running.choices.lane.deterministic for running in self._running.values()):
+            return True
+        return any(running.choices.lane.deterministic for running, _ in self._compiling.values())
 
     def submit(self, request_id: int, request: Generate) -> None:
-        """Take a request into the batch; it starts at the next step, or once its rule is compiled.
+        """Take a request into the batch; it starts at the next step, or once its rule is compiled and what disk has of
+        its prompt is read.
 
         Raises:
             RpcError: it cannot be honoured. Nothing of it remains.
@@ -247,7 +259,9 @@ class Engine:
         received_at: float,
         pictures: list[Picture],
     ) -> None:
-        apart = choices.rule is not None or choices.lane != PLAIN
+        tools = self._toolbox.use(request)
+        choices = self._complete(choices, tools)
+        apart = choices.bound or choices.lane != PLAIN
         guess = None if pictures else self.guesses.guess(choices.speculation, apart=apart)
         self._generator.check(choices.lane)
         if self.cache is None and request.options.get("cache_prompt") is True:
@@ -260,23 +274,17 @@ class Engine:
             reuse = Reuse(sight.namespace, urgent=urgent) if reuse is not None else None
         else:
             cut = reuse is not None and self.cache is not None and self.cache.marked
-            prompt = self._build(request.kind, turns, choices, cut)
+            prompt = self._build(request.kind, turns, choices, cut, tools)
         if reuse is not None:
             reuse.cuts = prompt.cuts
-        if choices.rule is not None and choices.thinking:
+        if choices.bound and choices.thinking:
             prompt = self._prompts.open_thought(prompt)
         choices = self._fit(choices, prompt)
-        text = self._text(choices, prompt)
-        running = Running(request_id, request, prompt, choices, text, received_at, reuse, sight=sight, guess=guess)
-        running.adapter = self.adapters.want(request.adapter) if request.adapter is not None else None
-        if choices.rule is None:
-            self._join(running)
-            return
-        compiled = self._compiler.compile(choices.rule)
-        if compiled.done():
-            self._join(running, compiled.result())
-        else:
-            self._compiling[request_id] = running, compiled
+        text = self._text(choices, prompt, tools)
+        running = Running(
+            request_id, request, prompt, choices, text, received_at, reuse, sight=sight, tools=tools, guess=guess
+        )
+        self._start(running, request.adapter)
 
     def prewarm(self, request_id: int, request: Prewarm) -> None:
         """Have the beginning of prompts with a system turn kept; ends as a request without text.
@@ -301,11 +309,10 @@ class Engine:
             raise Unsupported("this model's KV caches are of a kind of which nothing is kept", option="system")
         prompt = self._prompts.system(request.system, thinking=choices.thinking)
         choices = self._fit(choices, prompt)
+        text = TextStream(self._loaded.tokenizer.detokenizer, make_machine((), None))
         asked, reuse = Generate(kind=PREWARM, messages=[]), Reuse(NAMESPACE, prompt.cuts)
-        text, now = self._text(choices, prompt), time.perf_counter()
-        running = Running(request_id, asked, prompt, choices, text, now, reuse)
-        running.adapter = self.adapters.want(request.adapter) if request.adapter is not None else None
-        self._join(running)
+        running = Running(request_id, asked, prompt, choices, text, time.perf_counter(), reuse)
+        self._start(running, request.adapter)
 
     def _is_warm(self, running: Running) -> bool:
         """Whether what was asked to be kept is kept."""
@@ -315,17 +322,39 @@ class Engine:
         (cut,) = running.prompt.cuts
         return self.cache.tree.peek(running.reuse.namespace, running.prompt.tokens[:cut], cut) == cut
 
-    def _fetch(self, running: Running, compiled: Compiled | None) -> bool:
-        """Begin to read what disk has of a prompt. Returns whether it has any; the request joins the batch then."""
-        running.fetched = True
-        reuse = running.reuse if running.choices.lane == PLAIN and running.sight is None else None
-        if self.disk is None or self.cache is None or reuse is None:
-            return False
-        self.cache.tree.fit(self._generator.live_bytes())
-        reading = self.disk.fetch(reuse.namespace, running.prompt.tokens)
+    def _start(self, running: Running, adapter: str | None) -> None:
+        """A request is on its way: its adapter is read, then what disk has of its prompt, then its rule is compiled;
+        then it joins the batch. What is there already keeps nobody waiting."""
+        if adapter is not None:
+            running.adapter = self.adapters.want(adapter)
+            if not running.adapter.ready:
+                self._adapting[running.id] = running
+                return
+        self._fetch(running)
+
+    def _fetch(self, running: Running) -> None:
+        """Begin with a request, or have what disk has of its prompt read first."""
+        if running.adapter is not None and running.reuse is not None:
+            running.reuse.namespace = running.adapter.identity
+        reading, reuse = None, running.reuse if running.choices.lane == PLAIN else None
+        if self.disk is not None and self.cache is not None and reuse is not None:
+            self.cache.tree.fit(self._generator.live_bytes())
+            reading = self.disk.fetch(reuse.namespace, running.prompt.tokens)
         if reading is not None:
-            self._fetching[running.id] = running, compiled, reading
-        return reading is not None
+            self._fetching[running.id] = running, reading
+        else:
+            self._begin(running)
+
+    def _begin(self, running: Running) -> None:
+        rule = running.choices.rule
+        if rule is None:
+            self._join(running)
+            return
+        compiled = self._compiler.compile(rule)
+        if compiled.done():
+            self._join(running, compiled.result())
+        else:
+            self._compiling[running.id] = running, compiled
 
     def _build_seeing(
         self, kind: str, turns: list[dict[str, Any]], choices: Choices, pictures: list[Picture]
@@ -340,20 +369,26 @@ class Engine:
         prompt = self._prompts.build(kind, turns, thinking=choices.thinking, encode=expand)
         return prompt, sights[0]
 
-    def _build(self, kind: str, turns: list[dict[str, Any]], choices: Choices, cut: bool) -> Prompt:
+    def _build(
+        self, kind: str, turns: list[dict[str, Any]], choices: Choices, cut: bool, tools: ToolUse | None
+    ) -> Prompt:
+        thinking, shown = choices.thinking, tools.tools.shown if tools is not None else None
         if choices.context_policy != "drop_oldest":
-            return self._prompts.build(kind, turns, thinking=choices.thinking, cut=cut)
+            return self._prompts.build(kind, turns, thinking=thinking, cut=cut, tools=shown)
         context = self._loaded.context_length
         wished = choices.max_tokens if choices.asked_tokens else min(choices.max_tokens, context // 4)
         room = min(wished, context // 2)
-        if choices.rule is not None and choices.thinking:  # see open_thought
+        if choices.bound and choices.thinking:  # see open_thought
             room += len(self._loaded.tokenizer.think_start_tokens or ())
-        return shortened(self._prompts, kind, turns, thinking=choices.thinking, cut=cut, room=room)
+        return shortened(self._prompts, kind, turns, thinking=thinking, cut=cut, room=room, tools=shown)
 
-    def _text(self, choices: Choices, prompt: Prompt) -> TextStream:
-        think = self._think if choices.rule is None or prompt.in_reasoning else None
-        machine = make_machine(choices.stop, think, once=choices.rule is not None)
-        return TextStream(self._loaded.tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning)
+    def _text(self, choices: Choices, prompt: Prompt, tools: ToolUse | None) -> TextStream:
+        tokenizer = self._loaded.tokenizer
+        think = self._think if not choices.bound or prompt.in_reasoning else None
+        call = tools.syntax.markers if tools is not None else None
+        machine = make_machine(choices.stop, think, once=choices.bound, call=call, thought_calls=choices.rule is None)
+        marker = len(tokenizer.think_end_tokens or (0,))
+        return TextStream(tokenizer.detokenizer, machine, in_reasoning=prompt.in_reasoning, marker_tokens=marker)
 
     def _fit(self, choices: Choices, prompt: Prompt) -> Choices:
         """With `max_tokens` fitted to the context, and to what one result can report. Raises InvalidParams where more
@@ -373,14 +408,7 @@ class Engine:
         return replace(choices, max_tokens=most)
 
     def _join(self, running: Running, compiled: Compiled | None = None) -> None:
-        choices, prompt, adapter = running.choices, running.prompt, running.adapter
-        if adapter is not None and not adapter.ready:
-            self._adapting[running.id] = running, compiled
-            return
-        if adapter is not None and running.reuse is not None:
-            running.reuse.namespace = adapter.identity
-        if not running.fetched and self._fetch(running, compiled):
-            return
+        choices, prompt = running.choices, running.prompt
         rows = [running]
         if choices.answers > 1:
             rows += [self._another(running, number) for number in range(1, choices.answers)]
@@ -411,7 +439,7 @@ class Engine:
         """A further answer to a request. It takes up nothing by itself: it shares the first one's prefill."""
         prompt, reuse = first.prompt, first.reuse
         kept = None if reuse is None else Reuse(reuse.namespace, cached=len(prompt.tokens))
-        text = self._text(first.choices, prompt)
+        text = self._text(first.choices, prompt, None)
         return replace(first, text=text, reuse=kept, guess=None, logprobs=[], number=number)
 
     def _sampling(self, running: Running, compiled: Compiled | None) -> Sampling:
@@ -421,26 +449,60 @@ class Engine:
             sampling = replace(sampling, key=other_key(sampling.key, running.number))
         if sampling.xtc_probability > 0:
             sampling = replace(sampling, spared=self._spared)
-        if compiled is not None:
-            thought = self._loaded.tokenizer.think_end if running.prompt.in_reasoning else None
-            running.constraint = Constraint(compiled, eos=self._eos, thought=thought)
+        if running.choices.bound:
+            thought = self._thought(running, compiled) if running.prompt.in_reasoning else None
+            vocabulary = self._loaded.vocabulary
+            running.constraint = Constraint(compiled, eos=self._eos, thought=thought, vocabulary=vocabulary)
             sampling = replace(sampling, constraint=running.constraint)
         return sampling
+
+    def _complete(self, choices: Choices, tools: ToolUse | None) -> Choices:
+        """What a request's tools and its thought's bound change in its options. Raises InvalidParams, Unsupported."""
+        tokenizer = self._loaded.tokenizer
+        if choices.thinking_budget is not None:
+            close = tokenizer.think_end_tokens if tokenizer.has_chat_template else None
+            if not close or max(close) >= self._loaded.vocabulary:
+                raise Unsupported("this model has no thinking mode", option="thinking_budget")
+        if tools is None:
+            return choices
+        if choices.answers > 1:
+            raise Unsupported("with tools there is one answer", option="n")
+        if choices.rule is not None and (tools.rule is not None or (choices.rule.kind == "schema" and tools.may_call)):
+            told = f"give either {choices.rule.kind} or tools to call: an answer follows one rule"
+            raise InvalidParams(told, field="tool_choice" if tools.rule is not None else choices.rule.kind)
+        bias = choices.logit_bias
+        if tools.banned is not None and tools.banned < self._loaded.vocabulary:
+            bias = {**(bias or {}), tools.banned: -1000.0}
+        return replace(choices, rule=tools.rule or choices.rule, logit_bias=bias)
+
+    def _thought(self, running: Running, compiled: Compiled | None) -> Thought:
+        tokenizer = self._loaded.tokenizer
+        ends = [tokenizer.think_end]
+        if running.tools is not None and compiled is None:
+            ends.append(running.tools.syntax.markers[0])
+        return Thought(
+            (lambda token: bytes(compiled.tokenizer.decode_bytes([token])))
+            if compiled is not None
+            else (lambda token: str(tokenizer.decode([token])).encode()),
+            ends,
+            close=tokenizer.think_end_tokens,
+            budget=running.choices.thinking_budget,
+        )
 
     def cancel(self, request_id: int) -> Outcome:
         """End a request now, with the text it has. One that has ended already, or never was, changes nothing."""
         outcome = Outcome()
         uid = self._uids.get(request_id)
-        if request_id in self._compiling:
+        if request_id in self._fetching:
+            waiting, reading = self._fetching[request_id]
+            if waiting is not None:
+                self._fetching[request_id] = None, reading  # the next one may be glad of it
+                outcome.ended.append((request_id, self._result(waiting, "cancelled")))
+        elif request_id in self._compiling:
             running, _ = self._compiling.pop(request_id)
             outcome.ended.append((request_id, self._result(running, "cancelled")))
-        elif request_id in self._fetching:
-            fetching, compiled, reading = self._fetching[request_id]
-            if fetching is not None:
-                self._fetching[request_id] = None, compiled, reading  # the next one may be glad of it
-                outcome.ended.append((request_id, self._result(fetching, "cancelled")))
         elif request_id in self._adapting:
-            outcome.ended.append((request_id, self._result(self._adapting.pop(request_id)[0], "cancelled")))
+            outcome.ended.append((request_id, self._result(self._adapting.pop(request_id), "cancelled")))
         elif request_id in self._several:
             self._drop_all(list(self._several[request_id].uids.values()), outcome)
         elif uid is not None:
@@ -491,7 +553,8 @@ class Engine:
                 told = "tokens of images cannot be counted"
                 raise Unsupported(told, option="messages", field=sources[0].field)
         try:
-            return self._prompts.count(text=request.text, messages=turns)
+            shown = self._toolbox.read(request.tools).shown if request.tools else None
+            return self._prompts.count(text=request.text, messages=turns, tools=shown)
         except Exception as error:
             raise _typed(error) from error
 
@@ -548,12 +611,12 @@ class Engine:
             self._read_adapters(outcome)
         if self._sights:
             self._see(self._sights, outcome)
+        if self._fetching:
+            self._begin_fetched(outcome)
         if self._embedder.busy:
             self._embed(outcome)
             if not self._generating:
                 return outcome
-        if self._fetching:
-            self._join_fetched(outcome)
         if self._compiling:
             self._join_compiled(outcome)
         if not self._running and (self._compiling or self._fetching):
@@ -608,13 +671,13 @@ class Engine:
             _check_alive(error)
             outcome.ended += self._embedder.fail(_typed(error))
 
-    def _join_fetched(self, outcome: Outcome) -> None:
-        """Requests join the batch for which what disk had was read by now."""
+    def _begin_fetched(self, outcome: Outcome) -> None:
+        """Requests go on for which what disk had was read by now."""
         assert self.disk is not None
         assert self.cache is not None
-        if not self._running and not self._compiling:
-            wait([reading for *_, reading in self._fetching.values()], COMPILING_S, "FIRST_COMPLETED")
-        for request_id, (running, compiled, reading) in list(self._fetching.items()):
+        if not (self._running or self._compiling or self._sights or self._embedder.busy):
+            wait([reading for _, reading in self._fetching.values()], COMPILING_S, "FIRST_COMPLETED")
+        for request_id, (running, reading) in list(self._fetching.items()):
             if reading.done():
                 del self._fetching[request_id]
                 self.cache.tree.fit(self._generator.live_bytes())
@@ -622,7 +685,7 @@ class Engine:
                     self.disk.take_up(reading)
                 try:
                     if running is not None:
-                        self._join(running, compiled)
+                        self._begin(running)
                 except Exception as error:
                     outcome.ended.append((request_id, _typed(error)))
 
@@ -640,8 +703,8 @@ class Engine:
 
     def _read_adapters(self, outcome: Outcome) -> None:
         """Adapters are read on; requests whose adapter is there now join the batch."""
-        waiting = [running for running, _ in (*self._adapting.values(), *self._compiling.values())]
-        waiting += [running for running, *_ in self._fetching.values() if running is not None]
+        on_their_way = (*self._compiling.values(), *self._fetching.values())
+        waiting = [*self._adapting.values(), *(running for running, _ in on_their_way if running is not None)]
         used = {each.adapter for each in (*self._running.values(), *waiting) if each.adapter is not None}
         self.adapters.read(used | set(self._keeping.values()))
         for request_id, adapter in list(self._keeping.items()):
@@ -649,14 +712,14 @@ class Engine:
                 del self._keeping[request_id]
                 self.adapters.kept = adapter if adapter.ready else self.adapters.kept
                 outcome.ended.append((request_id, adapter.error or Adapted(adapters_bytes=self.adapters.nbytes)))
-        for request_id, (running, compiled) in list(self._adapting.items()):
+        for request_id, running in list(self._adapting.items()):
             assert running.adapter is not None
             if running.adapter.ready or running.adapter.error is not None:
                 del self._adapting[request_id]
                 try:
                     if running.adapter.error is not None:
                         raise running.adapter.error
-                    self._join(running, compiled)
+                    self._fetch(running)
                 except Exception as error:
                     outcome.ended.append((request_id, _typed(error)))
 
@@ -677,12 +740,23 @@ class Engine:
             text, reasoning = running.text.add(token)
             if (text or reasoning) and running.request.stream:
                 outcome.add(running, text, reasoning)
+            if running.text.calls:
+                self._take_calls(running, outcome)
         stopped = running.text.stopped or (running.constraint is not None and running.constraint.finished)
         if response.finish_reason is not None:
             self._keep(running, response.prompt_cache, response.all_tokens)
             self._end(response.uid, "stop" if stopped else response.finish_reason, outcome)
         elif stopped:
             self._drop(response.uid, "stop", outcome)
+
+    def _take_calls(self, running: Running, outcome: Outcome, reason: str | None = None) -> None:
+        """Read the tool calls that have ended now, as all have with the answer, whose `reason` to end that is."""
+        texts, running.text.calls = running.text.calls, []
+        assert running.tools is not None
+        for text, whole in texts:
+            told = news(running.id, *running.tools.take(text, whole, reason))
+            if told is not None and running.request.stream:
+                outcome.calls.append(told)
 
     def _end(self, uid: int, reason: str, outcome: Outcome) -> None:
         """Say how an answer ended. It has left the batch already."""
@@ -696,6 +770,8 @@ class Engine:
                 outcome.add(running, text, reasoning)
             if running.request.kind == PREWARM and reason != "cancelled" and not self._is_warm(running):
                 raise Unsupported("the prompt cache has no room for this system turn", option="system")
+            if running.text.calls:
+                self._take_calls(running, outcome, reason)
             result = self._result(running, reason)
             if several is not None:
                 joined = several.end(running.number, result)
@@ -719,17 +795,19 @@ class Engine:
     def _result(self, running: Running, reason: str) -> Generated:
         text = "".join(running.text.text)
         invented = None
-        rewritten = running.request.kind == "process" and running.constraint is None  # a rule has words of its own
+        rewritten = running.request.kind == "process" and running.choices.rule is None  # a rule has words of its own
         if self._guard is not None and self._loaded.faithful and rewritten:
             invented = list(self._guard(running.prompt.source, text)) or None
         structured = None
         if running.constraint is not None and reason == "stop" and not running.text.stopped:
             structured = running.constraint.value(text)
+        calls = running.tools.calls if running.tools is not None else []
+        malformed = running.tools.malformed if running.tools is not None else []
         now = time.perf_counter()
         start, first = running.received_at, running.first_at
         return Generated(
             text=text,
-            finish_reason=reason,
+            finish_reason="tool_calls" if calls and reason == "stop" else reason,
             prompt_tokens=len(running.prompt.tokens),
             completion_tokens=running.tokens,
             cached_tokens=running.reuse.cached if running.reuse is not None else 0,
@@ -742,6 +820,9 @@ class Engine:
             logprobs=running.logprobs if running.choices.sampling.logprobs >= 0 else None,
             invented=invented,
             structured=structured,
+            reasoning_tokens=running.text.reasoning_tokens,
+            tool_calls=calls or None,
+            malformed_tool_calls=malformed or None,
             speculation=running.guess.report() if running.guess is not None else None,
             dropped_messages=running.prompt.dropped,
             alone=running.choices.lane.alone,

@@ -45,7 +45,7 @@ _JSON: Any = {
 # long enough for chains of references that take more stack than there is. The trial has less of it.
 SAFE_CHARACTERS = 8_192
 STACK_BYTES = 64 * 1024 * 1024
-_RISKY = {"schema": re.compile(r'"pattern'), "grammar": re.compile(r'[&~]|"pattern')}
+_RISKY = {"schema": re.compile(r'"pattern'), "grammar": re.compile(r'[&~]|"pattern'), "tools": re.compile(r'"pattern')}
 # What llguidance says where JSON Schema has a way to say something and it has none to enforce it.
 _NOT_ENFORCED: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r'Unimplemented keys: \["([^"]+)"'), ""),
@@ -58,9 +58,10 @@ _NOT_ENFORCED: tuple[tuple[re.Pattern[str], str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What was asked: `text` is a JSON Schema as JSON, or a grammar in llguidance's dialect of Lark."""
+    """What was asked: `text` is a JSON Schema as JSON, or a grammar in llguidance's dialect of Lark; that of `tools`
+    was made from the request's tools."""
 
-    kind: Literal["schema", "grammar"]
+    kind: Literal["schema", "grammar", "tools"]
     text: str
 
 
@@ -83,21 +84,27 @@ def read_rule(schema: Any, grammar: str | None) -> Rule | None:
     if schema is not None and grammar is not None:
         raise InvalidParams("give either schema or grammar: an answer follows one of them", field="grammar")
     if grammar is not None:
-        return _sized(Rule("grammar", grammar))
+        return sized(Rule("grammar", grammar))
     if schema is None:
         return None
     if schema is False:
         raise InvalidParams("schema: no value fits the schema false", field="schema")
     # `x-guidance` would set llguidance's own options, which are not the caller's.
     plain = {} if schema is True else {name: value for name, value in schema.items() if name != "x-guidance"}
-    rule = _sized(Rule("schema", json.dumps(plain, ensure_ascii=False, separators=(",", ":"))))
-    _check_properties(plain)
-    if _Ends(plain).endless(plain):
-        raise InvalidParams("schema: it has no end: every value that fits it holds another one", field="schema")
+    rule = sized(Rule("schema", json.dumps(plain, ensure_ascii=False, separators=(",", ":"))))
+    check_schema(plain, "schema")
     return rule
 
 
-def _sized(rule: Rule) -> Rule:
+def check_schema(schema: dict[str, Any], field: str) -> None:
+    """Raises InvalidParams for what would take too long to compile, or has no end."""
+    _check_properties(schema, field)
+    if _Ends(schema).endless(schema):
+        raise InvalidParams(f"{field}: it has no end: every value that fits it holds another one", field=field)
+
+
+def sized(rule: Rule) -> Rule:
+    """The rule. Raises InvalidParams where it is too long."""
     size = len(rule.text.encode("utf-8", "surrogatepass"))
     if size > MAX_RULE_BYTES:
         told = f"{rule.kind}: {size} bytes are over the limit of {MAX_RULE_BYTES}"
@@ -105,15 +112,15 @@ def _sized(rule: Rule) -> Rule:
     return rule
 
 
-def _check_properties(schema: Any) -> None:
+def _check_properties(schema: Any, field: str) -> None:
     stack = [schema]
     while stack:
         top = stack.pop()
         if isinstance(top, dict):
             properties = top.get("properties")
             if isinstance(properties, dict) and len(properties) > MAX_PROPERTIES:
-                told = f"schema: an object with {len(properties)} properties is over the limit of {MAX_PROPERTIES}"
-                raise InvalidParams(told, field="schema", keyword="properties")
+                told = f"{field}: an object with {len(properties)} properties is over the limit of {MAX_PROPERTIES}"
+                raise InvalidParams(told, field=field, keyword="properties")
             stack.extend(top.values())
         elif isinstance(top, list):
             stack.extend(top)
@@ -172,14 +179,14 @@ def can_constrain(tokenizer: Any) -> bool:
     """Whether llguidance can tell which bytes each token of mlx_lm's `tokenizer` stands for: byte-level tokenizers,
     and those that fall back to bytes, as sentencepiece's do."""
     try:
-        decoder = json.loads(_backend(tokenizer).decoder.__getstate__())
+        decoder = json.loads(backend(tokenizer).decoder.__getstate__())
     except (AttributeError, TypeError, ValueError):
         return False
     parts = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else []
     return decoder.get("type") == "ByteLevel" or any(part.get("type") == "ByteFallback" for part in parts)
 
 
-def _backend(tokenizer: Any) -> Any:
+def backend(tokenizer: Any) -> Any:
     """The tokenizer of the `tokenizers` library that mlx_lm's wraps; None where it wraps another kind."""
     return getattr(getattr(tokenizer, "_tokenizer", tokenizer), "backend_tokenizer", None)
 
@@ -195,7 +202,7 @@ class Compiler:
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: set[int]) -> None:
         self._usable = can_constrain(tokenizer)
-        self._source = _backend(tokenizer)
+        self._source = backend(tokenizer)
         self._vocabulary = vocabulary
         self._eos = sorted(eos)
         self._tokenizer: LLTokenizer | None = None

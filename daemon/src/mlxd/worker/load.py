@@ -25,6 +25,7 @@ from mlxd_client.errors import LoadFailed, ModelInvalid, RpcError
 
 from ..childside import PipeClosed
 from ..store.safetensors import SafetensorsError, check_safetensors
+from .calls import can_call
 from .early import start_early
 from .families import Batching, prepare
 from .grammar import can_constrain
@@ -102,6 +103,8 @@ class LoadedModel:
             found += ["structured", "grammar"]
         if self.vision is not None:
             found.append("vision")
+        if can_call(self.tokenizer):
+            found.append("tools")
         if self.pooling.refusal is None and inner_of(self.model) is not None:
             found.append("embed")
         return found

@@ -80,13 +80,13 @@ class Worker:
             "attach": self._attach,
             "generate": self._generate,
             "count": self._count,
-            "prewarm": self._prewarm,
-            "cache": self._cache,
-            "clear": self._clear,
             "adapt": self._adapt,
             "encode": self._encode,
             "decode": self._decode,
             "embed": self._embed,
+            "prewarm": self._prewarm,
+            "cache": self._cache,
+            "clear": self._clear,
         }
 
     def run(self) -> None:
@@ -99,13 +99,13 @@ class Worker:
         """Take in what has arrived, waiting for it so long where there is nothing else to do; then one step."""
         for message in self._receive(self._patience_s(patience_s)):
             self._handle(message)
+        if self._threads is not None:
+            self._threads.adapt(alone=self._engine is not None and self._engine.exact)
         if self._engine is not None and self._engine.busy:
             self._send(self._engine.step())
             self._busy_at, self._trimmed = time.monotonic(), False
         else:
             self._rest()
-        if self._threads is not None:
-            self._threads.adapt()
         self._pulse.beat()
         self._pipe.flush()
 
@@ -275,6 +275,18 @@ class Worker:
             raise InvalidParams("count takes either text or messages", field="text")
         self._pipe.reply(request_id, {"tokens": self._loaded().count(request)})
 
+    def _adapt(self, request_id: int, params: Any) -> None:
+        self._send(self._loaded().adapt(request_id, _convert(params, Adapt)))
+
+    def _encode(self, request_id: int, params: Any) -> None:
+        self._pipe.reply(request_id, self._loaded().encode(_convert(params, EncodeText)))
+
+    def _decode(self, request_id: int, params: Any) -> None:
+        self._pipe.reply(request_id, {"text": self._loaded().decode(_convert(params, DecodeTokens))})
+
+    def _embed(self, request_id: int, params: Any) -> None:
+        self._loaded().embed(request_id, _convert(params, EmbedTexts))
+
     def _prewarm(self, request_id: int, params: Any) -> None:
         self._loaded().prewarm(request_id, _convert(params, Prewarm))
 
@@ -288,26 +300,14 @@ class Worker:
             raise PermissionDenied(f"the prompt cache could not be removed: {error.strerror or error}") from None
         self._pipe.reply(request_id, Cleared(memory_bytes=memory, disk_bytes=disk))
 
-    def _adapt(self, request_id: int, params: Any) -> None:
-        self._send(self._loaded().adapt(request_id, _convert(params, Adapt)))
-
-    def _encode(self, request_id: int, params: Any) -> None:
-        self._pipe.reply(request_id, self._loaded().encode(_convert(params, EncodeText)))
-
-    def _decode(self, request_id: int, params: Any) -> None:
-        self._pipe.reply(request_id, {"text": self._loaded().decode(_convert(params, DecodeTokens))})
-
-    def _embed(self, request_id: int, params: Any) -> None:
-        self._loaded().embed(request_id, _convert(params, EmbedTexts))
-
     def _loaded(self) -> Engine:
         if self._engine is None:
             raise LoadFailed("no model is loaded in this worker")
         return self._engine
 
     def _send(self, outcome: Outcome) -> None:
-        if outcome.others:
-            self._pipe.notify("step", {"pieces": outcome.pieces, "others": outcome.others})
+        if outcome.calls or outcome.others:
+            self._pipe.notify("step", {"pieces": outcome.pieces, "calls": outcome.calls, "others": outcome.others})
         elif outcome.pieces:
             self._pipe.notify("step", {"pieces": outcome.pieces})
         for request_id, end in outcome.ended:

@@ -38,12 +38,18 @@ class Choices:
     stop: tuple[str, ...] = ()
     logit_bias: Mapping[int, float] | None = None
     thinking: bool = False
+    thinking_budget: int | None = None
     cache_prompt: bool = True
     rule: Rule | None = None
     speculation: str = "auto"
     answers: int = 1
     context_policy: str = "refuse"
     lane: LaneKey = PLAIN
+
+    @property
+    def bound(self) -> bool:
+        """There are tokens that may not come: by a rule, or a thought that has a budget."""
+        return self.rule is not None or self.thinking_budget is not None
 
 
 def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], vocabulary: int) -> Choices:
@@ -67,6 +73,8 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
         params = msgspec.convert(given, GenerateParams)
     except msgspec.ValidationError as error:
         raise InvalidParams(str(error), **_field(error)) from None
+    if params.thinking is False and params.thinking_budget is not UNSET:
+        raise InvalidParams("a thinking_budget turns thinking on; give no `thinking`", field="thinking_budget")
     lane = _lane(params)
     if options.get("xtc_threshold") is not None and "xtc_probability" not in options:
         raise InvalidParams("xtc_threshold does nothing without xtc_probability", field="xtc_threshold")
@@ -88,7 +96,8 @@ def resolve(kind: str, options: dict[str, Any], defaults: Mapping[str, Any], voc
         asked_tokens="max_tokens" in options,
         stop=tuple(_or(params.stop, [])),
         logit_bias=_bias(_or(params.logit_bias, {}), vocabulary),
-        thinking=_or(params.thinking, False),
+        thinking=_or(params.thinking, params.thinking_budget is not UNSET),
+        thinking_budget=_or(params.thinking_budget, None),
         cache_prompt=_or(params.cache_prompt, True) and lane == PLAIN,
         rule=read_rule(_or(params.schema, None), _or(params.grammar, None)),
         speculation=_or(params.speculation, "auto"),

@@ -7,9 +7,7 @@ A model without a template can still `process`: its prompt is the plain text, wh
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +15,9 @@ import jinja2
 
 from mlxd_client.errors import ContextExceeded, InvalidParams, ModelInvalid, RpcError, Unsupported
 from mlxd_client.types import MAX_TEXT_CHARACTERS
+
+from .timelimit import time_limit
+from .turns import read_turns
 
 # A template is a program from the model's folder: it gets this long.
 TEMPLATE_LIMIT_S = 5.0
@@ -26,7 +27,8 @@ PROBE_CHARACTERS = 200_000
 MAX_COUNT_CHARACTERS = MAX_TEXT_CHARACTERS
 # How many tokens a cut through a text may add at its end.
 _CUT_TOKENS = 8
-ROLES = ("system", "user", "assistant")
+
+Tools = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class PromptBuilder:
         self._parts = parts
         # No token spells more bytes than this, so that huge texts are refused without tokenizing them.
         self._longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
+        self._shows_tools = False  # the template was seen to
 
     def build(
         self,
@@ -67,9 +70,10 @@ class PromptBuilder:
         *,
         thinking: bool,
         cut: bool = False,
+        tools: Tools | None = None,
         encode: Callable[[str], list[int]] | None = None,
     ) -> Prompt:
-        """The prompt for an answer to `messages`; with `cuts` if `cut`.
+        """The prompt for an answer to `messages`, with `tools` shown to the model; with `cuts` if `cut`.
 
         Args:
             encode: makes tokens of the rendered text, where that takes more than the tokenizer.
@@ -80,7 +84,7 @@ class PromptBuilder:
             ModelInvalid: the template itself is broken.
             ContextExceeded: too long to leave room for one token.
         """
-        check_messages(messages)
+        messages = self._read(messages)
         source = next((_text(turn["content"]) for turn in reversed(messages) if turn["role"] == "user"), "")
         if not self._tokenizer.has_chat_template:
             if kind != "process":
@@ -89,27 +93,38 @@ class PromptBuilder:
             return Prompt(self._encode(text, special=True), source)
         if thinking and not self._tokenizer.has_thinking:
             raise Unsupported("this model has no thinking mode", option="thinking")
-        text = self._render(messages, thinking)
+        text = self._render(messages, thinking, tools)
         opened = self._tokenizer.has_thinking and text.rstrip().endswith(self._tokenizer.think_start)
         tokens = self._encode(text, special=False) if encode is None else self._checked(encode(text))
-        return Prompt(tokens, source, opened, self._cuts(messages, thinking, text, tokens) if cut else ())
+        return Prompt(tokens, source, opened, self._cuts(messages, thinking, tools, text, tokens) if cut else ())
 
-    def _cuts(self, messages: list[dict[str, Any]], thinking: bool, text: str, tokens: list[int]) -> tuple[int, ...]:
+    def _read(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        parser = self._tokenizer.tool_parser if self._tokenizer.has_tool_calling else None
+        short_ids = parser is not None and parser.__module__.endswith(".mistral")
+        return read_turns(messages, tools=parser is not None, short_ids=short_ids)
+
+    def _cuts(
+        self, messages: list[dict[str, Any]], thinking: bool, tools: Tools | None, text: str, tokens: list[int]
+    ) -> tuple[int, ...]:
         """See Prompt. Where a template allows no comparison there are none: they are of use, not needed."""
         found = set()
         with contextlib.suppress(Exception):
             # Up to where the template asks for an answer.
-            rest = text[_same(text, self._apply(messages, thinking, answer=False)) :]
+            rest = text[_same(text, self._apply(messages, thinking, tools, answer=False)) :]
             found.add(len(tokens) - len(self._tokenizer.encode(rest, add_special_tokens=False)))
-        if messages[0]["role"] == "system" and len(messages) > 1:
+        first = 1 if messages[0]["role"] == "system" else 0
+        if (first or tools) and len(messages) > first:
             with contextlib.suppress(Exception):
-                found.add(self._system_cut(messages, thinking, text, tokens))
+                found.add(self._first_turn_cut(messages, thinking, tools, text, tokens))
         return tuple(sorted(cut for cut in found if 0 < cut < len(tokens)))
 
-    def _system_cut(self, messages: list[dict[str, Any]], thinking: bool, text: str, tokens: list[int]) -> int:
+    def _first_turn_cut(
+        self, messages: list[dict[str, Any]], thinking: bool, tools: Tools | None, text: str, tokens: list[int]
+    ) -> int:
         """After how many tokens another first turn would make a difference. Raises what the template raises."""
-        other = {**messages[1], "content": "y" if messages[1]["content"].startswith("x") else "x"}
-        same = text[: _same(text, self._apply([messages[0], other], thinking))]
+        first = 1 if messages[0]["role"] == "system" else 0
+        other = {**messages[first], "content": "y" if messages[first]["content"].startswith("x") else "x"}
+        same = text[: _same(text, self._apply([*messages[:first], other], thinking, tools))]
         return _same(tokens, self._tokenizer.encode(same, add_special_tokens=False))
 
     def system(self, text: str, *, thinking: bool) -> Prompt:
@@ -123,8 +138,8 @@ class PromptBuilder:
             raise Unsupported("this model has no chat template: it takes no system turn", option="system")
         messages = [{"role": "system", "content": text}, {"role": "user", "content": "x"}]
         prompt = self.build("chat", messages, thinking=thinking)
-        rendered = self._render(messages, thinking)
-        cut = self._system_cut(messages, thinking, rendered, prompt.tokens)
+        rendered = self._render(messages, thinking, None)
+        cut = self._first_turn_cut(messages, thinking, None, rendered, prompt.tokens)
         if not 0 < cut < len(prompt.tokens):
             raise Unsupported("the prompts of this model do not begin with the system turn", option="system")
         return replace(prompt, cuts=(cut,))
@@ -138,17 +153,19 @@ class PromptBuilder:
             raise self._too_long(len(tokens))
         return Prompt(tokens, prompt.source, True, dropped=prompt.dropped)
 
-    def count(self, *, text: str | None, messages: list[dict[str, Any]] | None) -> int:
-        """How many tokens a plain text has, or the prompt that `chat` would make of messages, context or not.
+    def count(
+        self, *, text: str | None, messages: list[dict[str, Any]] | None = None, tools: Tools | None = None
+    ) -> int:
+        """How many tokens a plain text has, or the prompt that `chat` would make of messages and tools, context or not.
 
         Raises:
             InvalidParams: more than MAX_COUNT_CHARACTERS, or messages that `build` would refuse.
         """
         if messages is not None:
-            check_messages(messages)
+            messages = self._read(messages)
             if not self._tokenizer.has_chat_template:
                 raise Unsupported("this model has no chat template to count messages with", option="messages")
-            text = self._render(messages, False)
+            text = self._render(messages, False, tools)
         text = text or ""
         if len(text) > MAX_COUNT_CHARACTERS:
             raise InvalidParams(
@@ -184,9 +201,14 @@ class PromptBuilder:
             context_length=self.context_length,
         )
 
-    def _render(self, messages: list[dict[str, Any]], thinking: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], thinking: bool, tools: Tools | None = None) -> str:
         try:
-            return self._apply(messages, thinking)
+            text = self._apply(messages, thinking, tools)
+            if tools and not self._shows_tools:
+                self._shows_tools = text != self._apply(messages, thinking)
+                if not self._shows_tools:
+                    raise Unsupported("the model's chat template has no place for tools", option="tools")
+            return text
         except RpcError:
             raise
         except Exception as error:
@@ -194,17 +216,20 @@ class PromptBuilder:
         # Some templates raise on, others stumble over, a system turn: say that, where that is what it was.
         if messages[0]["role"] == "system" and len(messages) > 1:
             with contextlib.suppress(Exception):
-                self._apply(messages[1:], thinking)
+                self._apply(messages[1:], thinking, tools)
                 raise_as = Unsupported(f"this model takes no system message: {refusal.message}", option="system")
                 refusal = raise_as
         raise refusal
 
-    def _apply(self, messages: list[dict[str, Any]], thinking: bool, *, answer: bool = True) -> str:
+    def _apply(
+        self, messages: list[dict[str, Any]], thinking: bool, tools: Tools | None = None, *, answer: bool = True
+    ) -> str:
+        more: dict[str, Any] = {"tools": tools} if tools else {}
         if self._parts:
             messages = [{**turn, "content": _in_parts(turn["content"])} for turn in messages]
         with time_limit(TEMPLATE_LIMIT_S):
             text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer, enable_thinking=thinking
+                messages, tokenize=False, add_generation_prompt=answer, enable_thinking=thinking, **more
             )
         if not isinstance(text, str):
             raise ModelInvalid("the model's chat template gives no text")
@@ -220,24 +245,6 @@ def _same(one: Sequence[Any], other: Sequence[Any]) -> int:
     return low
 
 
-def check_messages(messages: list[dict[str, Any]]) -> None:
-    """Raises InvalidParams or Unsupported unless `messages` are turns that this engine can take. Their parts, where
-    content has any, were checked before."""
-    if not messages:
-        raise InvalidParams("there are no messages", field="messages")
-    for index, turn in enumerate(messages):
-        role, field = turn.get("role"), f"messages[{index}]"
-        if role == "tool":
-            raise Unsupported("this engine cannot take tool turns yet", option="messages", field=f"{field}.role")
-        if role not in ROLES:
-            raise InvalidParams(f"a message's role is one of {', '.join(ROLES)}", field=f"{field}.role")
-        if not isinstance(turn.get("content", ""), str | list):
-            raise InvalidParams("a message's content is text, or parts", field=f"{field}.content")
-        if turn.get("tool_calls") or turn.get("tool_call_id"):
-            raise Unsupported("this engine cannot take tool calls yet", option="messages", field=field)
-        turn.setdefault("content", "")
-
-
 def _text(content: str | list[dict[str, Any]]) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
@@ -251,26 +258,3 @@ def _refusal(error: Exception) -> RpcError:
     if type(error) is jinja2.TemplateError:
         return InvalidParams(f"the model's chat template refuses: {error}", field="messages")
     return ModelInvalid(f"the model's chat template fails: {type(error).__name__}: {error}")
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt Python code that runs longer. On any thread but the main one there is no limit.
-
-    Raises:
-        ModelInvalid: out of the code that ran too long.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def give_up(_number: int, _frame: Any) -> None:
-        raise ModelInvalid(f"the model's chat template ran longer than {seconds:g} seconds")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

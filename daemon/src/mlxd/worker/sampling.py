@@ -128,7 +128,8 @@ class Plan:
             placed = [index for group in self._groups for index in group.indices]
             self._order = mx.array(sorted(range(len(placed)), key=placed.__getitem__))
         self.reporting = [index for index, row in enumerate(rows) if row.logprobs >= 0]
-        self.constrained = [(index, row.constraint) for index, row in enumerate(rows) if row.constraint is not None]
+        constraints = [(index, row.constraint) for index, row in enumerate(rows)]
+        self.constrained = [(index, one) for index, one in constraints if one is not None and not one.over]
         self.mix = Mix.of([row.adapter for row in rows])
         self._alternatives = max((rows[index].logprobs for index in self.reporting), default=0)
 

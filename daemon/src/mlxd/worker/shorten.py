@@ -14,12 +14,21 @@ from typing import Any
 
 from mlxd_client.errors import ContextExceeded
 
-from .prompt import Prompt, PromptBuilder
+from .prompt import Prompt, PromptBuilder, Tools
 
 Messages = list[dict[str, Any]]
 
 
-def shortened(builder: PromptBuilder, kind: str, messages: Messages, *, thinking: bool, cut: bool, room: int) -> Prompt:
+def shortened(
+    builder: PromptBuilder,
+    kind: str,
+    messages: Messages,
+    *,
+    thinking: bool,
+    cut: bool,
+    room: int,
+    tools: Tools | None = None,
+) -> Prompt:
     """The prompt of as many of the latest messages as leave `room` tokens, or of the fewest if they leave at least one.
 
     Prompts are made of few, then of more messages, so that this takes no longer than the context is long.
@@ -28,7 +37,7 @@ def shortened(builder: PromptBuilder, kind: str, messages: Messages, *, thinking
     """
 
     def build(kept: Messages, *, cut: bool = False) -> Prompt:
-        prompt = builder.build(kind, kept, thinking=thinking, cut=cut)
+        prompt = builder.build(kind, kept, thinking=thinking, cut=cut, tools=tools)
         return replace(prompt, dropped=len(messages) - len(kept)) if len(kept) < len(messages) else prompt
 
     def fits(kept: Messages) -> bool:

@@ -37,7 +37,7 @@ NOT_WITH_IMAGES: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "speculation": ("auto", "off"),
     "tool_choice": (),
-    "tools": (),
+    "tools": ([],),
 }
 
 

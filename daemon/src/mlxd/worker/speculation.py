@@ -66,7 +66,8 @@ class Guesses:
                 )
             if apart:
                 raise _refused(
-                    "nothing is guessed with a schema, a grammar, kv_bits, context_policy rotate or deterministic"
+                    "nothing is guessed with a schema, a grammar, required tools, thinking_budget, kv_bits,"
+                    " context_policy rotate or deterministic"
                 )
             if wished == "draft" and (self.draft is None or self.draft.closed):
                 raise _refused("this model has no draft model; models.load attaches one")

@@ -40,6 +40,8 @@ def chat(call: Call, params: ChatParams) -> object:
 async def count_tokens(call: Call, params: TokensParams) -> TokensResult:
     if (params.text is UNSET) == (params.messages is UNSET):
         raise InvalidParams("give either `text` or `messages`", field="text")
+    if params.tools and params.messages is UNSET:
+        raise InvalidParams("tools are counted with the messages they come with", field="tools")
     return await call.runtime.count_tokens(call.client, params)
 
 
