@@ -4,6 +4,7 @@
     blas       which library multiplies matrices on a Linux CPU
     alias      its functions, under the names that MLX calls
     threads    how many threads it uses, as the machine has cores to spare
+    powers     softmax and SiLU on an x86 CPU
     loop       the pipe, one decode step, the pipe again
     load       a folder becomes a LoadedModel, or a typed error
     families   what architectures cannot do in a batch
