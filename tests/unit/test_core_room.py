@@ -26,6 +26,12 @@ def test_what_a_model_took_is_its_own() -> None:
     assert shares([record(1, 30, took=90), record(2, 50)], 100) == {1: 60, 2: 0}  # more than there is, for now
 
 
+def test_what_a_draft_model_takes_is_no_share() -> None:
+    drafted = record(1, 30)
+    drafted.draft_takes = 20
+    assert shares([drafted], 100) == {1: 50}
+
+
 def test_who_goes_gets_nothing_more() -> None:
     assert shares([record(1, 30), record(2, 50, stopping="idle")], 100) == {1: 20}
 

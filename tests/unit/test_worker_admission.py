@@ -97,6 +97,14 @@ def test_a_default_of_tokens_is_fitted(loaded: LoadedModel, plain: Footprint) ->
     assert end.prompt_tokens + end.completion_tokens == 512
 
 
+def test_a_bound_below_everything_refuses_all_and_loads_all_the_same(loaded: LoadedModel) -> None:
+    engine = Engine(loaded, max_batch=8, prefill_step=256, kv_bytes=1)
+    engine.warm_up()
+    with pytest.raises(InsufficientMemory):
+        engine.submit(1, ask("hello"))
+    assert_empty(engine)
+
+
 def test_who_waits_can_be_cancelled(loaded: LoadedModel, plain: Footprint) -> None:
     engine = Engine(loaded, max_batch=8, prefill_step=256, kv_bytes=plain.bytes(1, 512))
     ends: dict[int, Any] = {}

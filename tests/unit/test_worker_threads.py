@@ -65,6 +65,17 @@ def test_cores_are_left_at_once_and_taken_up_once_they_stay_free() -> None:
     assert counts == [1, 2]
 
 
+def test_what_must_be_exact_is_made_by_one_thread_until_it_is_over() -> None:
+    made, counts = used(Machine(4.0), 4)
+    made.adapt(alone=True)
+    for _ in range(2 * threads.LOOKS):
+        made.adapt(alone=True)
+    assert counts == [1]
+    for _ in range(threads.LOOKS):
+        made.adapt()
+    assert counts == [1, 4]
+
+
 def test_a_system_that_says_nothing_changes_nothing() -> None:
     counts: list[int] = []
     silent = Threads(4, counts.append, lambda: None)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import (
     download_rows,
+    fairness_rows,
     generation_rows,
     load_rows,
     mixed_rows,
@@ -36,6 +37,7 @@ NAMES = (
     *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "schema", "http", "prefix", "restart")),
     *(f"{kind}/cleanup" for kind in ("load", "profile")),
     *(f"{kind}/dense" for kind in ("load", "blas", "mixed", "profile")),
+    "fairness/shape",
 )
 
 
@@ -128,6 +130,8 @@ def generation(
             yield from generation_rows.http_rows(label, daemon, temp, path, scale)
         if f"prefix/{model}" in wanted:
             yield from prefix_rows.prefix_rows(label, daemon, path, scale)
+        if f"fairness/{model}" in wanted:
+            yield from fairness_rows.fairness_rows(label, daemon, path, scale)
         client.unload(str(path))
     if f"profile/{model}" in wanted:
         yield from profile_rows.profile_rows(label, path, temp, scale)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Library", "draft_bytes"]
 
 _SPELLINGS = 4096
+# KV caches grow by so many tokens at a time.
+_GROWTH_TOKENS = 256
 
 
 class Library:
@@ -35,8 +37,9 @@ class Library:
     Attributes:
         downloads: what moves models from the hub to the disk, and removes them.
         paths: where each known model lies, by id.
+        kv_bytes: what the KV cache of the conversation takes that a load reserves memory for; 0 where a model's folder
+            does not say what a token takes.
         drafts: the draft models that the settings give to models, by the model's id, as far as they are here.
-        kv_bytes: the part of its need that is for KV caches; 0 where its folder does not say what those take.
     """
 
     def __init__(
@@ -92,7 +95,8 @@ class Library:
     def _facts(self, found: Found) -> ev.Found:
         """What the core has to know of a model that was found on disk; where it lies is remembered here."""
         self.paths[found.model] = found.path
-        self.kv_bytes[found.model] = found.kv_token_bytes * min(found.context_length, RESERVED_TOKENS)
+        tokens = min(found.context_length, RESERVED_TOKENS) + _GROWTH_TOKENS
+        self.kv_bytes[found.model] = found.kv_token_bytes * tokens
         self.downloads.forget_plans(found.model)
         draft = self.drafts.get(found.model)
         need_bytes = found.memory_bytes + (0 if draft is None else draft_bytes(draft))

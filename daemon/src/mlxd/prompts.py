@@ -162,7 +162,7 @@ async def ask(link: WorkerLink, method: str, params: Any, characters: int = 0) -
         else:
             answered.set_result(told)
 
-    request_id = link.ask(method, params, settle, characters)
+    request_id = link.ask(method, params, settle, characters=characters)
     try:
         return await answered
     except asyncio.CancelledError:

@@ -154,6 +154,7 @@ class DiskCache:
         for name, used_ns in files.list_entries(self._folder).items():
             if _NAME.match(name):
                 self._note(name, used_ns)
+        self._namespaces: set[bytes] = set()  # of requests that look here; others are of no use on disk
         self._reader = ThreadPoolExecutor(1, "mlxd-prompts")
         # By what it ends with: what is being read, and its bytes.
         self._reading: dict[str, tuple[Future[Fetched | None], int]] = {}
@@ -175,6 +176,7 @@ class DiskCache:
 
     def fetch(self, namespace: bytes, tokens: Sequence[int]) -> Future[Fetched | None] | None:
         """Read what a prompt may take up beyond what memory has of it; None where that is nothing worth a look."""
+        self._namespaces.add(namespace)
         limit = len(tokens) - 1
         if not self._index or limit < LEAST:
             return None
@@ -341,7 +343,7 @@ class DiskCache:
 
     def _jobs(self) -> Iterator[Job]:
         """Entries that are not there yet, of sequences that are worth it; those that are there are of use again."""
-        nodes = [(namespace, node) for namespace, node in self._tree.nodes() if self._is_worth(node)]
+        nodes = [one for one in self._tree.nodes() if one[0] in self._namespaces and self._is_worth(one[1])]
         nodes.sort(key=lambda one: one[1].used, reverse=True)
         done: set[str] = set()
         for namespace, node in nodes:

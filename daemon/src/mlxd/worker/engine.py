@@ -211,6 +211,13 @@ class Engine:
         waiting = len(self._compiling) + len(self._adapting) + len(self._sights or ())
         return self._generator.waiting + waiting + fetching
 
+    @property
+    def exact(self) -> bool:
+        """A request is here whose answer may depend on nothing else, not even on how many threads compute it."""
+        if any(running.choices.lane.deterministic for running in self._running.values()):
+            return True
+        return any(running.choices.lane.deterministic for running, _ in self._compiling.values())
+
     def submit(self, request_id: int, request: Generate) -> None:
         """Take a request into the batch; it starts at the next step, or once its rule is compiled and what disk has of
         its prompt is read.
@@ -301,6 +308,7 @@ class Engine:
         if choices.lane != PLAIN:
             raise Unsupported("this model's KV caches are of a kind of which nothing is kept", option="system")
         prompt = self._prompts.system(request.system, thinking=choices.thinking)
+        choices = self._fit(choices, prompt)
         text = TextStream(self._loaded.tokenizer.detokenizer, make_machine((), None))
         asked, reuse = Generate(kind=PREWARM, messages=[]), Reuse(NAMESPACE, prompt.cuts)
         running = Running(request_id, asked, prompt, choices, text, time.perf_counter(), reuse)
@@ -894,12 +902,13 @@ class Engine:
         with contextlib.suppress(RpcError):  # whom it refuses, it tells
             self._prompts.build("chat", [{"role": "user", "content": "x"}], thinking=False)
         prompt = [min(1, self._loaded.vocabulary - 1)] * max(1, min(8, room - 2))
+        rows = self._generator.plain  # whatever memory there is for requests
         started = time.perf_counter()
         row = None
         for choice in (sampling, Sampling()):
-            self._generator.add(prompt, 2, choice, [], StopSequences())
-            while self._generator.active or self._generator.waiting:
-                for response in self._generator.next()[1]:
+            rows.add(prompt, 2, choice, [], StopSequences())
+            while rows.active or rows.waiting:
+                for response in rows.next()[1]:
                     row = response.prompt_cache or row
             if time.perf_counter() - started > 1.0:  # a large model on a slow device: the rest can wait
                 break

@@ -99,13 +99,13 @@ class Worker:
         """Take in what has arrived, waiting for it so long where there is nothing else to do; then one step."""
         for message in self._receive(self._patience_s(patience_s)):
             self._handle(message)
+        if self._threads is not None:
+            self._threads.adapt(alone=self._engine is not None and self._engine.exact)
         if self._engine is not None and self._engine.busy:
             self._send(self._engine.step())
             self._busy_at, self._trimmed = time.monotonic(), False
         else:
             self._rest()
-        if self._threads is not None:
-            self._threads.adapt()
         self._pulse.beat()
         self._pipe.flush()
 

@@ -55,8 +55,14 @@ class Threads:
         self._due = time.monotonic() + INTERVAL_S
         self._free = 0  # looks in a row that found more free than are used
 
-    def adapt(self) -> None:
-        """Look again, if it is time."""
+    def adapt(self, *, alone: bool = False) -> None:
+        """Look again, if it is time. With `alone` there is one thread: products differ in their last digits by how
+        many made them, and what has to come out the same every time needs a number that is always to be had."""
+        if alone and self.count > 1:
+            self.count, self._free = 1, 0
+            self._use(1)
+        if alone:
+            return
         if self._last is None or time.monotonic() < self._due:
             return
         last, seen = self._last, self._look()
