@@ -49,7 +49,9 @@ class Keeping:
 
     def fetch(self, running: Running) -> Reading | None:
         """What disk has of a prompt, on its way; None where it would not help."""
-        reuse = running.reuse if running.choices.lane == PLAIN else None
+        # Prompts with images depend on more than disk knows of.
+        plain = running.choices.lane == PLAIN and running.sight is None
+        reuse = running.reuse if plain else None
         if self.disk is None or self.cache is None or reuse is None:
             return None
         self.cache.tree.fit(self._lanes.live_bytes())
