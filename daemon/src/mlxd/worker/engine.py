@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 
 from mlxd_client.errors import Cancelled, Unsupported
@@ -43,14 +41,12 @@ from .speculation import Guesses
 from .tokens import decode, encode
 from .warming import warm_up
 
-# After this many failed steps in a row, no further batch is tried.
-MAX_FAILED_STEPS = 2
 # Of the prompt cache's budget, for what was seen in images: a share of it, and bytes.
 SIGHT_SHARE, MOST_SIGHT_BYTES = 8, 256 * 1024 * 1024
 
 
 class Engine:
-    """Decodes any number of requests in one batch.
+    """One model, which decodes any number of requests in one batch.
 
     Args:
         loaded: the model.
@@ -80,16 +76,14 @@ class Engine:
         sight_bytes = min(cache_bytes // SIGHT_SHARE, MOST_SIGHT_BYTES) if loaded.vision is not None else 0
         cache = PromptCache(loaded.model, cache_bytes - sight_bytes)
         self.cache = cache if cache_bytes > 0 and cache.usable else None
-        limits: dict[str, Any] = {"most_prefills": 1} if loaded.batching == "decode" else {}
         self._generator = Lanes(
             loaded.model,
-            max_batch=1 if loaded.batching == "alone" else max_batch,
+            **_batching(loaded, max_batch),
             prefill_step=prefill_step,
             prefill_joins=prefill_joins,
             prompt_cache=self.cache,
             window=loaded.context_length,
             kv_bytes=kv_bytes,
-            **limits,
         )
         self._keeping = Keeping(self.cache, self._generator, cache_bytes - sight_bytes)
         self.allow(kv_bytes)
@@ -289,3 +283,9 @@ class Engine:
         except Exception as error:
             check_alive(error)
             outcome.ended += self._embedder.fail(typed(error))
+
+
+def _batching(loaded: LoadedModel, wished: int) -> dict[str, int]:
+    """How many requests decode together, and have their prompts read together, as far as the architecture can."""
+    most_prefills = {"most_prefills": 1} if loaded.batching == "decode" else {}
+    return {"max_batch": 1 if loaded.batching == "alone" else wished, **most_prefills}
