@@ -117,7 +117,8 @@ class Arrivals:
     @property
     def exact(self) -> bool:
         """One of them is to be computed where its answer may depend on nothing else."""
-        return any(running.choices.lane.deterministic for running, _ in self.compiling.waiting.values())
+        stages = (self._adapting, self.compiling)
+        return any(running.choices.lane.deterministic for stage in stages for running, _ in stage.waiting.values())
 
     # --- the way
 

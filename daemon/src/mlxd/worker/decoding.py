@@ -104,7 +104,8 @@ class Decoding:
         several = self.several.get(request_id)
         try:
             for uid in [self.uids[request_id]] if several is None else list(several.uids.values()):
-                self._drop(uid, "cancelled", outcome)
+                if uid in self.running:  # one answer that cannot be told takes the others with it
+                    self._drop(uid, "cancelled", outcome)
         except Exception as error:
             self._fail_all(error, outcome)
         return True
