@@ -34,7 +34,7 @@ def serve(pipe: Pipe) -> int:
     blas = use_blas(wished)  # comes before whatever imports MLX
 
     from ..childwire import Ready
-    from .engine import EngineLost
+    from .faults import EngineLost
     from .loop import Worker
     from .powers import use_powers
 
