@@ -214,9 +214,12 @@ class Engine:
     @property
     def exact(self) -> bool:
         """A request is here whose answer may depend on nothing else, not even on how many threads compute it."""
-        if any(running.choices.lane.deterministic for running in self._running.values()):
-            return True
-        return any(running.choices.lane.deterministic for running, _ in self._compiling.values())
+        held = (
+            *self._running.values(),
+            *self._adapting.values(),
+            *(running for running, _ in self._compiling.values()),
+        )
+        return any(running.choices.lane.deterministic for running in held)
 
     def submit(self, request_id: int, request: Generate) -> None:
         """Take a request into the batch; it starts at the next step, or once its rule is compiled and what disk has of
@@ -528,7 +531,8 @@ class Engine:
         """Cancel rows."""
         try:
             for uid in uids:
-                self._drop(uid, "cancelled", outcome)
+                if uid in self._running:  # one answer that cannot be told takes the others with it
+                    self._drop(uid, "cancelled", outcome)
         except Exception as error:
             self._fail_all(error, outcome)
 
