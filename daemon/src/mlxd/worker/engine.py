@@ -47,7 +47,7 @@ from .lanes import PLAIN, Lanes
 from .load import LoadedModel
 from .options import Choices, resolve
 from .prompt import Prompt, PromptBuilder
-from .sampling import Sampling, other_key
+from .sampling import Sampling, other_key, warm_up
 from .shorten import shortened
 from .sights import Seen, Sights, check_options
 from .speculation import Guess, Guesses
@@ -907,6 +907,7 @@ class Engine:
             self._prompts.build("chat", [{"role": "user", "content": "x"}], thinking=False)
         prompt = [min(1, self._loaded.vocabulary - 1)] * max(1, min(8, room - 2))
         rows = self._generator.plain  # whatever memory there is for requests
+        warm_up(sampling, self._loaded.vocabulary)
         started = time.perf_counter()
         row = None
         for choice in (sampling, Sampling()):
