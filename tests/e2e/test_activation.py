@@ -73,7 +73,7 @@ def test_nobody_is_refused_at_the_moment_of_leaving() -> None:
             with activator.client() as client:
                 client.ping()
             time.sleep(random.uniform(0, 0.003))
-    assert set(activator.ended) == {0}
+        assert set(activator.ended) == {0}
 
 
 def test_it_stays_while_a_client_or_a_model_needs_it() -> None:

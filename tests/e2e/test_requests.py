@@ -194,7 +194,9 @@ def test_vectors_over_json_lines(daemon: Daemon, client: Client) -> None:
 def test_many_vectors_and_too_many(client: Client) -> None:
     made = client.embed(["a"] * 2048)
     assert len(made.vectors) == 2048
-    assert made.vectors[0] == made.vectors[2047]
+    assert made.vectors[0] == pytest.approx(
+        made.vectors[2047], rel=1e-5, abs=1e-6
+    )  # of another pass, on more or fewer threads
     with pytest.raises(errors.InvalidParams) as caught:
         client.call("embed", {"input": ["a"] * 2048})
     assert caught.value.details["field"] == "input"

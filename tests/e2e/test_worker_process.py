@@ -177,7 +177,9 @@ def test_errors_are_typed_and_the_worker_goes_on(child: Child, tiny: Path) -> No
     broken = child.call("load", {"model": "x", "path": str(tiny / "missing")})
     assert broken["error"]["data"]["kind"] == "model_invalid"
     assert "result" in load(child, tiny)
-    assert child.call("generate", ask("x", tools=[]))["error"]["data"]["details"]["option"] == "tools"
+    tool = {"type": "function", "function": {"name": "clock"}}
+    assert child.call("generate", {**ask("x"), "tools": [tool]})["error"]["data"]["details"]["option"] == "tools"
+    assert child.call("generate", ask("x", tools=[tool]))["error"]["data"]["details"]["field"] == "tools"
     assert child.call("generate", ask("x", schema={"not": {}}))["error"]["data"]["details"]["option"] == "schema"
     assert child.call("generate", ask("x", grammar="x"))["error"]["data"]["details"]["field"] == "grammar"
     assert child.call("generate", {"kind": "chat"})["error"]["data"]["kind"] == "invalid_params"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import psutil
 
@@ -51,14 +52,8 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def interrupt(self) -> None:
-        """Ctrl-C, once the command waits for a key.
-
-        What waits in C for a line shows its prompt a moment before it waits; a signal in between is acted on only at
-        the next line. A person is never that quick. Only Linux tells of one process that it sleeps.
-        """
-        while sys.platform == "linux" and psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
-            time.sleep(0.001)
-        self.process.send_signal(signal.SIGINT)
+        """Ctrl-C, once the command waits for a key."""
+        interrupt(self.process)
 
     def end(self) -> int:
         while self._read():
@@ -70,3 +65,15 @@ class Terminal:
             self.process.kill()
             self.process.wait()
         os.close(self._master)
+
+
+def interrupt(process: subprocess.Popen[Any]) -> None:
+    """Ctrl-C, once a command waits.
+
+    What waits for a line, or for an answer, has said so a moment before; a signal in between is acted on only at the
+    next line, or ends the command before it can take its request back. A person is never that quick. Only Linux tells
+    of one process that it sleeps.
+    """
+    while sys.platform == "linux" and psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)

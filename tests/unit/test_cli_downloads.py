@@ -273,7 +273,7 @@ def test_pull_outlives_its_daemon(daemon: ScriptedDaemon, mlxd: Run) -> None:
     def script(download: Download) -> None:
         if download.subscriptions == 1:
             download.at(300)
-            for connection in daemon.connections:
+            for connection in list(daemon.connections):
                 connection.drop()
         else:
             download.at(900)

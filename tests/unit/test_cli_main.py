@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from mlxd.cli.main import build_parser, main
 from mlxd.cli.output import bytes_text, safe, seconds_text
 from mlxd_client import errors
 from support.scripted_daemon import NOTHING, ScriptedDaemon
+from support.terminal import interrupt
 
 ROOT = Path(__file__).parents[2]
 MLXD = [sys.executable, "-m", "mlxd"]
@@ -170,7 +170,7 @@ def test_ctrl_c_cancels_the_request(daemon: ScriptedDaemon) -> None:
     )
     connection = daemon.connection()
     (request,) = connection.wait_for("process")
-    process.send_signal(signal.SIGINT)
+    interrupt(process)
     assert connection.cancel_of(request["id"]).wait(20)
     out, err = process.communicate(timeout=20)
     assert process.returncode == exits.INTERRUPTED

@@ -665,3 +665,27 @@ def test_how_long_a_load_took_is_remembered_after_it(bench: Bench) -> None:
     bench.tell(ev.WorkerExited(worker, DIED))
     assert bench.core.load_s(MODEL) == 2.5
     assert bench.core.load_s("org/unknown") is None
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_on_the_disk_and_never_loaded(bench: Bench) -> None:
+    fetcher = bench.fetch()
+    bench.tell(ev.Fetched(fetcher, ev.Found(MODEL, "hub", 10, "r1", 2000, kind="adapter")))
+    assert (bench.view().kind, bench.view().state, bench.view().revision) == ("adapter", "Downloaded", "r1")
+    wishes: list[Callable[[int], ev.Event]] = [
+        lambda rid: ev.Submit(rid, 1, MODEL),
+        lambda rid: ev.Ensure(rid, 1, MODEL),
+    ]
+    for wish in wishes:
+        rid = bench.ask(wish)
+        failed = bench.one(do.Fail)
+        assert (failed.rid, failed.error.kind) == (rid, "model_invalid")
+        assert not bench.all(do.StartWorker)
+    bench.gone(fetcher)
+    # An update can make a model of it.
+    bench.tell(ev.Found(MODEL, "hub", 10, "r2", 2000, 2048))
+    assert bench.names() == ["model_found"]
+    bench.load()
+    assert (bench.view().kind, bench.view().state) == ("model", "Ready")

@@ -111,6 +111,34 @@ def test_what_cannot_be_a_model_is_not_fetched(names: list[str], said: str) -> N
         choose(listing(*names), None)
 
 
+@pytest.mark.parametrize("weights", ["adapters.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("others", [[], ["config.json", "tokenizer.json", "adapter_model.bin", "x.safetensors"]])
+def test_of_an_adapter_two_files_are_fetched(weights: str, others: list[str]) -> None:
+    found = choose(listing("adapter_config.json", weights, *others), None)
+    assert [[file.name for file in files] for files in found] == [[weights], ["adapter_config.json"]]
+
+
+def test_what_has_the_weights_of_a_model_is_one() -> None:
+    beside = listing(
+        "adapter_config.json", "adapters.safetensors", "config.json", "tokenizer.json", "model.safetensors"
+    )
+    weights, _ = choose(beside, None)
+    assert [file.name for file in weights] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["adapter_config.json", "adapter_model.bin"], "pickle"),
+        (["adapter_config.json", "tokenizer.json"], r"no adapters\.safetensors"),
+        (["adapter_model.safetensors", "tokenizer.json"], r"no adapter_config\.json"),
+    ],
+)
+def test_what_cannot_be_an_adapter_is_not_fetched(names: list[str], said: str) -> None:
+    with pytest.raises(ModelInvalid, match=said):
+        choose(listing(*names), None)
+
+
 def test_an_index_that_names_what_is_not_there_is_refused() -> None:
     with pytest.raises(ModelInvalid) as caught:
         choose(listing("config.json", "tokenizer.json", INDEX), b'{"weight_map": {"a": "model-1.safetensors"}}')

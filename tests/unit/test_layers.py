@@ -72,8 +72,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     ),
     "mlxd.cli": (
         {"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.server", "mlxd.service", "mlxd.settings",
-         "mlxd.sidecar"},
-        {"msgspec", "rich"},
+         "mlxd.sidecar", "mlxd.store"},
+        {"msgspec", "psutil", "rich"},
     ),
     "mlxd.__main__": ({"mlxd.cli"}, set()),
 }  # fmt: skip

@@ -241,8 +241,8 @@ def test_a_real_builder_reads_no_more_than_the_context_needs(loaded: LoadedModel
     rendered: list[int] = []
     render = builder._apply
 
-    def counting(messages: Messages, thinking: bool, *, answer: bool = True) -> str:
-        text = render(messages, thinking, answer=answer)
+    def counting(messages: Messages, thinking: bool, tools: Any = None, *, answer: bool = True) -> str:
+        text = render(messages, thinking, tools, answer=answer)
         rendered.append(len(text))
         return text
 

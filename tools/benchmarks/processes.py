@@ -19,6 +19,7 @@ from typing import Any, Self
 import psutil
 
 from mlxd_client import Client
+from mlxd_client.errors import ConnectFailed
 
 TOOLS = Path(__file__).resolve().parent.parent
 PATIENCE_S = 120.0
@@ -80,8 +81,15 @@ class Daemon:
             [sys.executable, "-m", "mlxd", "serve"], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=self._stderr,
         )  # fmt: skip
-        with self.client(start=self._check_alive) as client:
-            client.ping(wait_s=PATIENCE_S)
+        give_up_at = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                with self.client(start=self._check_alive) as client:  # it tries again, for some seconds
+                    client.ping(wait_s=PATIENCE_S)
+                    return
+            except ConnectFailed:
+                if time.monotonic() > give_up_at:
+                    raise
 
     def _check_alive(self) -> None:
         if self.process.poll() is not None:

@@ -341,6 +341,7 @@ export interface Model {
   leases?: number;
   idle_unload_at?: number;
   draft_model?: string;
+  kind?: "adapter" | "model";
 }
 
 export interface ModelCache {
@@ -369,6 +370,7 @@ export interface Plan {
   revision?: string;
   evicts?: string[];
   load_s?: number;
+  kind?: "adapter" | "model";
 }
 
 export interface PlanParams {

@@ -34,7 +34,7 @@ Child → daemon, notifications:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -305,6 +305,7 @@ class FetchPlan(msgspec.Struct, omit_defaults=True, kw_only=True):
     """`download_bytes` of `size_bytes` are not on disk yet. The others are as in store.folder.Folder, from metadata and
     config.json alone; `kv_bytes` for the context that was asked for, or that a load reserves."""
 
+    kind: Literal["model", "adapter"] = "model"
     commit: str
     size_bytes: int
     download_bytes: int

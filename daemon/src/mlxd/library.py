@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mlxd_client import errors, types
 from mlxd_client.types import UNSET
@@ -90,7 +90,9 @@ class Library:
         if ref is not None:
             self.drafts.pop(found.model, None)
             with contextlib.suppress(errors.ModelNotFound, errors.ModelInvalid):
-                self.drafts[found.model] = self._store.resolve(ref)
+                draft = self._store.resolve(ref)
+                if draft.kind == "model":
+                    self.drafts[found.model] = draft
 
     def _facts(self, found: Found) -> ev.Found:
         """What the core has to know of a model that was found on disk; where it lies is remembered here."""
@@ -100,10 +102,12 @@ class Library:
         self.downloads.forget_plans(found.model)
         draft = self.drafts.get(found.model)
         need_bytes = found.memory_bytes + (0 if draft is None else draft_bytes(draft))
-        context = min(found.context_length, self._settings.context_length.get(found.model, found.context_length))
+        context: int | None = None
+        if found.kind == "model":
+            context = min(found.context_length, self._settings.context_length.get(found.model, found.context_length))
         return ev.Found(
             found.model, found.source, need_bytes, found.revision, found.size_bytes, context,
-            self._settings.keep_alive.get(found.model),
+            self._settings.keep_alive.get(found.model), found.kind,
         )  # fmt: skip
 
     # --- names ----------------------------------------------------------------------------------------------------
@@ -151,7 +155,7 @@ class Library:
         reserved = min(found.context_length, RESERVED_TOKENS)
         return await self._planned(
             found.model, found.revision, 0, found.weights_bytes, found.kv_token_bytes * tokens,
-            found.memory_bytes + found.kv_token_bytes * (tokens - reserved),
+            found.memory_bytes + found.kv_token_bytes * (tokens - reserved), found.kind,
         )  # fmt: skip
 
     def _of_hub(self, ref: str, otherwise: errors.ModelNotFound) -> str:
@@ -165,18 +169,19 @@ class Library:
         """The plan of a model that the hub is asked for. Raises what Downloads.plan does."""
         plan = await self.downloads.plan(model, context_length)
         return await self._planned(
-            model, plan.commit, plan.download_bytes, plan.resident_bytes, plan.kv_bytes, plan.memory_bytes
+            model, plan.commit, plan.download_bytes, plan.resident_bytes, plan.kv_bytes, plan.memory_bytes, plan.kind
         )
 
     async def _planned(
-        self, model: str, revision: str | None, download: int, weights: int, kv: int, memory: int
-    ) -> types.Plan:
+        self, model: str, revision: str | None, download: int, weights: int, kv: int, memory: int,
+        kind: Literal["model", "adapter"],
+    ) -> types.Plan:  # fmt: skip
         free = await self._loop.run_in_executor(self._disk, layout.disk_free, self._store.cache)
         available, fits, evicts = self._core.room_for(model, memory)
         return types.Plan(
             model=model, revision=revision, download_bytes=download, disk_free_bytes=free, weights_bytes=weights,
             kv_bytes=kv, memory_bytes=memory, memory_available_bytes=available, fits=fits, evicts=evicts,
-            load_s=self._core.load_s(model),
+            load_s=self._core.load_s(model), kind=kind,
         )  # fmt: skip
 
     # --- what the disk and the hub say ------------------------------------------------------------------------------

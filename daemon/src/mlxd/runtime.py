@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
@@ -117,7 +117,7 @@ class Runtime:
             do.CancelOnWorker: self._cancel_on_worker, do.Deliver: self._deliver, do.Answer: self._answer,
             do.Fail: self._fail, do.Publish: self._publish, do.StartFetcher: downloads.start,
             do.StopFetcher: downloads.stop, do.DeleteFiles: self._delete_files, do.DiscardPartial: downloads.discard,
-            do.Prune: downloads.prune, do.Started: lambda action: self._reached(action.rid, action.job),
+            do.Prune: self._prune, do.Started: lambda action: self._reached(action.rid, action.job),
             do.Deleted: lambda action: self._reached(action.rid, action.freed_bytes),
         }  # fmt: skip
 
@@ -202,6 +202,16 @@ class Runtime:
     def _delete_files(self, action: do.DeleteFiles) -> None:
         self._downloads.delete(action)
         self._prompts.forget(action.model)
+
+    def _prune(self, action: do.Prune) -> None:
+        """Unless workers have it as an adapter, for which the core keeps no books: then the next daemon does it."""
+        if not self._adapts(action.model):
+            self._downloads.prune(action)
+
+    def _adapts(self, model: str) -> int:
+        """How many workers and open requests have this for an adapter."""
+        users = [link.adapter for link in self._links.values()] + [each.adapter for each in self._open.values()]
+        return sum(user is not None and user.id == model for user in users)
 
     def _dispatch(self, action: do.Dispatch) -> None:
         request = self._open[action.rid]
@@ -400,7 +410,10 @@ class Runtime:
         try:
             draft = await self._have(ref)
             if draft != model:
-                return await self._library.find(draft)
+                found = await self._library.find(draft)
+                if found.kind == "adapter":
+                    raise errors.ModelInvalid("it is an adapter", model=draft)
+                return found
         except errors.ModelInvalid as error:
             told = f"{ref} cannot be a draft model: {error.message}"
             raise errors.InvalidParams(told, **error.details | {"field": "draft_model"}) from None
@@ -439,10 +452,15 @@ class Runtime:
 
         link.attach(wire.Attach(draft=draft.model, path=draft.path), attached)
 
-    async def _adapter(self, ref: str) -> wire.Adapter | None:
+    async def _adapter(self, ref: str, waiting: Callable[[float | None], None] | None = None) -> wire.Adapter | None:
+        """The adapter that `ref` names, fetched first where the settings allow that, as `_have` does with models."""
         if ref == NO_ADAPTER:
             return None
-        found = await self._library.adapter(ref)
+        try:
+            found = await self._bring(ref, self._library.adapter, "adapter", waiting)
+        except (errors.ModelNotFound, errors.ModelNotDownloaded) as error:
+            error.details["field"] = "adapter"
+            raise
         return wire.Adapter(id=found.adapter, path=found.path)
 
     def _new_lease(self) -> str:
@@ -510,6 +528,8 @@ class Runtime:
         model = self._downloads.model_of(ref)
         if model not in self.core.models and not await self._library.on_disk(model):
             raise errors.ModelNotFound(f"there is no model {model} on this machine", model=model)
+        if users := self._adapts(model):
+            raise errors.ModelBusy(f"{model} is in use: {users} as adapter", model=model, adapting=users)
         freed: int = await self._reach(lambda rid: ev.Delete(rid, client, model))
         return freed
 
@@ -542,8 +562,15 @@ class Runtime:
             ModelNotDownloaded: the hub has it, and fetching it is for the caller to ask for.
             RpcError: why it could not be fetched.
         """
+        return await self._bring(ref, self._library.resolve, "model", waiting)
+
+    async def _bring(
+        self, ref: str, look: Callable[[str], Awaitable[T]], kind: Literal["model", "adapter"],
+        waiting: Callable[[float | None], None] | None,
+    ) -> T:  # fmt: skip
+        """What `look` finds on disk, fetched first if need be. Raises as `_have`."""
         try:
-            return await self._library.resolve(ref)
+            return await look(ref)
         except errors.ModelNotFound as error:
             model = self._hub_model(ref)
             if model is None or "/" not in model or self._settings.download == "never":
@@ -553,13 +580,17 @@ class Runtime:
             if self._downloads.fetchers.offline and not under_way:
                 raise
             if self._settings.download == "ask":
-                raise await self._not_downloaded(model, error) from None
+                raise await self._not_downloaded(model, error, kind) from None
+            if kind == "adapter" and (await self._library.plan_download(model)).kind == "model":
+                raise  # gigabytes that are no adapter
         job = await self._start_download(0, model)
         await self._watch_job(job, waiting)
-        return await self._library.resolve(ref)
+        return await look(ref)
 
-    async def _not_downloaded(self, model: str, otherwise: errors.ModelNotFound) -> errors.RpcError:
-        """The refusal of a request for a model that the hub has, with what fetching it would take."""
+    async def _not_downloaded(
+        self, model: str, otherwise: errors.ModelNotFound, kind: Literal["model", "adapter"]
+    ) -> errors.RpcError:
+        """The refusal of a request for what the hub has, with what fetching it would take."""
         try:
             plan = await self._library.plan_download(model)
         except errors.ModelNotFound:
@@ -568,6 +599,9 @@ class Runtime:
             return error
         except errors.RpcError as error:
             return errors.ModelNotFound(f"{otherwise.message}, and the hub was no help: {error.message}", model=model)
+        if kind != plan.kind:
+            told = f"{model} is an adapter: name it as `adapter`, beside the model that it was made for"
+            return otherwise if kind == "adapter" else errors.ModelInvalid(told, model=model)
         told = f"{model} is not on this machine, but the hub has it"
         return errors.ModelNotDownloaded(told, model=model, plan=msgspec.to_builtins(plan))
 
@@ -645,9 +679,13 @@ class Runtime:
         patience = asyncio.timeout(limit_s)
         try:
             async with patience:
+
+                def waiting(progress: float | None) -> None:
+                    request.sink.phase("downloading", progress)
+
                 if request.params.adapter is not UNSET:
-                    request.adapter = await self._adapter(request.params.adapter)
-                model = await self._have(ref, lambda progress: request.sink.phase("downloading", progress))
+                    request.adapter = await self._adapter(request.params.adapter, waiting)
+                model = await self._have(ref, waiting)
         except errors.RpcError as error:
             self._turn_away(request, error)
         except Exception as error:

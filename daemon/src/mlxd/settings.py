@@ -19,7 +19,7 @@ from msgspec import Meta
 from mlxd_client import paths
 from mlxd_client.errors import MlxdError
 
-__all__ = ["LOG_LEVELS", "Loaded", "LogLevel", "Origin", "Settings", "SettingsError", "load"]
+__all__ = ["LOG_LEVELS", "Loaded", "LogLevel", "Origin", "Settings", "SettingsError", "load", "unknown"]
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOG_LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
@@ -232,6 +232,10 @@ def _checked(name: str, value: object, origin: Origin, *, strict: bool) -> objec
         # "Expected `int`, got `str` - at `$.models[...].x`": the name is said already
         reason = re.sub(r" - at `.*\$\.?(.*)`$", lambda at: f" at {at[1]}" if at[1] else "", str(error))
         raise SettingsError(f"{name} cannot be {_short(value)} ({origin}): {reason[0].lower()}{reason[1:]}") from None
+
+
+def unknown(name: str) -> SettingsError:
+    return SettingsError(f"there is no setting {name!r}{_near(name, _TYPES)}")
 
 
 def _short(value: object) -> str:

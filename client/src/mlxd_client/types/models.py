@@ -17,6 +17,8 @@ class Model(Result, kw_only=True):
     `unloading`, `deleting`; of a download `planning`, `downloading`, `verifying`, `retrying`. An update is downloaded
     beside what is there: the state stays, `progress` is then the download's. `latest_revision` is set where the hub is
     known to have a newer one than `revision`. `draft_model` is the one that guesses for it, where its worker has one.
+    An `adapter` is on the disk, and never loaded by itself: requests name it beside a model. Its `kind` is known once
+    it is here.
     """
 
     id: str
@@ -35,6 +37,7 @@ class Model(Result, kw_only=True):
     leases: int = 0
     idle_unload_at: float | None = None
     draft_model: str | None = None
+    kind: Literal["model", "adapter"] = "model"
 
 
 ACTIVITY_FIELDS: tuple[str, ...] = ("memory_bytes", "active", "waiting", "leases", "idle_unload_at")
@@ -107,7 +110,8 @@ class Plan(Result, kw_only=True):
 
     `download_bytes` is what is not on disk yet. `weights_bytes` and `kv_bytes` are in memory. `fits` says whether the
     model can run beside what must stay; `evicts` names the models that would go to make room, in order. `load_s` is how
-    long the last load took, where there was one.
+    long the last load took, where there was one. An `adapter` takes `weights_bytes` in the worker of its model, and of
+    memory it says no more.
     """
 
     model: str
@@ -121,6 +125,7 @@ class Plan(Result, kw_only=True):
     revision: str | None = None
     evicts: list[str] = []
     load_s: float | None = None
+    kind: Literal["model", "adapter"] = "model"
 
 
 class DeleteResult(Result, kw_only=True):

@@ -20,7 +20,7 @@ _MODEL = "an id such as org/name, or an alias"
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = add_command(
-        commands, "pull", pull, "download a model from the hub, or its newest revision",
+        commands, "pull", pull, "download a model or an adapter from the hub, or its newest revision",
         epilog="Where the model is being downloaded already, joins that. Ctrl-C asks whether to cancel the download or "
                "to leave it to the daemon.",
     )  # fmt: skip
@@ -205,13 +205,14 @@ def _plan_rows(made: Plan) -> list[tuple[str, str]]:
 
     missing = made.download_bytes - made.disk_free_bytes
     download = "nothing: it is all there" if made.download_bytes == 0 else bytes_text(made.download_bytes)
+    memory = f"{bytes_text(made.memory_bytes)}: weights {bytes_text(made.weights_bytes)}"
+    memory += f", KV cache {bytes_text(made.kv_bytes)}" if made.kind == "model" else ", beside those of its model"
     rows = [
-        ("model", made.model + (f", revision {made.revision[:12]}" if made.revision else "")),
+        (made.kind, made.model + (f", revision {made.revision[:12]}" if made.revision else "")),
         ("download", download),
         ("disk", f"{bytes_text(made.disk_free_bytes)} free"
                  + (f": {bytes_text(missing)} are missing" if missing > 0 else "")),
-        ("memory", f"{bytes_text(made.memory_bytes)}: weights {bytes_text(made.weights_bytes)}, "
-                   f"KV cache {bytes_text(made.kv_bytes)}"),
+        ("memory", memory),
         ("available", bytes_text(made.memory_available_bytes)),
         ("fits", fits_text(made)),
     ]  # fmt: skip

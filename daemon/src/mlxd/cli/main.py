@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mlxd import __version__
 
-from . import cache, chat, completion, generate, hub, jobs, manage, models, service, watch
+from . import cache, chat, completion, config, doctor, generate, hub, jobs, manage, models, service, watch
 from .common import HelpFormatter
 from .exits import BROKEN_PIPE, INTERRUPTED, code_of
 from .output import Output
@@ -17,9 +17,7 @@ from .output import Output
 __all__ = ["build_parser", "main"]
 
 _DESCRIPTION = "Local language models, ready for every app of yours."
-_EPILOG = (
-    "Every command but serve, service and stop starts the daemon if it is not running. See docs/cli.md for exit codes."
-)
+_EPILOG = "Every command that needs the daemon starts it if it is not running. See docs/cli.md for exit codes."
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mlxd {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (generate, chat, models, hub, jobs, cache, watch, service, manage, completion):
+    for group in (generate, chat, models, hub, jobs, cache, watch, service, manage, config, doctor, completion):
         group.register(commands)
     return parser
 

@@ -69,7 +69,7 @@ def _show_list(models: list[Model], output: Output) -> None:
         ("STATE", [_far(model) for model in models]),
         ("SIZE", [bytes_text(model.size_bytes) for model in models]),
         ("CONTEXT", [_count(model.context_length) for model in models]),
-        ("SOURCE", [model.source for model in models]),
+        ("SOURCE", [model.source + (", adapter" if model.kind == "adapter" else "") for model in models]),
     ]
     if any(model.latest_revision for model in models):
         columns.append(("UPDATE", [_update(model) for model in models]))

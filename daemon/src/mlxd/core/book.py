@@ -88,10 +88,10 @@ class Book:
         What a worker was started with is left as it is until that worker is gone: the budget counts with it.
         """
         needs = (found.need_bytes, found.context_length)
-        facts = (found.source, found.revision, found.size_bytes)
-        known = (record.source, record.revision, record.size_bytes)
+        facts = (found.source, found.revision, found.size_bytes, found.kind)
+        known = (record.source, record.revision, record.size_bytes, record.kind)
         news = facts != known or (record.need_bytes, record.context_length) != needs
-        record.source, record.revision, record.size_bytes = facts
+        record.source, record.revision, record.size_bytes, record.kind = facts
         if record.worker is None:
             record.need_bytes, record.context_length = needs
         else:

@@ -245,6 +245,9 @@ class Core:
             self._book.fail(rid, errors.ModelNotFound(f"there is no model {model!r} on this machine", model=model))
         elif record.deleting:
             self._book.fail(rid, errors.ModelBusy(f"{model} is being deleted", model=model, deleting=1))
+        elif record.kind == "adapter":
+            told = f"{model} is an adapter: name it as `adapter`, beside the model that it was made for"
+            self._book.fail(rid, errors.ModelInvalid(told, model=model))
         elif record.worker is None and self._line.breakers.state(model, now) is BreakerState.OPEN:
             self._book.fail(rid, self._line.broken(record, now))
         else:

@@ -15,7 +15,8 @@ Priority = Literal["interactive", "batch"]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The disk holds this model, whole. `need_bytes` is the memory that running it is expected to take."""
+    """The disk holds this model, whole. `need_bytes` is the memory that running it is expected to take. An adapter is
+    never run by itself."""
 
     model: str
     source: Literal["builtin", "hub", "path"]
@@ -24,6 +25,7 @@ class Found:
     size_bytes: int | None = None
     context_length: int | None = None
     keep_alive_s: float | None = None
+    kind: Literal["model", "adapter"] = "model"
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,7 @@ class ModelRecord:
     revision: str | None = None
     size_bytes: int | None = None
     context_length: int | None = None
+    kind: Literal["model", "adapter"] = "model"
     default_keep_alive_s: float = 0.0
     keep_alive_s: float = 0.0
     worker: int | None = None
@@ -155,4 +156,5 @@ class ModelRecord:
             context_length=self.context_length, memory_bytes=self.memory_bytes if loaded else None,
             active=len(self.running), waiting=len(self.queue), leases=len(self.leases),
             idle_unload_at=None if deadline is None else deadline + wall, draft_model=self.draft,
+            kind=self.kind,
         )  # fmt: skip

@@ -1,4 +1,5 @@
-"""What a repository of the hub holds, as the hub says, and what of it a model needs. Pure; all of it may be hostile."""
+"""What a repository of the hub holds, as the hub says, and what of it a model or an adapter needs. Pure; all of it may
+be hostile."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import msgspec
 
 from mlxd_client.errors import DownloadFailed, ModelInvalid
 
+from ..store import adapter
 from ..store import hub as names
 
 INDEX = "model.safetensors.index.json"
@@ -98,9 +100,11 @@ def choose(listing: Listing, index: bytes | None) -> tuple[list[File], list[File
     """What to fetch: the weights, and all else. `index` is the content of the weights' index, where there is one.
 
     Raises:
-        ModelInvalid: it cannot be a model that runs here.
+        ModelInvalid: it cannot be a model that runs here, nor an adapter of one.
     """
     files = listing.files
+    if adapter.is_adapter(files):
+        return _choose_adapter(listing)
     weights = _weights(listing, index)
     if CONFIG not in files:
         raise ModelInvalid("the repository has no config.json", file=CONFIG)
@@ -114,6 +118,22 @@ def choose(listing: Listing, index: bytes | None) -> tuple[list[File], list[File
     return weights, sorted(others, key=lambda file: file.name)
 
 
+def _choose_adapter(listing: Listing) -> tuple[list[File], list[File]]:
+    """The two files that an adapter is made of. What else is there belongs to its training, or to the base model."""
+    files = listing.files
+    format = adapter.format_of(files)
+    if format is None:
+        _refuse_pickle(listing)
+        raise ModelInvalid(f"the repository has no {' or '.join(adapter.WEIGHTS.values())}")
+    config = files.get(adapter.CONFIG)
+    if config is None:
+        raise ModelInvalid(f"the repository has no {adapter.CONFIG}", file=adapter.CONFIG)
+    if config.size > adapter.MAX_CONFIG_BYTES:
+        told = f"{adapter.CONFIG} is larger than {adapter.MAX_CONFIG_BYTES} bytes"
+        raise ModelInvalid(told, file=adapter.CONFIG)
+    return [files[adapter.WEIGHTS[format]]], [config]
+
+
 def _weights(listing: Listing, index: bytes | None) -> list[File]:
     files = listing.files
     if index is not None:
@@ -125,9 +145,13 @@ def _weights(listing: Listing, index: bytes | None) -> list[File]:
     found = sorted(name for name in files if name.startswith("model") and name.endswith(".safetensors"))
     if found:
         return [files[name] for name in found]
+    _refuse_pickle(listing)
+    raise ModelInvalid("the repository has no safetensors weights")
+
+
+def _refuse_pickle(listing: Listing) -> None:
     if listing.pickled:
         raise ModelInvalid("the repository has pickle weights only, and those can run code; only safetensors are used")
-    raise ModelInvalid("the repository has no safetensors weights")
 
 
 def indexed(raw: bytes) -> list[str]:

@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from mlxd_client.errors import ModelInvalid
+from mlxd_client.errors import InvalidParams, ModelInvalid, Unsupported
 
 from ..childwire import Fetch, Fetched, Fetching, FetchPlan, PlanFetch, Verified, Verify, Where
+from ..store import adapter
 from ..store import hub as names
-from ..store.folder import RESERVED_TOKENS, estimate
+from ..store.folder import RESERVED_TOKENS, Folder, estimate
+from ..store.folder import adapter as adapter_like
 from ..store.layout import RepoCache
 from ..store.verify import check_bytes, verify_snapshot
 from .disk import disk_error, require_room
@@ -29,10 +31,9 @@ def plan(hub: Hub, order: PlanFetch, report: Report) -> FetchPlan:
     hub.require_online()
     cache = RepoCache(Path(where.cache), where.repo)
     listing, weights, others = survey(hub, cache, where, {})
-    config = parse_object(content(hub, cache, listing, CONFIG, {}), CONFIG)
     files = unique([*weights, *others])
     size = sum(file.size for file in [*weights, *others])
-    folder = estimate(dict(config), size, sum(file.size for file in weights))
+    folder = foresee(hub, cache, listing, size, sum(file.size for file in weights))
     reserved = folder.kv_token_bytes * min(folder.context_length, RESERVED_TOKENS)
     kv = folder.kv_token_bytes * min(folder.context_length, order.context_length or RESERVED_TOKENS)
     return FetchPlan(
@@ -46,7 +47,16 @@ def plan(hub: Hub, order: PlanFetch, report: Report) -> FetchPlan:
         kv_bytes=kv,
         memory_bytes=folder.memory_bytes - reserved + kv,
         context_length=folder.context_length,
+        kind=folder.kind,
     )
+
+
+def foresee(hub: Hub, cache: RepoCache, listing: Listing, size: int, weights_bytes: int) -> Folder:
+    """What will be here once it is fetched."""
+    if adapter.is_adapter(listing.files):
+        return adapter_like(size, weights_bytes)
+    config = parse_object(content(hub, cache, listing, CONFIG, {}), CONFIG)
+    return estimate(dict(config), size, weights_bytes)
 
 
 def fetch(hub: Hub, order: Fetch, report: Report) -> Fetched:
@@ -96,10 +106,23 @@ def latest(hub: Hub, repos: list[str], report: Report) -> dict[str, Any]:
 
 
 def survey(hub: Hub, cache: RepoCache, where: Where, known: dict[str, bytes]) -> tuple[Listing, list[File], list[File]]:
-    """What the revision holds, and of that the weights and the other files that a model needs."""
+    """What the revision holds, and of that the weights and the other files that a model, or an adapter, needs."""
     listing = hub.listing(where.repo, where.revision)
     index = content(hub, cache, listing, INDEX, known) if INDEX in listing.files else None
-    return listing, *choose(listing, index)
+    weights, others = choose(listing, index)
+    if adapter.is_adapter(listing.files):
+        _check_adapter(content(hub, cache, listing, adapter.CONFIG, known), weights[0])
+    return listing, weights, others
+
+
+def _check_adapter(config: bytes, weights: File) -> None:
+    """Refuse one that cannot be used before its weights come. Raises ModelInvalid."""
+    format = adapter.format_of([weights.name])
+    assert format is not None
+    try:
+        adapter.check_config(config, format)
+    except (InvalidParams, Unsupported) as error:
+        raise ModelInvalid(error.message, file=adapter.CONFIG) from None
 
 
 def content(hub: Hub, cache: RepoCache, listing: Listing, name: str, known: dict[str, bytes]) -> bytes:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +20,41 @@ from mlxd_client.errors import InvalidParams, ModelNotFound, RpcError, Unsupport
 
 from .safetensors import SafetensorsError, check_safetensors
 
-__all__ = ["MAX_RANK", "AdapterFolder", "Kind", "examine_adapter", "mark"]
+__all__ = [
+    "CONFIG", "MAX_CONFIG_BYTES", "MAX_RANK", "WEIGHTS", "AdapterFolder", "Kind", "PartOfAdapter", "check_config",
+    "examine_adapter", "format_of", "is_adapter", "mark",
+]  # fmt: skip
+
+Format = Literal["mlx", "peft"]
 
 CONFIG = "adapter_config.json"
-WEIGHTS: dict[Literal["mlx", "peft"], str] = {"mlx": "adapters.safetensors", "peft": "adapter_model.safetensors"}
+WEIGHTS: dict[Format, str] = {"mlx": "adapters.safetensors", "peft": "adapter_model.safetensors"}
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_RANK = 4096
 MAX_SCALE = 1e4
 
 Kind = Literal["lora", "dora"]
+
+
+class PartOfAdapter(InvalidParams):
+    """A file is missing, as in a download that was cut short."""
+
+
+def is_adapter(names: Collection[str]) -> bool:
+    """Whether a folder or a repository with these files is an adapter, or a part of one, and not a model.
+
+    What has weights of a model is a model, whatever lies beside them; a model's config.json makes one of what has no
+    weights yet.
+    """
+    if any(name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return False
+    signs = (CONFIG in names) + (format_of(names) is not None)
+    return signs == 2 or (signs == 1 and "config.json" not in names)
+
+
+def format_of(names: Collection[str]) -> Format | None:
+    """Whose format the weights among these files have; mlx_lm's where there are both."""
+    return next((format for format, name in WEIGHTS.items() if name in names), None)
 
 
 class AdapterFolder(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +71,7 @@ class AdapterFolder(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     path: str
-    format: Literal["mlx", "peft"]
+    format: Format
     kind: Kind
     rank: int | None
     scale: float
@@ -62,27 +89,29 @@ def examine_adapter(path: str, inside: tuple[Path, ...] = ()) -> AdapterFolder:
 
     Raises:
         ModelNotFound: there is no such folder, or it holds no adapter.
-        InvalidParams: it holds something that is no usable adapter; `details.file` says which file.
+        InvalidParams: it holds something that is no usable adapter; `details.file` says which file. PartOfAdapter where
+            that file is missing.
         Unsupported: a sort of adapter that is not computed here.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ModelNotFound(f"there is no folder {path}", field="adapter", adapter=path)
-    format = next((each for each, name in WEIGHTS.items() if os.path.lexists(folder / name)), None)
+    format = format_of([name for name in WEIGHTS.values() if os.path.lexists(folder / name)])
     if format is None:
         raise ModelNotFound(f"{path} holds no {' or '.join(WEIGHTS.values())}", field="adapter", adapter=path)
     weights = folder / WEIGHTS[format]
     for name in (CONFIG, weights.name):
         _require_file(folder / name, inside)
     try:
-        config = _read_config(folder / CONFIG)
+        with open(folder / CONFIG, "rb") as file:
+            config = _parse(file.read(MAX_CONFIG_BYTES + 1))
         size = check_safetensors(weights)
         marked = mark(path)
     except SafetensorsError as error:
         raise _bad(f"{weights.name}: {error}", weights.name) from None
     except OSError as error:
         raise _bad(f"it cannot be read: {error.strerror}", weights.name) from None
-    kind, rank, scale = _of_peft(config) if format == "peft" else _of_mlx(config)
+    kind, rank, scale = _read(config, format)
     base = config.get("base_model_name_or_path" if format == "peft" else "model")
     return AdapterFolder(
         path=path, format=format, kind=kind, rank=rank, scale=scale, bytes=size, mark=marked,
@@ -107,7 +136,8 @@ def _require_file(path: Path, inside: tuple[Path, ...]) -> None:
     try:
         mode = path.stat().st_mode
     except OSError:
-        raise _bad(f"{path.name} is missing", path.name) from None
+        told = f"the adapter cannot be used: {path.name} is missing"
+        raise PartOfAdapter(told, field="adapter", file=path.name) from None
     if not stat.S_ISREG(mode):
         raise _bad(f"{path.name} is no file", path.name)
     roots = tuple(os.path.realpath(place) + os.sep for place in inside)
@@ -118,9 +148,16 @@ def _require_file(path: Path, inside: tuple[Path, ...]) -> None:
 # --- adapter_config.json ----------------------------------------------------------------------------------------------
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        raw = file.read(MAX_CONFIG_BYTES + 1)
+def check_config(raw: bytes, format: Format) -> None:
+    """Raises InvalidParams, Unsupported: an adapter with this adapter_config.json cannot be used."""
+    _read(_parse(raw), format)
+
+
+def _read(config: dict[str, Any], format: Format) -> tuple[Kind, int | None, float]:
+    return _of_peft(config) if format == "peft" else _of_mlx(config)
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_CONFIG_BYTES:
         raise _bad(f"{CONFIG} is larger than {MAX_CONFIG_BYTES} bytes", CONFIG)
     try:

@@ -12,12 +12,13 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from mlxd_client.errors import ModelInvalid
+from mlxd_client.errors import InvalidParams, ModelInvalid, ModelNotFound, RpcError, Unsupported
 
+from .adapter import PartOfAdapter, examine_adapter, is_adapter
 from .safetensors import SafetensorsError, check_safetensors
 
 __all__ = ["Folder", "Incomplete", "estimate", "examine", "fingerprint"]
@@ -43,6 +44,7 @@ class Folder(msgspec.Struct, frozen=True, kw_only=True):
     """What was found in one folder.
 
     Attributes:
+        kind: an adapter takes its weights' memory in the worker of another model, and has no context.
         size_bytes: all its files.
         weights_bytes: tensor data on disk.
         resident_bytes: tensor data in memory; more than on disk where the backend computes in float32.
@@ -57,15 +59,18 @@ class Folder(msgspec.Struct, frozen=True, kw_only=True):
     kv_token_bytes: int
     context_length: int
     architectures: tuple[str, ...] = ()
+    kind: Literal["model", "adapter"] = "model"
 
     @property
     def memory_bytes(self) -> int:
         """The memory that running the model is expected to take."""
+        if self.kind == "adapter":
+            return self.resident_bytes
         return self.resident_bytes + self.kv_token_bytes * min(self.context_length, RESERVED_TOKENS) + WORKER_BYTES
 
 
 def examine(folder: Path, inside: tuple[Path, ...] = ()) -> Folder:
-    """Look at a model's folder.
+    """Look at the folder of a model, or of an adapter.
 
     Args:
         folder: absolute.
@@ -79,6 +84,8 @@ def examine(folder: Path, inside: tuple[Path, ...] = ()) -> Folder:
     names = {entry.name for entry in _entries(folder)}
     if inside:
         _check_links(folder, names, inside)
+    if is_adapter(names):
+        return _examine_adapter(folder, inside)
     config = _read_config(folder)
     files = _weight_files(folder, names)
     if not names & set(_TOKENIZERS):
@@ -91,6 +98,29 @@ def examine(folder: Path, inside: tuple[Path, ...] = ()) -> Folder:
         except SafetensorsError as error:
             raise ModelInvalid(f"{file.name}: {error}", file=file.name) from None
     return estimate(config, sum(size for _, size, _ in fingerprint(folder)), weights)
+
+
+def _examine_adapter(folder: Path, inside: tuple[Path, ...]) -> Folder:
+    """As `examine` says it, whereas examine_adapter speaks of the parameter of a request."""
+    try:
+        found = examine_adapter(str(folder), inside)
+    except (ModelNotFound, PartOfAdapter) as error:
+        raise Incomplete(error.message, **_file(error)) from None
+    except (InvalidParams, Unsupported) as error:
+        raise ModelInvalid(error.message, **_file(error)) from None
+    return adapter(sum(size for _, size, _ in fingerprint(folder)), found.bytes)
+
+
+def _file(error: RpcError) -> dict[str, Any]:
+    return {key: value for key, value in error.details.items() if key == "file"}
+
+
+def adapter(size_bytes: int, weights_bytes: int) -> Folder:
+    """What an adapter is like, from the sizes of its files."""
+    return Folder(
+        size_bytes=size_bytes, weights_bytes=weights_bytes, resident_bytes=weights_bytes, kv_token_bytes=0,
+        context_length=0, kind="adapter",
+    )  # fmt: skip
 
 
 def estimate(config: dict[str, Any], size_bytes: int, weights_bytes: int) -> Folder:

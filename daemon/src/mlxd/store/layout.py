@@ -25,7 +25,7 @@ from pathlib import Path
 
 from mlxd_client.errors import DownloadFailed, ModelBusy, ModelNotFound
 
-from . import hub
+from . import adapter, hub
 from .files import (
     UnsafeFolder,
     fsync_folder,
@@ -187,8 +187,8 @@ class RepoCache:
             refs: branches, tags or commits; `main` for what the repository's id alone means.
 
         1. nothing is written unless all names are allowed and all blobs there; 2. a new snapshot is built aside and
-        renamed into place; 3. in one that is there already, links are replaced one by one, while without config.json
-        it counts as incomplete; 4. the refs are replaced.
+        renamed into place; 3. in one that is there already, links are replaced one by one, while without config.json,
+        an adapter's without adapter_config.json, it counts as incomplete; 4. the refs are replaced.
 
         Raises: UnsafeName, UnsafeFolder, BlobsMissing, ModelBusy (another process keeps changing the folder), OSError.
         """
@@ -237,12 +237,13 @@ class RepoCache:
         changed = {name for name, target in links.items() if readlink(snapshot / name) != target}
         if not changed:
             return
-        if "config.json" in links:
-            changed.add("config.json")
-            if (status := lstat(snapshot / "config.json")) is not None and not stat.S_ISDIR(status.st_mode):
-                (snapshot / "config.json").unlink()
+        config = next((name for name in ("config.json", adapter.CONFIG) if name in links), None)
+        if config is not None:
+            changed.add(config)
+            if (status := lstat(snapshot / config)) is not None and not stat.S_ISDIR(status.st_mode):
+                (snapshot / config).unlink()
                 fsync_folder(snapshot)
-        for name in sorted(changed, key=lambda name: (name == "config.json", name)):
+        for name in sorted(changed, key=lambda name: (name == config, name)):
             place = snapshot
             for part in name.split("/")[:-1]:
                 place = place / part

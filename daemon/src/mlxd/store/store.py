@@ -16,7 +16,7 @@ import msgspec
 from mlxd_client.errors import ModelInvalid, ModelNotFound
 
 from . import hub
-from .adapter import examine_adapter
+from .adapter import PartOfAdapter, examine_adapter
 from .folder import Folder, Incomplete, examine, fingerprint
 from .layout import RepoCache
 
@@ -35,7 +35,7 @@ _OTHER_TASKS = (
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole model on this disk.
+    """A whole model on this disk, or an adapter of the hub.
 
     Attributes:
         model: its id: `mlxd/<name>`, `<org>/<name>`, `<org>/<name>@<revision>` or the folder's real path.
@@ -46,6 +46,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
         memory_bytes: the memory that running it is expected to take.
         kv_token_bytes: what one token takes in the KV cache.
         context_length: tokens of prompt and answer together.
+        kind: an adapter is here to be named as such; it is never loaded by itself.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
     kv_token_bytes: int
     context_length: int
     revision: str | None = None
+    kind: Literal["model", "adapter"] = "model"
 
 
 class FoundAdapter(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,7 +89,7 @@ class Store:
         self._examined: dict[Path, tuple[object, Folder]] = {}
 
     def resolve(self, ref: str) -> Found:
-        """The model that `ref` names.
+        """The model that `ref` names, or the adapter of the hub.
 
         1. a text that can name nothing is refused; 2. an alias is replaced, once; 3. an absolute folder is itself;
         4. `mlxd/...` is built in; 5. all else is a repository in the cache, with `@` a revision of it.
@@ -130,7 +132,10 @@ class Store:
             snapshot = hub.find_snapshot(folder, revision)
             if snapshot is None:
                 raise ModelNotFound(f"there is no adapter {name} on this machine", adapter=name)
-            examine_adapter(str(snapshot), (folder, self.cache / "blobs"))
+            try:
+                examine_adapter(str(snapshot), (folder, self.cache / "blobs"))
+            except PartOfAdapter as error:
+                raise ModelNotFound(f"{name} is not complete: {error.message}", adapter=name, **error.details) from None
             return FoundAdapter(adapter=hub.join_ref(repo, revision), path=str(snapshot))
         except ModelNotFound as error:
             error.details.setdefault("field", "adapter")
@@ -209,10 +214,13 @@ class Store:
             raise ModelNotFound(f"{name} is not complete: {error.message}", model=name, **error.details) from None
         except ModelInvalid as error:
             raise ModelInvalid(f"{name} is no usable model: {error.message}", model=name, **error.details) from None
+        if folder.kind == "adapter" and source != "hub":
+            told = f"{name} is an adapter: name it as `adapter`, beside the model that it was made for"
+            raise ModelInvalid(told, model=name)
         return Found(
             model=name, source=source, path=str(path), revision=revision, size_bytes=folder.size_bytes,
             weights_bytes=folder.weights_bytes, memory_bytes=folder.memory_bytes, kv_token_bytes=folder.kv_token_bytes,
-            context_length=folder.context_length,
+            context_length=folder.context_length, kind=folder.kind,
         )  # fmt: skip
 
     def _examine(self, path: Path, inside: tuple[Path, ...]) -> Folder:

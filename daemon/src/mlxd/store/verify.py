@@ -13,7 +13,7 @@ from typing import Literal
 
 from mlxd_client.types import BadFile
 
-from . import hub
+from . import adapter, hub
 from .safetensors import SafetensorsError, check_safetensors
 
 __all__ = ["Hasher", "check_bytes", "oid_kind", "verify_snapshot"]
@@ -176,7 +176,9 @@ def _blob_name(path: Path) -> str | None:
 
 
 def _required(snapshot: Path, names: list[str]) -> list[str]:
-    """What a model's folder has to hold, as far as its files say."""
+    """What the folder of a model or an adapter has to hold, as far as its files say."""
+    if adapter.is_adapter(names):
+        return [adapter.CONFIG, adapter.WEIGHTS[adapter.format_of(names) or "mlx"]]
     required = ["config.json"]
     if "model.safetensors.index.json" not in names:
         weights = [name for name in names if name.startswith("model") and name.endswith(".safetensors")]

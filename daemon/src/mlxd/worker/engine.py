@@ -339,7 +339,9 @@ class Engine:
         """Begin with a request, or have what disk has of its prompt read first."""
         if running.adapter is not None and running.reuse is not None:
             running.reuse.namespace = running.adapter.identity
-        reading, reuse = None, running.reuse if running.choices.lane == PLAIN else None
+        # Prompts with images depend on more than disk knows of.
+        plain = running.choices.lane == PLAIN and running.sight is None
+        reading, reuse = None, running.reuse if plain else None
         if self.disk is not None and self.cache is not None and reuse is not None:
             self.cache.tree.fit(self._generator.live_bytes())
             reading = self.disk.fetch(reuse.namespace, running.prompt.tokens)

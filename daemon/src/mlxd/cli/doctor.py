@@ -1,0 +1,235 @@
+"""`mlxd doctor`: looks at everything that mlxd needs, and says what to do about what is missing.
+
+Each check is one function that returns a Finding; nothing is changed, and no daemon is started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from .common import Commands, add_command
+from .exits import FAILED, OK
+
+if TYPE_CHECKING:
+    from mlxd.settings import Settings
+
+    from .output import Output
+
+# Importing MLX and asking the hub each get this long, in seconds.
+ENGINE_S, HUB_S = 60.0, 10.0
+LEAST_FREE_BYTES = 5_000_000_000
+_ENGINE = """
+import mlx.core as mx
+one = mx.ones((2, 2)) @ mx.ones((2, 2))
+assert one.tolist() == [[2, 2], [2, 2]]
+print(mx.default_device())
+"""
+_HUB = """
+import sys, urllib.request
+from huggingface_hub import constants
+if constants.HF_HUB_OFFLINE:
+    print("offline")
+    sys.exit()
+urllib.request.urlopen(constants.ENDPOINT + "/api/models?limit=1", timeout=float(sys.argv[1])).read(1)
+print(constants.ENDPOINT)
+"""
+
+
+class Finding(NamedTuple):
+    """`advice` says what to do, where there is something."""
+
+    check: str
+    state: Literal["ok", "warning", "failed"]
+    told: str
+    advice: str = ""
+
+
+def register(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
+        commands, "doctor", doctor, "check everything that mlxd needs, and say what to do", daemon=False,
+        epilog="Exit code 0 where nothing failed, 1 otherwise.",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def doctor(args: argparse.Namespace, output: Output) -> int:
+    from mlxd import settings as all_settings
+
+    findings = [_python(), _packages(), _engine()]
+    try:
+        loaded = all_settings.load()
+    except all_settings.SettingsError as error:
+        findings.append(_failed("settings", str(error), "correct it; `mlxd config` shows the others"))
+    else:
+        told = f"{sum(origin.kind != 'default' for origin in loaded.origins.values())} are not at their default"
+        findings.append(Finding(check="settings", state="ok", told=told))
+        checks: tuple[Callable[[Settings], Finding], ...] = (_home, _daemon, _service, _disk, _memory)
+        findings += [check(loaded.settings) for check in checks]
+    findings.append(_hub())
+    if output.json:
+        output.document([finding._asdict() for finding in findings])
+    else:
+        output.table((), [(finding.check, finding.state, finding.told) for finding in findings])
+        for finding in findings:
+            if finding.advice:
+                output.line(f"{finding.check}: {finding.advice}")
+    return FAILED if any(finding.state == "failed" for finding in findings) else OK
+
+
+def _ok(check: str, told: str) -> Finding:
+    return Finding(check=check, state="ok", told=told)
+
+
+def _warning(check: str, told: str, advice: str) -> Finding:
+    return Finding(check=check, state="warning", told=told, advice=advice)
+
+
+def _failed(check: str, told: str, advice: str) -> Finding:
+    return Finding(check=check, state="failed", told=told, advice=advice)
+
+
+def _python() -> Finding:
+    found = ".".join(map(str, sys.version_info[:3]))
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        return _failed("python", found, "install mlxd with Python 3.11, 3.12 or 3.13")
+    return _ok("python", f"{found}, {sys.executable}")
+
+
+def _packages() -> Finding:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found, missing = [], []
+    for name in ("mlxd", "mlxd-client", "mlx", "mlx-lm", "transformers", "huggingface-hub"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return _failed("packages", f"missing: {', '.join(missing)}", "install mlxd anew into this environment")
+    return _ok("packages", ", ".join(found))
+
+
+def _engine() -> Finding:
+    """MLX is tried in a process of its own: it may end it."""
+    status, told = _run(_ENGINE, ENGINE_S)
+    if status != 0:
+        return _failed("engine", f"MLX does not run: {told}", "install mlx anew; on a Mac it needs macOS 14 or later")
+    if sys.platform == "linux" and "cpu" in told and shutil.which("g++") is None:
+        return _warning(
+            "engine", f"{told}, without g++", "install g++: MLX compiles its kernels with it, and is faster so"
+        )
+    return _ok("engine", told)
+
+
+def _home(settings: Settings) -> Finding:
+    try:
+        found = os.stat(settings.home)
+    except FileNotFoundError:
+        return _ok("home", f"{settings.home}, not there yet")
+    except OSError as error:
+        return _failed("home", f"{settings.home}: {error.strerror}", "set MLXD_HOME to a folder that you can use")
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        told = f"{settings.home} is no folder of yours"
+        return _failed("home", told, "set MLXD_HOME to another folder")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        told = f"{settings.home} is open to others (mode {stat.S_IMODE(found.st_mode):o})"
+        return _warning("home", told, "the daemon closes it when it starts; `chmod 700` does so now")
+    return _ok("home", settings.home)
+
+
+def _daemon(settings: Settings) -> Finding:
+    from mlxd import __version__
+    from mlxd_client import Client
+    from mlxd_client.errors import ConnectFailed, MlxdError
+
+    try:
+        with Client(settings.socket, name="mlxd-doctor", start=False, reconnect=False, timeout_s=10.0) as client:
+            status = client.status()
+    except ConnectFailed as error:
+        if os.path.exists(settings.socket) and "no mlxd listens" not in str(error):
+            return _failed("daemon", str(error), "another user's, or no permission: set MLXD_SOCKET or MLXD_HOME")
+        return _ok("daemon", "does not run; the first command starts it")
+    except MlxdError as error:
+        return _failed("daemon", f"it does not answer: {error}", "`mlxd stop`, or end the process; its log says more")
+    if status.version != __version__:
+        told = f"version {status.version} runs, {__version__} is installed"
+        return _warning("daemon", told, "`mlxd stop`; the next command starts the new one")
+    broken = [worker.model for worker in status.workers if worker.breaker == "open"]
+    if broken:
+        return _warning("daemon", f"workers keep dying: {', '.join(broken)}", "`mlxd status` says how")
+    return _ok("daemon", f"version {status.version}, process {status.pid}, {status.models.loaded} models loaded")
+
+
+def _service(settings: Settings) -> Finding:
+    from mlxd.service.manager import manager_for
+    from mlxd.service.spec import ServiceError, describe
+
+    try:
+        state = manager_for(describe(settings)).state()
+    except ServiceError as error:
+        return _ok("service", f"none: {error}")
+    if not state.installed:
+        return _ok("service", "not installed; `mlxd service install` has the system start the daemon")
+    if state.failed is not None or not state.listening:
+        told = f"installed, but {'failed: ' + state.failed if state.failed else 'the socket is not held'}"
+        return _failed("service", told, "`mlxd service restart`, then `mlxd service logs`")
+    if not state.current:
+        return _warning("service", "installed with other settings than this shell's", "`mlxd service install`")
+    return _ok("service", f"installed ({state.manager})")
+
+
+def _disk(settings: Settings) -> Finding:
+    from mlxd.store.hub import cache_folder
+
+    folder = str(cache_folder(os.environ))
+    there = folder
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    free = shutil.disk_usage(there).free
+    told = f"{free / 1e9:.0f} GB free for models in {folder}"
+    if not os.access(there, os.W_OK):
+        return _failed("disk", f"{folder} cannot be written", "set HF_HOME or HF_HUB_CACHE to a folder that can")
+    if free < LEAST_FREE_BYTES:
+        return _warning("disk", told, "`mlxd list` shows what models take, `mlxd rm` deletes them")
+    return _ok("disk", told)
+
+
+def _memory(settings: Settings) -> Finding:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    told = f"{settings.memory_budget_bytes / 1e9:.1f} GB for models, of {memory.total / 1e9:.1f} GB"
+    if settings.memory_budget_bytes > memory.total:
+        return _warning("memory", told, "lower memory_budget_bytes: this is more than there is")
+    return _ok("memory", told)
+
+
+def _hub() -> Finding:
+    status, told = _run(_HUB, HUB_S + 20, str(HUB_S))
+    if status == 0 and told == "offline":
+        return _ok("hub", "not asked: HF_HUB_OFFLINE is set")
+    if status == 0:
+        return _ok("hub", f"{told} answers")
+    return _warning(
+        "hub", f"cannot be reached: {told}", "downloads will fail; check the network, HF_ENDPOINT and proxies"
+    )
+
+
+def _run(code: str, limit_s: float, *arguments: str) -> tuple[int, str]:
+    """Run Python code elsewhere. Returns its status, and the last line that it printed."""
+    command = [sys.executable, "-c", code, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        return 1, f"no answer within {limit_s:g} s"
+    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    if done.returncode < 0:
+        return done.returncode, f"the process died of signal {-done.returncode}"
+    return done.returncode, lines[-1][:200] if lines else ""

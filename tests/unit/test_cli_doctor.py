@@ -1,0 +1,103 @@
+"""`mlxd config` and `mlxd doctor`: what they show, and what they find wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxd.cli import doctor, exits
+from mlxd.cli.main import main
+from mlxd_client import types
+from support.scripted_daemon import ScriptedDaemon
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    for name in list(os.environ):
+        if name.startswith(("MLXD_", "HF_")):
+            monkeypatch.delenv(name)
+    folder = tmp_path / "m"
+    monkeypatch.setenv("MLXD_HOME", str(folder))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def findings(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, dict[str, Any]]]:
+    status = main(["doctor", "--json"])
+    return status, {found["check"]: found for found in json.loads(capsys.readouterr().out)}
+
+
+def test_a_sound_machine_is_sound(capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = findings(capsys)
+    assert status == exits.OK
+    checks = ["python", "packages", "engine", "settings", "home", "daemon", "service", "disk", "memory", "hub"]
+    assert list(found) == checks
+    assert {found[name]["state"] for name in checks if name not in ("engine", "disk")} == {"ok"}
+    assert "Device" in found["engine"]["told"]  # a real product was computed
+    assert found["hub"]["told"] == "not asked: HF_HUB_OFFLINE is set"
+    assert not list(Path(os.environ["MLXD_HOME"]).iterdir())  # no daemon was started
+
+
+def test_what_is_wrong_is_named_with_advice(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_ENGINE", "import os; os.abort()")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLXD_MEMORY_BUDGET_BYTES", str(2**60))
+    home.chmod(0o755)
+    status, found = findings(capsys)
+    assert status == exits.FAILED
+    assert found["engine"]["state"] == "failed"
+    assert "signal 6" in found["engine"]["told"]
+    assert found["home"]["state"] == found["hub"]["state"] == found["memory"]["state"] == "warning"
+    assert all(found[name]["advice"] for name in ("engine", "home", "hub", "memory"))
+
+
+def test_a_wrong_configuration_is_a_finding(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "config.toml").write_text("max_bacth = 3\n")
+    status, found = findings(capsys)
+    assert status == exits.FAILED
+    assert "did you mean max_batch?" in found["settings"]["told"]
+
+
+def test_a_daemon_of_another_version_is_seen(capsys: pytest.CaptureFixture[str], home: Path) -> None:
+    with ScriptedDaemon(str(home / "mlxd.sock")) as daemon:
+        status = types.Status(
+            version="0.0.9", pid=1, uptime_s=1, rss_bytes=1, clients=1, subscribers=0, workers=[],
+            models=types.StatusModels(known=0, loaded=0), queue=types.StatusQueue(waiting=0, running=0),
+            memory=types.Memory(budget_bytes=1, used_bytes=0),
+        )  # fmt: skip
+        daemon.on("status", lambda _connection, _request: status)
+        _, found = findings(capsys)
+    assert found["daemon"]["state"] == "warning"
+    assert "0.0.9" in found["daemon"]["told"]
+
+
+def test_people_read_it_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == exits.OK
+    assert "python" in capsys.readouterr().out
+
+
+def test_config_shows_values_and_origins(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "config.toml").write_text('# mine\nmax_batch = 3\n[aliases]\ndictation = "mlxd/cleanup"\n')
+    monkeypatch.setenv("MLXD_KEEP_ALIVE_S", "60")
+    assert main(["config", "--json", "--changed"]) == exits.OK
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["max_batch"] == {"value": 3, "from": f"{home}/config.toml:2"}
+    assert shown["aliases"] == {"value": {"dictation": "mlxd/cleanup"}, "from": f"{home}/config.toml:3"}
+    assert shown["keep_alive_s"] == {"value": 60.0, "from": "the environment's MLXD_KEEP_ALIVE_S"}
+    assert "queue_limit" not in shown
+    assert main(["config", "queue_limit"]) == exits.OK
+    assert capsys.readouterr().out.split() == ["setting", "value", "from", "queue_limit", "512", "the", "default"]
+    assert main(["config", "max_bacth"]) == exits.USAGE
+    assert "did you mean max_batch?" in capsys.readouterr().err
