@@ -6,6 +6,7 @@
     exec CMD [ARG...]  run any command inside the environment, e.g. `exec mlxd status`
     bench [ARG...]   speed and size against mlx_lm, as ratios in one run
     soak [ARG...]    downloads that are killed again and again, and very large ones
+    fuzz [ARG...]    broken frames for the codec; with --engine, requests of every kind mixed on a tiny model
     lint [--fix]     style and types alone
     setup            only see to the environment
 
@@ -293,6 +294,10 @@ def run_bench(arguments: "list[str]") -> int:
     return become([PYTHON, os.path.join(ROOT, "tools", "bench.py"), *arguments])
 
 
+def run_fuzz(arguments: "list[str]") -> int:
+    return become([PYTHON, os.path.join(ROOT, "tools", "fuzz.py"), *arguments])
+
+
 def run_soak(arguments: "list[str]") -> int:
     return become([PYTHON, os.path.join(ROOT, "tools", "soak.py"), *arguments])
 
@@ -307,6 +312,7 @@ COMMANDS = {
     "exec": run_exec,
     "bench": run_bench,
     "soak": run_soak,
+    "fuzz": run_fuzz,
     "lint": run_lint,
     "setup": run_setup,
 }

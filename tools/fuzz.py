@@ -1,6 +1,7 @@
 """A fuzzer of the codec: sound frames, mutated by structure and by chance, judged by the codec's law.
 
     python tools/fuzz.py [EXECUTIONS] [--seed N]
+    python tools/fuzz.py --engine [RUNS] [--seed N]      requests of every kind mixed; see tests/support/mix.py
 
 Every execution feeds one mutated stream to a Decoder in a random split. A finding is an exception that is not
 ProtocolError, a message that is neither a dict nor Invalid, an answer that depends on the split, a message that breaks
@@ -13,8 +14,10 @@ import argparse
 import json
 import random
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -228,11 +231,35 @@ def _sound(value: Any, depth: int) -> bool:
     return value is None or type(value) in (str, bool, bytes)
 
 
+def mix(runs: int, seed: int) -> int:
+    """Run mixes of 60 requests each, by seeds from `seed` on. Returns the exit status."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from support.mix import Mix, Models
+
+    findings = 0
+    with tempfile.TemporaryDirectory(prefix="mlxd-mix-") as folder:
+        models = Models(Path(folder))
+        for number in range(seed, seed + runs):
+            began = time.perf_counter()
+            try:
+                told = dict(Mix(models, number).run(60))
+                print(f"seed {number}: {time.perf_counter() - began:.1f} s, {told}", flush=True)
+            except AssertionError as error:
+                findings += 1
+                print("FINDING", error, flush=True)
+    print(f"{findings} findings")
+    return 1 if findings else 0
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fuzz the codec.")
-    parser.add_argument("executions", nargs="?", type=int, default=1_000_000)
+    parser = argparse.ArgumentParser(description="Fuzz the codec, or the engine.")
+    parser.add_argument("executions", nargs="?", type=int, help="1,000,000, or 20 of --engine, where it is not said")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", action="store_true", help="mix requests of every kind on a tiny model")
     arguments = parser.parse_args()
+    if arguments.engine:
+        return mix(arguments.executions or 20, arguments.seed)
+    arguments.executions = arguments.executions or 1_000_000
     report = run(arguments.executions, arguments.seed)
     rate = report.executions / max(report.seconds, 1e-9)
     print(f"{report.executions:,} executions in {report.seconds:.1f} s ({rate:,.0f}/s), seed {arguments.seed}")

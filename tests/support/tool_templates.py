@@ -6,6 +6,7 @@ A tiny model's tokenizer has few tokens of its own for their markers: `SPECIAL` 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from support import tiny_model
 
@@ -157,12 +158,12 @@ FAMILIES: dict[str, tuple[str, str, list[tuple[str, bool]]]] = {
 }  # fmt: skip
 
 
-def build(folder: Path, name: str, *, context: int = 4096) -> Path:
-    """A tiny model of a family that has tools, whose markers are tokens."""
+def build(folder: Path, name: str, *, context: int = 4096, **shape: Any) -> Path:
+    """A tiny model of a family that has tools, whose markers are tokens; `shape` as tiny_model.build has it."""
     from tokenizers import AddedToken, Tokenizer
 
     family, template, markers = FAMILIES[name]
-    tiny_model.build(folder, family=family, context=context, vocabulary=420, chat_template=template)
+    tiny_model.build(folder, family=family, context=context, vocabulary=420, chat_template=template, **shape)
     tiny_model.write_tokenizer(folder, 400, template)  # leaves room for the markers
     file = str(folder / "tokenizer.json")
     if name == "gemma4_thinking":  # its thoughts have markers of their own

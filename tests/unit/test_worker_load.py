@@ -18,7 +18,8 @@ from mlxd.childwire import Generate
 from mlxd.worker.engine import Engine
 from mlxd.worker.load import LoadedModel, context_length, load
 from mlxd.worker.options import resolve
-from mlxd.worker.prompt import PromptBuilder, time_limit
+from mlxd.worker.prompt import PromptBuilder
+from mlxd.worker.timelimit import time_limit
 from mlxd_client.errors import ContextExceeded, InvalidParams, LoadFailed, ModelInvalid, RpcError, Unsupported
 from support import tiny_model
 

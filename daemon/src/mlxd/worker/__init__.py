@@ -11,6 +11,7 @@
     options    what a request asks for, what the model defaults to, what is refused
     prompt     messages become tokens, through the model's chat template
     turns      the turns of a conversation, checked
+    templates  what a chat template may build
     timelimit  how long code may run that is not ours
     tools      the tools of a request, checked
     toolsyntax how families of models spell calls

@@ -155,6 +155,7 @@ class Embedder:
                 tokens = self._go_on(self._long, most, ended)
             else:
                 tokens = self._compute(batch, ended)
+        self._current = []
         self._rate = tokens / max(time.perf_counter() - began, 1e-6)
         return ended
 

@@ -263,6 +263,9 @@ class Lanes:
         self._lanes.remove(lane)
         self._owed.discard(lane)
         lane.rows.close()
+        if len(self._lanes) == 1:  # it takes no turns any more
+            self._plain.rows.may_read = True
+            self._owed.clear()
 
     def close(self) -> None:
         for lane in self._lanes:
@@ -332,9 +335,6 @@ class Lanes:
             lane.read_at = self._turns
             self._owed = {other for other in self._lanes if other.rows.decoding}
         self._leave(lane)
-        if len(self._lanes) == 1:
-            self._plain.rows.may_read = True
-            self._owed.clear()
 
     def fail(self) -> list[int]:
         """The last step or `drop` raised: put a clean batch in the place of the lane that it was of.
@@ -353,7 +353,4 @@ class Lanes:
             lane.rows = self._make(PLAIN)
         elif lane in self._lanes:
             self._close(lane)
-        if len(self._lanes) == 1:
-            self._plain.rows.may_read = True
-            self._owed.clear()
         return lost

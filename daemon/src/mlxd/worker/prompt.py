@@ -16,7 +16,7 @@ import jinja2
 from mlxd_client.errors import ContextExceeded, InvalidParams, ModelInvalid, RpcError, Unsupported
 from mlxd_client.types import MAX_TEXT_CHARACTERS
 
-from .timelimit import time_limit
+from .templates import rendering
 from .turns import read_turns
 
 # A template is a program from the model's folder: it gets this long.
@@ -227,7 +227,7 @@ class PromptBuilder:
         more: dict[str, Any] = {"tools": tools} if tools else {}
         if self._parts:
             messages = [{**turn, "content": _in_parts(turn["content"])} for turn in messages]
-        with time_limit(TEMPLATE_LIMIT_S):
+        with rendering(TEMPLATE_LIMIT_S):
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=answer, enable_thinking=thinking, **more
             )

@@ -104,6 +104,14 @@ def apply_xtc(
     return mx.where((draws <= probability) & above, -mx.inf, logprobs)
 
 
+def compile_draws(row: Sampling, vocabulary: int) -> None:
+    """Compile what rows like this one that are sampled together would otherwise wait for, and the first guesses that
+    are checked: on a CPU that runs a compiler, twice, and a busy machine takes its time for it."""
+    inputs = mx.array([0, 0])
+    plan = Plan([row, row], [[0], [0]], inputs)
+    mx.eval(plan.sample(plan.penalise(inputs, mx.zeros((2, vocabulary)))))
+
+
 class Plan:
     """Everything about a batch's rows that stays the same from step to step, as arrays, plus what advances by one.
 

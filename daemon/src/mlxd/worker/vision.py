@@ -28,6 +28,7 @@ from mlxd_client.errors import InvalidParams, ModelInvalid
 
 from ..store.safetensors import tensor_types
 from .images import Picture
+from .templates import rendering
 
 HOW_TO_INSTALL = "install mlxd with its extra `vision` to have images seen"
 
@@ -255,7 +256,7 @@ class Vision:
         """Whether the chat template takes parts, and puts the marker where an image is."""
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}
         text: Any = None
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), rendering():
             text = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         return isinstance(text, str) and text.count(self._marker) == 1 and "probe" in text
 
