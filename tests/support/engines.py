@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mlxd.childwire import Generate
-from mlxd.worker.engine import Engine, Outcome
+from mlxd.worker.engine import Engine
+from mlxd.worker.running import Outcome
 
 GREEDY: dict[str, Any] = {"temperature": 0, "repetition_penalty": 1.0}
 

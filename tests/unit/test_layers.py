@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -146,6 +147,16 @@ def test_parts_form_no_circle() -> None:
         ready = {part for part, needs in graph.items() if part not in done and needs <= done}
         assert ready, f"a circle among {sorted(set(graph) - done)}"
         done |= ready
+
+
+def test_each_part_of_the_runtime_knows_only_those_below_it() -> None:
+    folder = TREES["mlxd"] / "runtime"
+    listed = re.findall(r"^ {4}(\w+) ", ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "", re.M)
+    assert sorted(listed) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    for number, name in enumerate(listed):
+        known = {module.rpartition(".")[2] for module in imports(folder / f"{name}.py", "mlxd.runtime")
+                 if module.startswith("mlxd.runtime.")}  # fmt: skip
+        assert known <= set(listed[number + 1 :]), name
 
 
 def test_the_core_does_not_look_at_the_world() -> None:

@@ -244,7 +244,7 @@ def many(world: World, folder: Path, count: int) -> list[Path]:
 
 def bounded(world: World, **bounds: int) -> Engine:
     engine = world.engine()
-    engine.adapters = Adapters(world.loaded.model, **bounds)
+    engine.adapters = engine._arrivals._adapters = Adapters(world.loaded.model, **bounds)
     return engine
 
 

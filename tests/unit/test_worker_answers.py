@@ -292,7 +292,7 @@ def test_an_answer_that_fails_fails_the_request_and_nobody_else(engine: Engine, 
         raise ZeroDivisionError("in a processor")
 
     batch = engine._generator.plain._generation_batch
-    second = engine._several[0].uids[1]
+    second = engine._decoding.several[0].uids[1]
     batch.logits_processors[batch.uids.index(second)] = (broken,)
     drain(engine, collected)
     assert isinstance(collected.ends[0], InternalError)

@@ -14,9 +14,10 @@ import pytest
 from mlxd.childwire import Generate, Generated
 from mlxd.worker import constraint as constraints
 from mlxd.worker.constraint import Constraint, allows_any, apply_masks, parse_value
-from mlxd.worker.engine import Engine, Outcome
+from mlxd.worker.engine import Engine
 from mlxd.worker.grammar import read_rule
 from mlxd.worker.load import LoadedModel, load
+from mlxd.worker.running import Outcome
 from mlxd_client.errors import InternalError, InvalidParams, RpcError, Unsupported
 from support import tiny_model
 

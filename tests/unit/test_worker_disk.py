@@ -210,7 +210,7 @@ def test_nothing_is_shared_between_namespaces_models_and_weights(
 ) -> None:
     filled(home, turns(QUESTION))
     engine = home.engine()
-    monkeypatch.setattr("mlxd.worker.engine.NAMESPACE", b"an adapter")
+    monkeypatch.setattr("mlxd.worker.requests.NAMESPACE", b"an adapter")
     assert answer(engine, turns(QUESTION)).cached_tokens == 0
     monkeypatch.undo()
     assert answer(home.engine(name="org/other"), turns(QUESTION)).cached_tokens == 0

@@ -12,7 +12,8 @@ import pytest
 
 from mlxd.childwire import Embedded, EmbedTexts
 from mlxd.worker.embed import MAX_JOBS, Embedder
-from mlxd.worker.engine import Engine, EngineLost
+from mlxd.worker.engine import Engine
+from mlxd.worker.faults import EngineLost
 from mlxd.worker.load import LoadedModel, load
 from mlxd.worker.pooling import Pooling, read_pooling
 from mlxd_client.errors import (

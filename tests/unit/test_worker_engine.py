@@ -10,8 +10,10 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_logits_processors
 
 from mlxd.childwire import CountTokens, Generate, Generated
-from mlxd.worker.engine import Engine, EngineLost, Outcome
+from mlxd.worker.engine import Engine
+from mlxd.worker.faults import EngineLost
 from mlxd.worker.load import LoadedModel, load
+from mlxd.worker.running import Outcome
 from mlxd.worker.sampling import Plan, Sampling
 from mlxd_client.errors import ContextExceeded, InternalError, InvalidParams, ModelInvalid, RpcError, Unsupported
 from support import tiny_model

@@ -14,7 +14,9 @@ import pytest
 from mlxd.childwire import CountTokens
 from mlxd.worker import prompt as prompts
 from mlxd.worker.constraint import Constraint
-from mlxd.worker.engine import MAX_FAILED_STEPS, Engine, EngineLost
+from mlxd.worker.decoding import MAX_FAILED_STEPS
+from mlxd.worker.engine import Engine
+from mlxd.worker.faults import EngineLost
 from mlxd.worker.load import LoadedModel, load
 from mlxd.worker.sampling import Plan
 from mlxd_client.errors import InternalError, InvalidParams, ModelInvalid, RpcError, Unsupported
@@ -141,7 +143,7 @@ def test_a_constraint(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OverflowError("the rule is lost")
 
     scene.engine.submit(VICTIM, ask("hello", max_tokens=20, schema={"type": "integer"}))
-    while VICTIM not in scene.engine._uids:
+    while VICTIM not in scene.engine._decoding.uids:
         step(scene.engine, scene.ends)
     monkeypatch.setattr(Constraint, "follow", broken)
     scene.end()
@@ -152,7 +154,7 @@ def test_what_reports_log_probabilities(scene: Scene, monkeypatch: pytest.Monkey
     def broken(*_args: Any) -> Any:
         raise UnicodeError("no such token")
 
-    monkeypatch.setattr(scene.engine, "_report", broken)
+    monkeypatch.setattr(scene.engine._results, "report", broken)
     scene.engine.submit(VICTIM, ask("hello", max_tokens=5, logprobs=2))
     scene.end()
     assert "no such token" in scene.ends[VICTIM].message

@@ -163,3 +163,30 @@ def test_what_is_kept_of_a_prompt_makes_it_a_short_one(model: Any) -> None:
         generator.add([*shared, *range(20 + row, 40 + row)], 64, Sampling(), [], StopSequences(), Reuse(b""))
     generator.next()
     assert (generator.active, generator.waiting) == (4, 0)
+
+
+def test_prompts_that_waited_for_one_begin_together(model: Any) -> None:
+    cache = PromptCache(model, 1 << 30)
+    generator = RowGenerator(model, max_batch=8, prefill_step=128, prefill_joins=1, prompt_cache=cache)
+    shared = [token % 300 for token in range(200)]
+    prompts = [[*shared, 301 + row, *[5 + row] * 9] for row in range(5)]
+    first, *others = (generator.add(prompt, 8, Sampling(), [], StopSequences(), Reuse(b"")) for prompt in prompts)
+    while not any(response.uid == first for response in generator.next()[1]):
+        assert generator.waiting == len(others)
+    cache.keep(b"", *reversed(generator.view(first)))
+    generator.settle()
+    generator.next()
+    assert (generator.active, generator.waiting) == (5, 0)
+    assert cache.saved_tokens == len(others) * 200
+
+
+def test_rows_that_all_go_on_together_are_read_as_alone(model: Any) -> None:
+    together, _ = generate(model, prompts=5, length=40)
+    generator = RowGenerator(model, max_batch=1, prefill_step=128)
+    alone: list[list[int]] = []
+    for row in range(5):
+        generator.add([(row * 7 + at) % 300 for at in range(40)], 4, Sampling(), [], StopSequences())
+        alone.append([])
+        while generator.active or generator.waiting:
+            alone[row] += [response.token for response in generator.next()[1]]
+    assert together == alone

@@ -138,7 +138,7 @@ def test_xtc_with_a_seed_is_the_same_in_any_company_and_spares_ends(loaded: Load
     engine.submit(2, request)
     assert drain(engine).ends[2].text == first
     newline = loaded.tokenizer.encode("\n", add_special_tokens=False)
-    assert {*newline, *loaded.tokenizer.eos_token_ids} <= set(engine._spared)
+    assert {*newline, *loaded.tokenizer.eos_token_ids} <= set(engine._requests.spared)
 
 
 def test_a_threshold_alone_would_do_nothing_and_is_refused() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from mlxd.childwire import Generate, Generated
-from mlxd.worker.engine import Engine, Outcome
+from mlxd.worker.engine import Engine
 from mlxd.worker.load import LoadedModel, load
 from mlxd.worker.lookup import Lookup, Odds
 from mlxd.worker.pace import Pace
+from mlxd.worker.running import Outcome
 from mlxd_client.errors import InvalidParams, Unsupported
 from support import tiny_model
 

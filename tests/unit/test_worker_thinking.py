@@ -10,8 +10,9 @@ import pytest
 
 from mlxd.childwire import Generate, Generated
 from mlxd.worker.constraint import Thought
-from mlxd.worker.engine import Engine, Outcome
+from mlxd.worker.engine import Engine
 from mlxd.worker.load import LoadedModel, load
+from mlxd.worker.running import Outcome
 from mlxd_client.errors import InvalidParams, Unsupported
 from support import tiny_model, tool_templates
 

@@ -13,8 +13,9 @@ import pytest
 
 from mlxd.childwire import Calls, CountTokens, Generate, Generated
 from mlxd.worker import calls
-from mlxd.worker.engine import Engine, Outcome
+from mlxd.worker.engine import Engine
 from mlxd.worker.load import load
+from mlxd.worker.running import Outcome
 from mlxd_client.errors import InvalidParams, RpcError, Unsupported
 from mlxd_client.types import MalformedToolCall, ToolCall
 from support import tiny_model, tool_templates
@@ -136,9 +137,10 @@ def force(engine: Engine, tokens: list[int]) -> None:
     def processor(_context: mx.array, logits: mx.array) -> mx.array:
         return mx.full(logits.shape, -1000.0).at[:, next(steps)].add(1000.0)
 
-    for _, compiled in engine._compiling.values():
+    rules = engine._arrivals.compiling
+    for _, compiled in rules.waiting.values():
         compiled.result()
-    engine._join_compiled(Outcome())
+    rules.go_on(Outcome())
     pending = engine._generator.plain._unprocessed_sequences
     pending[-1] = (*pending[-1][:6], (processor,), pending[-1][7])
 
@@ -232,7 +234,7 @@ def call(body: str) -> str:
     ],
 )
 def test_malformed_calls_say_why(engine: Engine, body: str, name: str | None, reason: str) -> None:
-    tools = engine._toolbox.use(ask())
+    tools = engine._requests.toolbox.use(ask())
     assert tools is not None
     made, (malformed,) = tools.take(body, True, None)
     assert not made
@@ -284,7 +286,7 @@ def test_a_parser_that_fails_or_loops_costs_its_own_call(engine: Engine, monkeyp
     monkeypatch.setattr(calls, "PARSER_LIMIT_S", 0.05)
     for parser, reason in ((loop, "longer than 0.05"), (explode, "ZeroDivisionError")):
         engine.submit(1, ask("another", max_tokens=30))
-        monkeypatch.setattr(engine._toolbox, "_parser", parser)
+        monkeypatch.setattr(engine._requests.toolbox, "_parser", parser)
         engine.submit(0, ask())
         force(engine, engine._loaded.tokenizer.encode(PARIS["json_tools"], add_special_tokens=False))
         told = run(engine)
@@ -311,8 +313,8 @@ def test_a_parser_that_fails_or_loops_costs_its_own_call(engine: Engine, monkeyp
 def test_arguments_are_what_the_wire_carries(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, parsed: Any, arguments: Any
 ) -> None:
-    monkeypatch.setattr(engine._toolbox, "_parser", lambda text, tools: parsed)
-    tools = engine._toolbox.use(ask(tools=[tool("any", {"type": "object"})]))
+    monkeypatch.setattr(engine._requests.toolbox, "_parser", lambda text, tools: parsed)
+    tools = engine._requests.toolbox.use(ask(tools=[tool("any", {"type": "object"})]))
     assert tools is not None
     made, malformed = tools.take("x", True, None)
     assert [one.arguments for one in made] == ([] if arguments is None else [arguments])
@@ -320,7 +322,7 @@ def test_arguments_are_what_the_wire_carries(
 
 
 def test_calls_without_end_stay_within_a_frame(engine: Engine) -> None:
-    tools = engine._toolbox.use(ask(stream=False))
+    tools = engine._requests.toolbox.use(ask(stream=False))
     assert tools is not None
     for _ in range(400):
         tools.take('{"name": "clock"}', True, None)
@@ -559,7 +561,7 @@ def test_schemas_are_whole_json_schema(engine: Engine) -> None:
         "not": {"required": ["secret"]},
         "$defs": {"id": {"type": "integer", "multipleOf": 3}},
     }
-    tools = engine._toolbox.use(ask(tools=[tool("pick", parameters)]))
+    tools = engine._requests.toolbox.use(ask(tools=[tool("pick", parameters)]))
     assert tools is not None
     for arguments, fits in (
         ({"ids": [3, 6]}, True), ({"ids": [3, 3]}, False), ({"ids": [4]}, False), ({"secret": 1}, False), ({}, True),
@@ -570,7 +572,7 @@ def test_schemas_are_whole_json_schema(engine: Engine) -> None:
 
 def test_a_pattern_that_takes_for_ever_is_stopped(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "PARSER_LIMIT_S", 0.05)
-    tools = engine._toolbox.use(ask(tools=[tool("a", record(x={"type": "string", "pattern": "^(a|a)*b$"}))]))
+    tools = engine._requests.toolbox.use(ask(tools=[tool("a", record(x={"type": "string", "pattern": "^(a|a)*b$"}))]))
     assert tools is not None
     _, (malformed,) = tools.take(json.dumps({"name": "a", "arguments": {"x": "a" * 40}}), True, None)
     assert "longer than" in malformed.reason

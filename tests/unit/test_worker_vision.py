@@ -12,8 +12,10 @@ import pytest
 
 from mlxd.childwire import CountTokens, Generate, Generated
 from mlxd.worker import load as loading
-from mlxd.worker.engine import Engine, EngineLost, Outcome
+from mlxd.worker.engine import Engine
+from mlxd.worker.faults import EngineLost
 from mlxd.worker.load import LoadedModel, load
+from mlxd.worker.running import Outcome
 from mlxd.worker.sights import NOT_WITH_IMAGES, check_options
 from mlxd.worker.vision import FAMILIES, FeatureCache
 from mlxd_client.errors import ContextExceeded, InternalError, InvalidParams, ModelInvalid, RpcError, Unsupported
@@ -317,6 +319,15 @@ def test_a_lost_device_ends_the_process(engine: Engine, monkeypatch: pytest.Monk
     engine.submit(1, ask(DOG))
     with pytest.raises(EngineLost):
         drain(engine)
+
+
+def test_what_a_request_quotes_is_no_lost_device(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: Any, **_more: Any) -> Any:
+        raise InvalidParams("the model's chat template refuses: there is no [METAL] here", field="messages")
+
+    monkeypatch.setattr(engine._prompts, "build", refuse)
+    engine.submit(1, ask(DOG))
+    assert isinstance(drain(engine)[1], InvalidParams)
 
 
 def test_a_bad_image_costs_nobody_else(engine: Engine) -> None:

@@ -1,7 +1,7 @@
 """Many streams at once: against an in-process BatchGenerator with the same BLAS, and against the BLAS that MLX brings.
 
 As many clients, each with a connection of its own, begin at once. Tokens per second are of all of them together, from
-the first request to the last token.
+the first request to the last token. Nothing is guessed ahead: a BatchGenerator does not.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def blas_rows(label: str, daemon: Daemon, model: Path, scale: Scale) -> Iterator
 
 def together(daemon: Daemon, model: Path, prompts: Prompts, streams: int, tokens: int) -> float:
     """Tokens per second of so many streams of the daemon."""
-    run = asyncio.run(batch_ours(daemon.socket, model, [prompts.one() for _ in range(streams)], tokens))
+    asked = [prompts.one() for _ in range(streams)]
+    run = asyncio.run(batch_ours(daemon.socket, model, asked, tokens, speculation="off"))
     return whole(run["tokens"], streams * tokens) / float(run["total_s"])
 
 

@@ -28,7 +28,7 @@ from .processes import Daemon, http_server
 from .table import Row, paired
 
 # Seconds between the first turns of two clients, and the longest pause before a turn.
-ARRIVAL_S, PAUSE_S = 0.05, 0.1
+ARRIVAL_S, PAUSE_S = 0.25, 0.1
 # Asks for one answer: the conversation and how many tokens. Gives its pieces of text as they come.
 Ask = Callable[[Messages, int], AsyncIterator[str]]
 

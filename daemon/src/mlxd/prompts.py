@@ -14,11 +14,11 @@ from mlxd_client import errors, types
 
 from . import childwire as wire
 from . import promptfiles
+from .workers import WorkerLink, settle
 
 if TYPE_CHECKING:
     from .server.runtime_api import Log
     from .settings import Settings
-    from .workers import WorkerLink
 
 __all__ = ["Prompts", "ask"]
 
@@ -153,16 +153,7 @@ class Prompts:
 async def ask(link: WorkerLink, method: str, params: Any, characters: int = 0) -> Any:
     """Ask a worker and wait for its answer; whoever stops waiting takes the question back. Raises RpcError."""
     answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-    def settle(told: Any) -> None:
-        if answered.done():
-            return
-        if isinstance(told, errors.RpcError):
-            answered.set_exception(told)
-        else:
-            answered.set_result(told)
-
-    request_id = link.ask(method, params, settle, characters=characters)
+    request_id = link.ask(method, params, lambda told: settle(answered, told), characters=characters)
     try:
         return await answered
     except asyncio.CancelledError:

@@ -25,17 +25,22 @@ _LOOKING_S = 60.0
 
 
 class WorkerEvents(Protocol):
-    """Whom a worker's end reports to."""
+    """Whom a worker's end reports to of the worker."""
 
     def worker_progress(self, worker: int, progress: float) -> None: ...
     def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None: ...
     def worker_load_failed(self, worker: int, error: errors.RpcError) -> None: ...
-    def worker_piece(self, rid: int, text: str, reasoning: str, index: int = 0) -> None: ...
-    def worker_calls(self, rid: int, calls: list[types.ToolCall], malformed: list[types.MalformedToolCall]) -> None: ...
-    def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None: ...
     def worker_memory(self, worker: int, memory_bytes: int) -> None: ...
     def worker_cache_failed(self, worker: int, failures: int) -> None: ...
     def worker_exited(self, worker: int, death: Death) -> None: ...
+
+
+class AnswerEvents(Protocol):
+    """Whom it reports to of the requests that the worker has."""
+
+    def worker_piece(self, rid: int, text: str, reasoning: str, index: int = 0) -> None: ...
+    def worker_calls(self, rid: int, calls: list[types.ToolCall], malformed: list[types.MalformedToolCall]) -> None: ...
+    def worker_answered(self, rid: int, outcome: wire.Generated | errors.RpcError) -> None: ...
 
 
 Answered = Callable[[Any], None]  # with the plain result, or an RpcError
@@ -51,7 +56,9 @@ class WorkerLink:
         load_s: how long it may take to load, from when it is ready, in seconds.
     """
 
-    def __init__(self, worker: int, load: wire.LoadModel, events: WorkerEvents, *, load_s: float) -> None:
+    def __init__(
+        self, worker: int, load: wire.LoadModel, events: WorkerEvents, answers: AnswerEvents, *, load_s: float
+    ) -> None:
         self.worker = worker
         self.model = load.model
         self.draft = None if load.draft is None else load.draft.draft
@@ -62,6 +69,7 @@ class WorkerLink:
         self._load = load
         self._load_s = load_s
         self._events = events
+        self._answers = answers
         self._load_id: int | None = None
         self._load_timer: asyncio.TimerHandle | None = None
         self._rids: dict[int, int] = {}  # the child's request id → rid
@@ -162,11 +170,11 @@ class WorkerLink:
             for request_id, text, reasoning in message["params"]["pieces"]:
                 rid = self._rids.get(request_id)
                 if rid is not None:
-                    self._events.worker_piece(rid, text, reasoning)
+                    self._answers.worker_piece(rid, text, reasoning)
             for request_id, number, text, reasoning in message["params"].get("others", ()):
                 rid = self._rids.get(request_id)
                 if rid is not None:
-                    self._events.worker_piece(rid, text, reasoning, number)
+                    self._answers.worker_piece(rid, text, reasoning, number)
             if "calls" in message["params"]:
                 self._on_calls(message["params"]["calls"])
         elif method == "progress":
@@ -178,7 +186,7 @@ class WorkerLink:
         for made in msgspec.convert(raw, list[wire.Calls]):
             rid = self._rids.get(made.id)
             if rid is not None:
-                self._events.worker_calls(rid, made.tool_calls, made.malformed_tool_calls)
+                self._answers.worker_calls(rid, made.tool_calls, made.malformed_tool_calls)
 
     def on_exit(self, child: Child, death: Death, /) -> None:
         self._load_ended()
@@ -220,7 +228,17 @@ class WorkerLink:
         elif (rid := self._rids.pop(request_id, None)) is not None:
             del self._ids[rid]
             outcome = failed if failed is not None else msgspec.convert(message["result"], wire.Generated)
-            self._events.worker_answered(rid, outcome)
+            self._answers.worker_answered(rid, outcome)
+
+
+def settle(future: asyncio.Future[Any], told: Any) -> None:
+    """Hand an answer to whom waits for it: a result, or an RpcError to raise."""
+    if future.done():
+        return
+    if isinstance(told, errors.RpcError):
+        future.set_exception(told)
+    else:
+        future.set_result(told)
 
 
 def _size(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> tuple[int, int]:

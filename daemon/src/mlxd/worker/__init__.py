@@ -4,6 +4,7 @@
     blas       which library multiplies matrices on a Linux CPU
     alias      its functions, under the names that MLX calls
     threads    how many threads it uses, as the machine has cores to spare
+    powers     softmax and SiLU on an x86 CPU
     loop       the pipe, one decode step, the pipe again
     load       a folder becomes a LoadedModel, or a typed error
     families   what architectures cannot do in a batch
@@ -20,7 +21,15 @@
     images     an image of a request becomes pixels, or a typed error
     vision     a model that sees: mlx-vlm's, in two halves
     sights     prompts with images, on their way into the batch
-    engine     the requests in flight and how each ends
+    engine     one model and all that is asked of it; a step goes on with all of it
+    requests   a request, read: options completed, prompt built; or refused
+    arrivals   the way of a request before it joins the batch
+    decoding   the requests in the batch, and how each ends
+    running    one request in flight, and what a step brought
+    results    what one answer is once it ended
+    faults     whose an error is: a request's own, or the device's
+    keeping    what is kept of what was computed for requests
+    warming    what the first request would otherwise wait for
     answers    several answers to one prompt, as one result
     lanes      a batch for each kind of rows that cannot share one, and whose turn it is
     lanecaches what rows decode on there, and what caches weigh

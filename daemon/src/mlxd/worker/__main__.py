@@ -34,9 +34,11 @@ def serve(pipe: Pipe) -> int:
     blas = use_blas(wished)  # comes before whatever imports MLX
 
     from ..childwire import Ready
-    from .engine import EngineLost
+    from .faults import EngineLost
     from .loop import Worker
+    from .powers import use_powers
 
+    use_powers()
     versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "transformers")}
     versions["blas"] = f"{blas.name} ({blas.problem})" if blas.problem else blas.name
     pipe.notify("ready", Ready(pid=os.getpid(), kind="worker", versions=versions))

@@ -13,6 +13,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import mlx.core as mx
@@ -286,6 +287,14 @@ class RowPrompts(PromptProcessingBatch):  # type: ignore[misc]
         with Mix.of([row.adapter for row in self.samplers]) or BASE:
             super().prompt(tokens)
 
+    def split(self, indices: list[int]) -> RowPrompts:
+        if len(indices) < len(self.uids):
+            rest: RowPrompts = super().split(indices)
+            return rest
+        whole = copy(self)  # mlx_lm copies all caches twice
+        self.__dict__.update(RowPrompts.empty(self.model, self.fallback_sampler, self.prefill_step_size).__dict__)
+        return whole
+
     def extract_cache(self, idx: int) -> RowView | None:
         return take(self.prompt_cache, idx, len(self.tokens[idx]))
 
@@ -375,6 +384,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         held = self._patience.arrange(self) if self.may_read else []
         if self._copies and self.may_read:
             self._copy_read()
+        if self._waits:
+            self._waits.free(self._unprocessed_sequences)
         reading, copied = len(self._prompt_batch), len(self._copied)
         joins = max(self._prefill_joins, self._short_prompts())
         self.prefill_batch_size = min(reading + joins, self._most_prefills) + copied
@@ -382,7 +393,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         fitting = self._prefill_rate * PREFILL_S / max(rows, 1)
         self.prefill_step_size = int(max(min(fitting, self._most_prefill), min(LEAST_PREFILL, self._most_prefill)))
         self.prefill_step_size = self._fixed_prefill or self.prefill_step_size
-        if self._waits is not None and (self._unprocessed_sequences or self._waits):
+        if self._waits is not None and self._unprocessed_sequences:
             joins = self.prefill_batch_size - reading
             self._waits.sort(self._unprocessed_sequences, joins, self._reuses, self._left_to_read)
         counters = self._counters

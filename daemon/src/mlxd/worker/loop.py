@@ -42,8 +42,10 @@ from ..childwire import (
 from ..promptfiles import identity
 from .blas import Blas
 from .diskcache import open_disk
-from .engine import Engine, EngineLost, Outcome
+from .engine import Engine
+from .faults import EngineLost
 from .load import LoadedModel, load
+from .running import Outcome
 
 # MLX keeps freed memory for reuse; a worker that was idle this long gives it back.
 IDLE_TRIM_S = 5.0

@@ -104,7 +104,7 @@ def apply_xtc(
     return mx.where((draws <= probability) & above, -mx.inf, logprobs)
 
 
-def warm_up(row: Sampling, vocabulary: int) -> None:
+def compile_draws(row: Sampling, vocabulary: int) -> None:
     """Compile what rows like this one that are sampled together would otherwise wait for, and the first guesses that
     are checked: on a CPU that runs a compiler, twice, and a busy machine takes its time for it."""
     inputs = mx.array([0, 0])

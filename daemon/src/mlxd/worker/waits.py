@@ -62,17 +62,20 @@ class Waits:
     def reading(self) -> bool:
         return bool(self._reads)
 
+    def free(self, queue: deque[Any]) -> None:
+        """Put those back at the head of a queue that waited enough."""
+        free = [row for uid, row in self._held if uid not in self._reads]
+        if free:
+            self._held = [(uid, row) for uid, row in self._held if uid in self._reads]
+            queue.extendleft(reversed(free))
+
     def sort(self, queue: deque[Any], count: int, reuses: dict[int, Reuse], left: Callable[[int], int | None]) -> None:
-        """Take out of the first `count` rows of a queue those that should wait, and put back those that waited enough.
+        """Take out of the first `count` rows of a queue those that should wait.
 
         Args:
             reuses: by uid, of rows that use the prompt cache.
             left: how many tokens of a row are still to be read; None where that has not begun.
         """
-        free = [row for uid, row in self._held if uid not in self._reads]
-        if free:
-            self._held = [(uid, row) for uid, row in self._held if uid in self._reads]
-            queue.extendleft(reversed(free))
         at = 0
         while at < min(count, len(queue)):
             row = queue[at]

@@ -1,0 +1,296 @@
+"""The only loop between the core and the world: whatever happens becomes an event, whatever the core wants is done.
+
+Decides nothing. Holds what the core must not know: the timer, the wall clock, and all that actions are done with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from mlxd_client import errors, types
+
+from .. import __version__
+from ..children.supervisor import Supervisor
+from ..core import actions as do
+from ..core import events as ev
+from ..core.core import Core, Limits
+from ..fetchers import Fetchers
+from ..library import Library
+from ..prompts import Prompts
+from ..server.events import EventLog
+from ..workers import WorkerLink
+from .asking import Asking
+from .crew import Crew
+from .generations import Generations
+from .goals import Goals
+from .holding import Holding
+from .jobs import Jobs
+from .supply import Supply
+
+if TYPE_CHECKING:
+    from ..server.limits import ServerLimits
+    from ..server.runtime_api import Log
+    from ..settings import Settings
+    from ..store import Store
+
+
+class Runtime:
+    """One daemon's state and children, as the server's methods see them: see server/runtime_api.py.
+
+    Args:
+        settings: see settings.py.
+        store: finds models on disk.
+        supervisor: starts and watches children.
+        log: a structlog logger.
+    """
+
+    version = __version__
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        supervisor: Supervisor,
+        log: Log,
+        *,
+        limits: ServerLimits,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.loop = loop
+        self.epoch = secrets.token_hex(8)
+        self.on_shutdown: Callable[[], None] = lambda: None
+        self.on_settled: Callable[[], None] = lambda: None  # all that followed from an event is done
+        self._supervisor = supervisor
+        self._log = log
+        self._started_at = loop.time()
+        self._process = psutil.Process()
+        self._timer: asyncio.Handle | None = None
+        self._due: float | None = None
+        self._quiet: asyncio.Event = asyncio.Event()
+        self._inbox: list[ev.Event] = []
+        self._performing = False
+        self.core = Core(_bounds(settings), wall=time.time() - loop.time(), job_prefix=f"load-{self.epoch[:6]}")
+        self.events = EventLog(self.epoch, self.core.snapshot, limits=limits)
+        self._links: dict[int, WorkerLink] = {}
+        self._equip(settings, store)
+        self._perform = self._performers()
+
+    def _equip(self, settings: Settings, store: Store) -> None:
+        """Make the parts that actions are done with."""
+        core, tell, log, loop, links = self.core, self.tell, self._log, self.loop, self._links
+        fetchers = Fetchers(self._supervisor, settings.fetcher_command)
+        self._library = library = Library(settings, store, fetchers, core, tell, log, loop)
+        self._downloads = library.downloads
+        self._prompts = prompts = Prompts(settings, links.values, log, loop)
+        self._goals = goals = Goals(tell, loop)
+        self._jobs = jobs = Jobs(core, tell, loop)
+        self._supply = supply = Supply(settings, library, core, goals, jobs, tell, log, adapting=self._adapting)
+        self._generations = Generations(links, settings, core, goals, supply, tell, log, loop)
+        self._crew = crew = Crew(
+            links, settings, library, prompts, core, self._supervisor, self._generations, tell, log
+        )
+        holding = Holding(settings, core, goals, supply, crew, tell, loop, epoch=self.epoch)
+        asking = Asking(settings, holding, crew, tell)
+        self._offer(supply, jobs, holding, asking)
+
+    def _offer(self, supply: Supply, jobs: Jobs, holding: Holding, asking: Asking) -> None:
+        """What the server calls of the parts."""
+        self.generate = self._generations.generate
+        self.jobs, self.job, self.wait_job, self.cancel_job = jobs.list, jobs.get, jobs.wait, jobs.cancel
+        self.models, self.model, self.plan, self.catalog = supply.models, supply.model, supply.plan, supply.catalog
+        self.download, self.delete, self.verify = supply.download, supply.delete, supply.verify
+        self.load, self.unload, self.acquire, self.release = (
+            holding.load, holding.unload, holding.acquire, holding.release
+        )  # fmt: skip
+        self.count_tokens, self.encode, self.decode, self.embed = (
+            asking.count_tokens, asking.encode, asking.decode, asking.embed
+        )  # fmt: skip
+
+    def _performers(self) -> dict[type, Callable[[Any], object]]:
+        crew, generations, goals, downloads = self._crew, self._generations, self._goals, self._downloads
+        return {
+            do.StartWorker: crew.start, do.StopWorker: crew.stop, do.CancelOnWorker: crew.cancel,
+            do.Dispatch: generations.dispatch, do.Deliver: generations.deliver, do.Fail: self._fail,
+            do.Publish: self._publish, do.StartFetcher: downloads.start, do.StopFetcher: downloads.stop,
+            do.DeleteFiles: self._delete_files, do.DiscardPartial: downloads.discard, do.Prune: self._prune,
+            do.Answer: lambda action: goals.reached(action.rid, action.model),
+            do.Started: lambda action: goals.reached(action.rid, action.job),
+            do.Deleted: lambda action: goals.reached(action.rid, action.freed_bytes),
+        }  # fmt: skip
+
+    # --- the loop: event → core → actions -------------------------------------------------------------------------
+
+    def tell(self, event: ev.Event) -> None:
+        """Give the core an event and do what it wants. What performing brings about comes after it, in order."""
+        self._inbox.append(event)
+        if self._performing:
+            return
+        self._performing = True
+        try:
+            while self._inbox:
+                for action in self.core.handle(self._inbox.pop(0), self.loop.time()):
+                    self._do(action)
+        finally:
+            self._performing = False
+        self._set_timer()
+        if self.core.draining and self.core.quiet:
+            self._quiet.set()
+        self.on_settled()
+
+    def _do(self, action: do.Action) -> None:
+        try:
+            self._perform[type(action)](action)
+        except Exception as error:  # a bug in one caller's sink; the other actions concern other callers
+            self._log.error("an action failed", action=type(action).__name__, exc_info=error)
+
+    def _set_timer(self) -> None:
+        due = self.core.next_deadline()
+        if self._timer is not None:
+            if due == self._due:
+                return
+            self._timer.cancel()
+        # What is due at once is no timer to uvloop, and could not be asked when it is due.
+        self._due = due
+        self._timer = None if due is None else self.loop.call_at(due, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.tell(ev.Tick())
+
+    # --- what concerns several parts ------------------------------------------------------------------------------
+
+    def _fail(self, action: do.Fail) -> None:
+        if not self._generations.fail(action):
+            self._goals.failed(action.rid, action.error)
+
+    def _publish(self, action: do.Publish) -> None:
+        self.events.publish(
+            action.name, model_id=action.model_id, model=action.model, job=action.job, progress=action.progress,
+            error=action.error, request=self._generations.name(action.rid),
+        )  # fmt: skip
+        if action.job is not None:
+            if action.job.kind == "download":
+                self._downloads.remember(action.job)
+            self._jobs.changed(action.job)
+        if action.name in ("loading_started", "loading_progress", "loading_queued"):
+            assert action.model_id is not None
+            self._generations.loading(action.model_id, action.progress)
+
+    def _delete_files(self, action: do.DeleteFiles) -> None:
+        self._downloads.delete(action)
+        self._prompts.forget(action.model)
+
+    def _prune(self, action: do.Prune) -> None:
+        """Unless workers have it as an adapter, for which the core keeps no books: then the next daemon does it."""
+        if not self._adapting(action.model):
+            self._downloads.prune(action)
+
+    def _adapting(self, model: str) -> int:
+        """How many workers and open requests have this for an adapter."""
+        users = [*(link.adapter for link in self._links.values()), *self._generations.adapters]
+        return sum(user is not None and user.id == model for user in users)
+
+    # --- what is kept of prompts ----------------------------------------------------------------------------------
+
+    async def caches(self) -> types.CacheResult:
+        return await self._prompts.list()
+
+    async def clear_caches(self, ref: str | None) -> types.ClearCacheResult:
+        if ref is None:
+            return await self._prompts.clear(None)
+        try:
+            model = await self._library.resolve(ref)
+        except (errors.ModelNotFound, errors.ModelInvalid):
+            if not await self._prompts.has(ref):  # what it left behind can be cleared all the same
+                raise
+            model = ref
+        return await self._prompts.clear(model)
+
+    # --- clients, status ------------------------------------------------------------------------------------------
+
+    def client_gone(self, client: int) -> None:
+        self.tell(ev.ClientGone(client))
+
+    @property
+    def draining(self) -> bool:
+        return self.core.draining
+
+    def snapshot(self) -> types.Snapshot:
+        return self.core.snapshot()
+
+    def status(self, *, clients: int, subscribers: int) -> types.Status:
+        core, now = self.core, self.loop.time()
+        return types.Status(
+            version=self.version, pid=self._process.pid, uptime_s=now - self._started_at,
+            rss_bytes=self._process.memory_info().rss,
+            models=types.StatusModels(
+                known=len(core.models), loaded=sum(m.lifecycle.state == "Ready" for m in core.models.values())
+            ),
+            queue=types.StatusQueue(waiting=core.waiting, running=core.running),
+            clients=clients, subscribers=subscribers,
+            memory=types.Memory(budget_bytes=core.limits.budget_bytes, used_bytes=core.used_bytes),
+            workers=[self._health(model, now) for model in core.deaths],
+            draining=core.draining,
+        )  # fmt: skip
+
+    def _health(self, model: str, now: float) -> types.WorkerHealth:
+        core = self.core
+        retry_at = core.breakers.retry_at(model)
+        return types.WorkerHealth(
+            model=model, deaths=core.deaths[model], last_death=core.last_deaths.get(model),
+            breaker=core.breakers.state(model, now).value,
+            retry_at=None if retry_at is None else retry_at + core.wall,
+        )  # fmt: skip
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is loaded, under way or waited for."""
+        return not (self._generations or self._goals or self._links or self._jobs.under_way)
+
+    # --- from begin to end ----------------------------------------------------------------------------------------
+
+    async def begin(self) -> None:
+        """Learn what is there, and go on with what an earlier daemon had begun."""
+        self._prompts.begin()
+        await self._supply.begin()
+
+    def request_shutdown(self) -> None:
+        self.on_shutdown()
+
+    async def drain(self, limit_s: float) -> None:
+        """Take no new work, and wait up to `limit_s` seconds for the work that was accepted."""
+        self.tell(ev.Drain())
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._quiet.wait()
+        except TimeoutError:
+            self._log.warning("drain limit reached", waiting=self.core.waiting, running=self.core.running)
+
+    def abort(self) -> None:
+        """Refuse whatever is still open, and stop all workers."""
+        self._generations.abort()
+        self.tell(ev.Abort())
+
+    async def close(self, grace_s: float) -> None:
+        """Wait until no child is left; they get `grace_s` seconds to go by themselves."""
+        await self._supervisor.close(grace_s)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._library.close()
+        self._prompts.close()
+
+
+def _bounds(settings: Settings) -> Limits:
+    return Limits(
+        budget_bytes=settings.memory_budget_bytes,
+        queue=settings.queue_limit,
+        max_batch=settings.max_batch,
+        keep_alive_s=settings.keep_alive_s,
+        downloads=settings.downloads,
+    )
