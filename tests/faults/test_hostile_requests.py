@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -110,14 +111,13 @@ def test_each_is_refused_by_name_beside_a_stream(daemon: Daemon, world: World) -
 
 
 def test_an_exploding_regex_is_refused_or_followed(daemon: Daemon, world: World) -> None:
-    rule = {"type": "string", "pattern": "((a{1,1000}){1,1000}){1,1000}"}
+    rule = {"type": "string", "pattern": "^((a{1,1000}){1,1000}){1,1000}$"}
     with daemon.client() as client, Stream(daemon, world.model):
         began = time.monotonic()
-        try:
+        made: Any = None
+        with contextlib.suppress(errors.InvalidParams):
             made = client.chat(TURNS, model=world.model, schema=rule, max_tokens=8)
-            assert set(made.text) <= {'"', "a"}
-        except errors.RpcError as error:
-            assert error.details["field"] == "schema"
+        assert made is None or set(made.text) <= {'"', "a"}
         assert time.monotonic() - began < SOON_S
 
 
