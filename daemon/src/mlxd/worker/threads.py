@@ -15,7 +15,7 @@ from pathlib import Path
 __all__ = ["Look", "Threads", "look"]
 
 # How often the machine is looked at, in seconds; the system counts in hundredths.
-INTERVAL_S = 0.25
+INTERVAL_S = 0.1
 # A core is free where others take no more than this of it: a client that reads its tokens, the daemon.
 OTHERS = 0.4
 # Cores are taken up again once they have been free for so many looks in a row; they are left at once.
