@@ -159,6 +159,10 @@ class KillLoop:
 
     def _account(self, in_sockets: int) -> None:
         """A fetcher has been killed, and is gone: what has that cost?"""
+        # The hub counts a piece once it is sent: not before it has let go of the dead has it counted all of them.
+        give_up_at = time.monotonic() + 5.0
+        while any(not request.ended for request in self.hub.requests(repo=REPO)) and time.monotonic() < give_up_at:
+            time.sleep(0.002)
         sent_before, held_before = self._point
         self._point = sent, now_held = self.hub.sent(WEIGHTS, repo=REPO), self._held(str(self._allowed[1]))
         assert now_held >= held_before, "the disk holds less than before"
