@@ -56,11 +56,6 @@ def build(
         quantize: bits of the weights; None leaves them in float32.
         config: members that replace those of config.json.
     """
-    import mlx.core as mx
-    import mlx.nn as nn
-    from mlx.utils import tree_flatten
-    from mlx_lm.utils import _get_classes as get_classes
-
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, vocabulary, chat_template)
     settings: dict[str, Any] = {
@@ -78,6 +73,20 @@ def build(
         "tie_word_embeddings": False,
         "eos_token_id": 2,
     } | (FAMILIES | MORE)[family]
+    _write_weights(folder, settings, vocabulary, hidden, seed, quantize)
+    (folder / "config.json").write_text(json.dumps(settings | (config or {})))
+    return folder
+
+
+def _write_weights(
+    folder: Path, settings: dict[str, Any], vocabulary: int, hidden: int, seed: int, quantize: int | None
+) -> None:
+    """Random ones. What `quantize` makes of them is added to `settings`."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import _get_classes as get_classes
+
     mx.random.seed(seed)
     model_class, arguments_class = get_classes(settings)
     model = model_class(arguments_class.from_dict(settings))
@@ -91,8 +100,6 @@ def build(
         nn.quantize(model, group_size=32, bits=quantize)
         settings["quantization"] = {"group_size": 32, "bits": quantize}
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(settings | (config or {})))
-    return folder
 
 
 def write_tokenizer(folder: Path, vocabulary: int, chat_template: str | None, *, thinking: bool = True) -> None:

@@ -68,7 +68,8 @@ def doctor(args: argparse.Namespace, output: Output) -> int:
     except all_settings.SettingsError as error:
         findings.append(_failed("settings", str(error), "correct it; `mlxd config` shows the others"))
     else:
-        told = f"{sum(origin.kind != 'default' for origin in loaded.origins.values())} are not at their default"
+        changed = [name for name, origin in loaded.origins.items() if origin.kind != "default"]
+        told = f"changed: {', '.join(changed)}" if changed else "all at their default"
         findings.append(Finding(check="settings", state="ok", told=told))
         checks: tuple[Callable[[Settings], Finding], ...] = (_home, _daemon, _service, _disk, _memory)
         findings += [check(loaded.settings) for check in checks]
