@@ -21,6 +21,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd": (set(), set()),
     "mlxd.childwire": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.fidelity": (set(), set()),
+    "mlxd.wholefiles": (set(), set()),
     "mlxd.logs": (set(), {"msgspec", "structlog"}),
     "mlxd.catalog": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.settings": ({"mlxd_client"}, {"msgspec"}),
@@ -28,7 +29,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.store": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.promptfiles": ({"mlxd.store"}, {"msgspec"}),
     "mlxd.childside": ({"mlxd_client", "mlxd.childwire"}, {"msgspec"}),
-    "mlxd.children": ({"mlxd_client", "mlxd.childwire"}, {"msgspec", "psutil"}),
+    "mlxd.children": ({"mlxd_client", "mlxd.childwire", "mlxd.wholefiles"}, {"msgspec", "psutil"}),
     "mlxd.worker": (
         {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.promptfiles", "mlxd.store"},
         {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance", "PIL", "jsonschema",
@@ -45,7 +46,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.fetchers": ({"mlxd_client", "mlxd.childwire", "mlxd.children"}, {"msgspec"}),
     "mlxd.downloads": (
         {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.server",
-         "mlxd.settings", "mlxd.store"},
+         "mlxd.settings", "mlxd.store", "mlxd.wholefiles"},
         {"msgspec"},
     ),
     "mlxd.library": (
@@ -65,7 +66,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     ),
     "mlxd.notify": (set(), set()),
     "mlxd.sidecar": (set(), set()),
-    "mlxd.service": ({"mlxd_client", "mlxd.settings", "mlxd.server"}, {"msgspec"}),
+    "mlxd.service": ({"mlxd_client", "mlxd.settings", "mlxd.server", "mlxd.wholefiles"}, {"msgspec"}),
     "mlxd.app": (
         {"mlxd_client", "mlxd.children", "mlxd.logs", "mlxd.notify", "mlxd.runtime", "mlxd.server", "mlxd.settings",
          "mlxd.sidecar", "mlxd.store"},

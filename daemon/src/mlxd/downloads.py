@@ -6,7 +6,6 @@ Decides nothing about states. Open downloads are written down, so that the next 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from .core import actions as do
 from .core import events as ev
 from .fetchers import FetcherLink, Fetchers
 from .store import hub, remove
+from .wholefiles import write_whole
 
 if TYPE_CHECKING:
     from .server.runtime_api import Log
@@ -94,10 +94,9 @@ class Records:
             self._write()
 
     def _write(self) -> None:
-        aside = self._path.with_suffix(".new")
         try:
-            aside.write_bytes(msgspec.json.encode(list(self._open.values())))
-            os.replace(aside, self._path)
+            # Not durable: the loop would wait for the disk, and after a power cut a download is asked for again.
+            write_whole(self._path, msgspec.json.encode(list(self._open.values())), durable=False)
         except OSError as error:  # a full disk; the downloads go on, but a next daemon would not know of them
             self._log.warning("open downloads could not be written down", reason=str(error))
 

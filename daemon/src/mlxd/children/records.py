@@ -16,6 +16,8 @@ from pathlib import Path
 
 import msgspec
 
+from ..wholefiles import write_whole
+
 __all__ = ["ChildRecord", "Records", "command_line", "kill", "matches", "start_token"]
 
 _MAX_BYTES = 65_536
@@ -41,9 +43,7 @@ class Records:
     def write(self, pid: int, kind: str, name: str, argv: Sequence[str]) -> None:
         """Record a child of this process. Atomic; not durable, since no child outlives the machine."""
         record = ChildRecord(pid, start_token(pid) or "", kind, name, os.getpid(), list(argv))
-        aside = self.folder / f".{pid}.tmp"
-        aside.write_bytes(msgspec.json.encode(record))
-        aside.replace(self.folder / f"{pid}.json")
+        write_whole(self.folder / f"{pid}.json", msgspec.json.encode(record), durable=False)
 
     def remove(self, pid: int) -> None:
         (self.folder / f"{pid}.json").unlink(missing_ok=True)
