@@ -66,6 +66,7 @@ class Book:
         self.outdated: dict[str, None] = {}
         self.remains: dict[str, float] = {}
         self.draining = False
+        self.moved = False  # another daemon has taken over
         self.touched: dict[str, None] = {}
         self.out: list[do.Action] = []
         self.seq = 0

@@ -31,6 +31,7 @@ from .deletes import Deletes
 from .downloads import DownloadLine
 from .drafts import Drafts
 from .jobs import DownloadJob
+from .lifecycle import Lifecycle
 from .line import LoadLine
 from .records import Goal, ModelRecord, Request
 from .room import room_for, shares
@@ -65,7 +66,8 @@ class Core:
             ev.CancelJob: self._cancel_job, ev.ClientGone: self._client_gone, ev.LoadProgress: line.load_progress,
             ev.Loaded: line.loaded, ev.LoadFailed: line.load_failed, ev.WorkerExited: line.worker_exited,
             ev.MemoryReport: line.memory_report, ev.Done: self._done, ev.Tick: self._tick, ev.Drain: self._drain,
-            ev.Abort: self._abort, ev.Download: downloads.download, ev.FetchProgress: downloads.fetch_progress,
+            ev.Hold: downloads.hold, ev.GoOn: downloads.go_on,
+            ev.Leave: self._leave, ev.Elsewhere: self._elsewhere, ev.Abort: self._abort, ev.Download: downloads.download, ev.FetchProgress: downloads.fetch_progress,
             ev.Fetched: downloads.fetched, ev.FetchFailed: downloads.fetch_failed,
             ev.FetcherExited: downloads.fetcher_exited, ev.Newest: downloads.newest, ev.Delete: deletes.delete,
             ev.FilesDeleted: deletes.files_deleted, ev.Attach: drafts.attach, ev.Attached: drafts.attached,
@@ -130,6 +132,16 @@ class Core:
     @property
     def running(self) -> int:
         return sum(len(m.running) for m in self.models.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """What the models take, and those will that are about to load: what another daemon has to leave alone."""
+        return self.used_bytes + sum(self.models[name].wanted_bytes for name in self._book.pending)
+
+    @property
+    def let_go(self) -> bool:
+        """Whether nothing of this daemon's changes files of models: what another waits for before it takes over."""
+        return not self._book.by_fetcher and not self._book.deleting
 
     @property
     def quiet(self) -> bool:
@@ -247,7 +259,7 @@ class Core:
     def _admit(self, rid: int, model: str, now: float) -> ModelRecord | None:
         """The model's record if it may take work; else the request has failed."""
         record = self.models.get(model)
-        if self.draining:
+        if self.draining and not self._book.moved:  # else it was accepted before that
             self._book.fail(rid, errors.ShuttingDown("the daemon is stopping and takes no new work"))
         elif record is None or record.lifecycle.state in ("NotDownloaded", "Downloading"):
             self._book.fail(rid, errors.ModelNotFound(f"there is no model {model!r} on this machine", model=model))
@@ -352,6 +364,28 @@ class Core:
             for record in self.models.values():
                 self._book.step_aside(record, now)
 
+    def _leave(self, event: ev.Leave, now: float) -> None:
+        """A model that was asked for is of use only where it stays: these ask the other daemon."""
+        self._book.moved = True
+        self._drain(ev.Drain(), now)
+        elsewhere = errors.ShuttingDown("another daemon has taken over; connect anew", reconnect=True)
+        for record in self.models.values():
+            for goal in [g for g in record.goals.values() if g.kind == "ensure"]:
+                del record.goals[goal.rid], self.goals[goal.rid]
+                self._book.fail(goal.rid, elsewhere)
+            if record.job is not None:
+                record.job.wanted = False
+
+    def _elsewhere(self, event: ev.Elsewhere, now: float) -> None:
+        """It stands in the books as a model that is about to go: whoever needs its room waits for that."""
+        self._book.by_worker.pop(0, None)
+        if event.held_bytes:
+            other = ModelRecord(
+                "another daemon's models", "path", Lifecycle("another daemon's models"), event.held_bytes
+            )
+            other.worker, other.stopping = 0, "unloaded"
+            self._book.by_worker[0] = other
+
     def _abort(self, event: ev.Abort, now: float) -> None:
         self._drain(ev.Drain(), now)
         refusal = errors.ShuttingDown("the daemon stopped before this was done")
@@ -376,6 +410,8 @@ class Core:
                 self._line.pend(record, now)
             elif record.job is not None and record.job.state == "queued" and not (record.wanted or record.job.wanted):
                 self._line.unpend(record, None, now)
+        if self._book.moved:
+            self._line.leave(now)
         self._line.make_room(now)
         self._line.retire(now)
         self._drafts.settle(now)
