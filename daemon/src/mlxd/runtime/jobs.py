@@ -77,6 +77,13 @@ class Jobs:
             kind = errors.BY_KIND.get(ended.error.kind, errors.DownloadFailed)
             raise kind(ended.error.message, **ended.error.details)
 
+    def move(self, error: errors.RpcError) -> None:
+        """Another daemon goes on with all downloads: whoever waits for one is to ask that daemon."""
+        for name in [name for name in self._waiters if self._core.jobs[name].kind == "download"]:
+            for waiter in self._waiters.pop(name):
+                if not waiter.done():
+                    waiter.set_exception(error)
+
     def changed(self, job: types.Job) -> None:
         """A job stands like this now."""
         if job.kind == "download":

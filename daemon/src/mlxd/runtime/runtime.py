@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -65,6 +65,7 @@ class Runtime:
         self.loop = loop
         self.epoch = secrets.token_hex(8)
         self.on_shutdown: Callable[[], None] = lambda: None
+        self.on_restart: Callable[[], Awaitable[types.RestartResult]] | None = None
         self.on_settled: Callable[[], None] = lambda: None  # all that followed from an event is done
         self._supervisor = supervisor
         self._log = log
@@ -73,6 +74,8 @@ class Runtime:
         self._timer: asyncio.Handle | None = None
         self._due: float | None = None
         self._quiet: asyncio.Event = asyncio.Event()
+        self._let_go: asyncio.Event = asyncio.Event()
+        self._parting: dict[str, Any] | None = None  # what subscribers are told with `daemon_stopping`
         self._inbox: list[ev.Event] = []
         self._performing = False
         self.core = Core(_bounds(settings), wall=time.time() - loop.time(), job_prefix=f"load-{self.epoch[:6]}")
@@ -141,6 +144,8 @@ class Runtime:
         self._set_timer()
         if self.core.draining and self.core.quiet:
             self._quiet.set()
+        if self.core.let_go:
+            self._let_go.set()
         self.on_settled()
 
     def _do(self, action: do.Action) -> None:
@@ -173,6 +178,7 @@ class Runtime:
         self.events.publish(
             action.name, model_id=action.model_id, model=action.model, job=action.job, progress=action.progress,
             error=action.error, request=self._generations.name(action.rid),
+            details=self._parting if action.name == "daemon_stopping" else None,
         )  # fmt: skip
         if action.job is not None:
             if action.job.kind == "download":
@@ -265,6 +271,41 @@ class Runtime:
         """Learn what is there, and go on with what an earlier daemon had begun."""
         self._prompts.begin()
         await self._supply.begin()
+
+    # --- another daemon in place of this one ----------------------------------------------------------------------
+
+    async def restart(self) -> types.RestartResult:
+        """Have another daemon take over; see handover.py. Raises RestartFailed, Unsupported."""
+        if self.on_restart is None:
+            raise errors.Unsupported("nothing can take over from this daemon", option="restart")
+        return await self.on_restart()
+
+    async def let_go(self, timeout_s: float) -> None:
+        """Stop whatever changes files that another daemon would change, until `go_on`. Raises TimeoutError."""
+        self._let_go.clear()
+        self.tell(ev.Hold())
+        async with asyncio.timeout(timeout_s):
+            await self._let_go.wait()
+            await self._downloads.let_go()
+
+    def go_on(self) -> None:
+        """No other daemon came."""
+        self._downloads.records.take_back()
+        self.tell(ev.GoOn())
+
+    def leave(self, **facts: Any) -> None:
+        """Another daemon has taken over. Subscribers are told the facts."""
+        self._parting = facts
+        self.tell(ev.Leave())
+        self._jobs.move(errors.ShuttingDown("another daemon goes on with it; connect anew", reconnect=True))
+
+    def elsewhere(self, held_bytes: int) -> None:
+        """The daemon that this one took over from holds so much memory."""
+        self.tell(ev.Elsewhere(held_bytes))
+
+    @property
+    def held_bytes(self) -> int:
+        return self.core.held_bytes
 
     def request_shutdown(self) -> None:
         self.on_shutdown()
