@@ -6,6 +6,7 @@
     exec CMD [ARG...]  run any command inside the environment, e.g. `exec mlxd status`
     bench [ARG...]   speed and size against mlx_lm, as ratios in one run
     soak [ARG...]    downloads that are killed again and again, and very large ones
+    faults WHAT      what docs/guarantees.md promises, while workers and daemons are killed
     fuzz [ARG...]    broken frames for the codec; with --engine, requests of every kind mixed on a tiny model
     lint [--fix]     style and types alone
     setup            only see to the environment
@@ -302,6 +303,10 @@ def run_soak(arguments: "list[str]") -> int:
     return become([PYTHON, os.path.join(ROOT, "tools", "soak.py"), *arguments])
 
 
+def run_faults(arguments: "list[str]") -> int:
+    return become([PYTHON, os.path.join(ROOT, "tools", "faults.py"), *arguments])
+
+
 def run_setup(arguments: "list[str]") -> int:
     return fail("setup takes no arguments.", 2) if arguments else 0
 
@@ -312,6 +317,7 @@ COMMANDS = {
     "exec": run_exec,
     "bench": run_bench,
     "soak": run_soak,
+    "faults": run_faults,
     "fuzz": run_fuzz,
     "lint": run_lint,
     "setup": run_setup,
