@@ -8,6 +8,7 @@
     soak [ARG...]    downloads that are killed again and again, and very large ones
     fuzz [ARG...]    broken frames for the codec; with --engine, requests of every kind mixed on a tiny model
     lint [--fix]     style and types alone
+    draw [--check]   everything that is made from the code: references, man pages, types, service files
     setup            only see to the environment
 
 Each sees to the environment first: `.venv` in this repository, holding what `requirements.lock` pins and both packages
@@ -302,6 +303,10 @@ def run_soak(arguments: "list[str]") -> int:
     return become([PYTHON, os.path.join(ROOT, "tools", "soak.py"), *arguments])
 
 
+def run_draw(arguments: "list[str]") -> int:
+    return become([PYTHON, os.path.join(ROOT, "tools", "draw.py"), *arguments])
+
+
 def run_setup(arguments: "list[str]") -> int:
     return fail("setup takes no arguments.", 2) if arguments else 0
 
@@ -314,6 +319,7 @@ COMMANDS = {
     "soak": run_soak,
     "fuzz": run_fuzz,
     "lint": run_lint,
+    "draw": run_draw,
     "setup": run_setup,
 }
 

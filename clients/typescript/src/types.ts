@@ -1,4 +1,4 @@
-// Written by tools/draw_typescript.py from the daemon's method table; what the fields mean: docs/wire.md.
+// Written by `tools/dev.py draw` from the daemon's method table; what the fields mean: docs/wire.md.
 
 export interface Alternative {
   text: string;
