@@ -103,6 +103,7 @@ class EventLaw(RuleBasedStateMachine):
         self.models = {"a": Model(id="a", state="Downloaded", source="hub")}
         self.jobs: dict[str, Job] = {}
         self.stopping = False
+        self.pressure: Any = "normal"
         self.log = EventLog("e", self.state, clock=lambda: 0.0, limits=LIMITS)
         self.connected: list[Follower] = []
 
@@ -111,6 +112,7 @@ class EventLaw(RuleBasedStateMachine):
             models=[self.models[id] for id in sorted(self.models)],
             jobs=[self.jobs[id] for id in sorted(self.jobs)],
             stopping=self.stopping,
+            memory_pressure=self.pressure,
         )
 
     # --- the daemon -----------------------------------------------------------------------------------------------
@@ -156,10 +158,14 @@ class EventLaw(RuleBasedStateMachine):
     def something_without_state_happens(self) -> None:
         self.log.publish("generation_finished", model_id="a", request="c1:1")
 
-    @rule(pressure=st.booleans())
-    def the_system_speaks(self, pressure: bool) -> None:
-        self.stopping = self.stopping or not pressure
-        self.log.publish("memory_pressure" if pressure else "daemon_stopping")
+    @rule(pressure=st.sampled_from([None, "normal", "warning", "critical"]))
+    def the_system_speaks(self, pressure: str | None) -> None:
+        if pressure is None:
+            self.stopping = True
+            self.log.publish("daemon_stopping")
+        else:
+            self.pressure = pressure
+            self.log.publish("memory_pressure", details={"level": pressure})
 
     # --- the clients ----------------------------------------------------------------------------------------------
 

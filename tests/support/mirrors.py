@@ -54,6 +54,7 @@ def may_see(state: Snapshot, topics: list[str] | None, models: list[str] | None)
         models=[model for model in shown if models is None or model.id in models],
         jobs=[job for job in state.jobs if "jobs" in told and (models is None or job.model in models)],
         stopping=state.stopping and "system" in told,
+        memory_pressure=state.memory_pressure if "system" in told else "normal",
     )
 
 
@@ -65,11 +66,12 @@ def _without_activity(model: Model) -> Model:
 def _sorted(state: Snapshot) -> Snapshot:
     """As a mirror gives it: the order of models and jobs is no part of the state."""
     models = sorted(state.models, key=lambda model: model.id)
-    return Snapshot(models=models, jobs=sorted(state.jobs, key=lambda job: job.job), stopping=state.stopping)
+    return msgspec.structs.replace(state, models=models, jobs=sorted(state.jobs, key=lambda job: job.job))
 
 
 def _difference(wanted: Snapshot, held: Snapshot) -> list[str]:
-    lines = [f"stopping: {wanted.stopping} there, {held.stopping} here"] if wanted.stopping != held.stopping else []
+    others = [(name, getattr(wanted, name), getattr(held, name)) for name in ("stopping", "memory_pressure")]
+    lines = [f"{name}: {there} there, {here} here" for name, there, here in others if there != here]
     lines += [f"there {one}" for one in [*wanted.models, *wanted.jobs] if one not in [*held.models, *held.jobs]]
     return lines + [f"here {one}" for one in [*held.models, *held.jobs] if one not in [*wanted.models, *wanted.jobs]]
 
