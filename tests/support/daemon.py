@@ -70,9 +70,13 @@ class Daemon:
         self.process: subprocess.Popen[str] | None = None
         self.expect_exit: int | None = 0
 
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "mlxd", "serve"]
+
     def start(self) -> Self:
         """Start it, and wait until it serves."""
-        command = [sys.executable, "-m", "mlxd", "serve"]
+        command = self.command
         if self.files is not None:
             command = ["/bin/sh", "-c", f'ulimit -n {self.files} && exec "$@"', "sh", *command]
         self.process = subprocess.Popen(

@@ -70,9 +70,13 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.notify": (set(), set()),
     "mlxd.sidecar": (set(), set()),
     "mlxd.service": ({"mlxd_client", "mlxd.settings", "mlxd.server", "mlxd.wholefiles"}, {"msgspec"}),
+    "mlxd.handover": ({"mlxd_client", "mlxd.server", "mlxd.wholefiles"}, {"msgspec"}),
+    "mlxd.succession": (
+        {"mlxd_client", "mlxd.handover", "mlxd.notify", "mlxd.runtime", "mlxd.server", "mlxd.settings"}, set(),
+    ),
     "mlxd.app": (
-        {"mlxd_client", "mlxd.children", "mlxd.logs", "mlxd.notify", "mlxd.runtime", "mlxd.server", "mlxd.settings",
-         "mlxd.sidecar", "mlxd.stateversion", "mlxd.store"},
+        {"mlxd_client", "mlxd.children", "mlxd.handover", "mlxd.logs", "mlxd.notify", "mlxd.runtime", "mlxd.server",
+         "mlxd.settings", "mlxd.sidecar", "mlxd.stateversion", "mlxd.store", "mlxd.succession"},
         {"uvloop", "msgspec"},
     ),
     "mlxd.cli": (

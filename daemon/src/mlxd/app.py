@@ -9,13 +9,16 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
 
-from . import logs
+from mlxd_client.errors import DaemonBusy, RestartFailed
+from mlxd_client.types import RestartResult
+
+from . import handover, logs
 from .children.exitwatch import ExitWatch
 from .children.interface import ChildSettings
 from .children.supervisor import Supervisor
@@ -29,6 +32,7 @@ from .settings import Settings
 from .sidecar import Bridge
 from .stateversion import StateTooNew
 from .store import Store
+from .succession import Succession
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -68,10 +72,14 @@ def serve(settings: Settings, launch: Launch | None = None) -> int:
     launch = launch or Launch()
     notifier = Notifier()
     sock = None
+    inherited = handover.inherited()
     try:
-        sock = handed_over()
         home = Path(settings.home)
-        listener = listen(home, Path(settings.socket)) if sock is None else adopt(sock, home)
+        if inherited is not None:
+            listener = inherited.listener
+        else:
+            sock = handed_over()
+            listener = listen(home, Path(settings.socket)) if sock is None else adopt(sock, home)
     except ListenError as error:
         if launch.managed:
             return give_up(str(error), notifier, sock)
@@ -82,10 +90,10 @@ def serve(settings: Settings, launch: Launch | None = None) -> int:
     installed = logs.configure(settings.log_file, level=settings.log_level, prompts=settings.log_prompts)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Daemon(settings, limits, listener, notifier, launch).run())
+            runner.run(_Daemon(settings, limits, listener, notifier, launch).run(inherited))
     except StateTooNew as error:
         logs.get("mlxd").error("state is too new", path=str(error.path), reason=str(error))
-        if launch.managed:
+        if launch.managed and inherited is None:
             return give_up(str(error), notifier, listener.sock)
         print(f"mlxd: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -102,6 +110,8 @@ def give_up(reason: str, notifier: Notifier | None = None, sock: socket.socket |
     up on, for each of them would be a reason to start again.
     """
     print(f"mlxd: {reason}", file=sys.stderr, flush=True)
+    if handover.expected():  # the daemon that this one was to take over from goes on
+        return EXIT_FAILED
     notifier = notifier or Notifier()
     notifier.ready()
     notifier.status(f"not running: {reason}")
@@ -152,8 +162,11 @@ class _Daemon:
         self._log = logs.get("mlxd")
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._predecessor: handover.Predecessor | None = None
+        self._succession: Succession | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
-    async def run(self) -> None:
+    async def run(self, inherited: handover.Inherited | None = None) -> None:
         settings = self._settings
         loop = asyncio.get_running_loop()
         limits = self._limits
@@ -172,19 +185,29 @@ class _Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
         runtime.refuse_newer_state()
-        await supervisor.sweep()
+        if inherited is None:
+            await supervisor.sweep()
+        elif not await self._take_over(inherited, supervisor, runtime):
+            return
         await runtime.begin()
         await server.start(self._listener)
+        if self._predecessor is not None:
+            self._listener.claim()
+            self._predecessor.serving()
+            following = loop.create_task(self._follow(self._predecessor, supervisor, runtime))
+            self._tasks.append(following)
+        self._offer(server, runtime)
         if self._listener.path is None and settings.idle_exit_s > 0:
-            _IdleExit(server, runtime, settings.idle_exit_s, self._stop.set)
+            _IdleExit(server, runtime, settings.idle_exit_s, self._stop.set, kept=lambda: self._succeeds)
         self._log.info("daemon started", version=runtime.version, epoch=runtime.epoch, socket=settings.socket)
         self._notifier.ready()
         bridge = await self._open_stdio(server) if self._launch.stdio else None
         watch = self._watch_parent(self._launch.parent_pid) if self._launch.parent_pid is not None else None
         signs = loop.create_task(self._give_signs(runtime)) if self._notifier.watchdog_s else None
         await self._stop.wait()
-        self._notifier.stopping()
         await self._end(server, runtime)
+        for task in self._tasks:
+            task.cancel()
         if signs is not None:
             signs.cancel()
         if watch is not None:
@@ -228,18 +251,137 @@ class _Daemon:
         self._log.info("signal", name=name)
         (self._hurry if self._stop.is_set() else self._stop).set()
 
+    # --- another daemon before or after this one ------------------------------------------------------------------
+
+    async def _take_over(self, inherited: handover.Inherited, supervisor: Supervisor, runtime: Runtime) -> bool:
+        """Wait until it is this daemon's turn. Returns whether it ever is."""
+        predecessor = await handover.Predecessor.meet(inherited)
+        go = await predecessor.go(runtime.version)
+        if go is None:
+            return False
+        self._log.info("takes over", predecessor=go.pid, held_bytes=go.held_bytes)
+        self._predecessor = predecessor
+        runtime.elsewhere(go.held_bytes)
+        await supervisor.sweep(spare=go.pid)
+        return True
+
+    async def _follow(self, predecessor: handover.Predecessor, supervisor: Supervisor, runtime: Runtime) -> None:
+        """Count with the memory that it holds, and clear away what it may leave."""
+        while not predecessor.gone.is_set():
+            runtime.elsewhere(await predecessor.held())
+        await supervisor.sweep()
+        runtime.elsewhere(0)
+        self._log.info("the daemon before this one has ended")
+
+    @property
+    def _succeeds(self) -> bool:
+        """Whether the daemon before this one still runs."""
+        return self._predecessor is not None and not self._predecessor.gone.is_set()
+
+    def _offer(self, server: Server, runtime: Runtime) -> None:
+        """Let others take over, unless this daemon is an app's own and ends with that."""
+        launch = self._launch
+        if launch.stdio or launch.parent_pid is not None:
+            return
+        self._succession = succession = Succession(
+            self._settings, self._listener, self._notifier, server, runtime, self._log,
+            managed=launch.managed, stop=self._stop.set,
+        )  # fmt: skip
+
+        async def restart() -> RestartResult:
+            if self._succeeds:
+                raise RestartFailed("the daemon before this one still has requests to answer; try again later")
+            return await succession.restart()
+
+        def make_room() -> None:
+            if succession.under_way or self._succeeds:
+                raise DaemonBusy("the daemon is in use: another one takes over", requests=0, leases=0, jobs=0)
+            self._listener.hide()
+            runtime.leave(reason="make_room")
+            server.leave()
+            self._stop.set()
+
+        runtime.on_restart = restart
+        if not launch.managed:  # a manager would start the same again
+            runtime.on_make_room = make_room
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, self._on_restart_signal, runtime)
+
+    def _on_restart_signal(self, runtime: Runtime) -> None:
+        task = asyncio.get_running_loop().create_task(self._restart_by_signal(runtime))
+        self._tasks.append(task)
+        task.add_done_callback(self._tasks.remove)
+
+    async def _restart_by_signal(self, runtime: Runtime) -> None:
+        try:
+            await runtime.restart()
+        except RestartFailed as error:
+            self._log.error("not restarted", reason=error.message)
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
     async def _end(self, server: Server, runtime: Runtime) -> None:
-        """Drain, answer everybody, end the children; only then may the next daemon have the socket's lock."""
-        server.begin_drain()
-        drain = asyncio.ensure_future(runtime.drain(self._settings.drain_s))
-        hurry = asyncio.ensure_future(self._hurry.wait())
-        await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
-        drain.cancel()
-        await asyncio.gather(drain, hurry, return_exceptions=True)
+        """Drain, answer everybody, end the children; only then may the next daemon have the socket's lock.
+
+        1. Another daemon serves already: there is time, unless that one ends or wants to.
+        2. Another one will be started: who connects waits for it, and is told to.
+        3. Else clients learn that this one ends.
+        The daemon before this one, should it still run, is told to end too, and is waited for.
+        """
+        succession, settings = self._succession, self._settings
+        if succession is not None:
+            await succession.give_up()
+        successor = succession.successor if succession is not None else None
+        before = asyncio.ensure_future(self._end_predecessor())
+        if successor is not None:
+            await self._race(server.drained(settings.handover_s), self._wished_away(successor))
+        else:
+            self._notifier.stopping()
+            if self._listener.path is None and self._launch.managed:
+                server.leave()
+            server.begin_drain()
+            await self._race(self._drained(server, runtime), self._hurry.wait())
+            self._listener.hide()
+            if server.moved and self._listener.path is not None:
+                await server.take_waiting()
         runtime.abort()
-        await asyncio.gather(server.close(), runtime.close(_LAST_GRACE_S))
+        await asyncio.gather(server.close(), runtime.close(_LAST_GRACE_S), before)
         self._log.info("daemon stopped")
+
+    async def _drained(self, server: Server, runtime: Runtime) -> None:
+        await runtime.drain(self._settings.drain_s)
+        if server.moved:  # connections wait for their own answers
+            await server.drained(self._settings.drain_s)
+
+    async def _race(self, drained: Awaitable[object], hurry: Awaitable[object]) -> None:
+        """Wait until it is drained or there is a hurry."""
+        waits: list[asyncio.Future[object]] = [asyncio.ensure_future(drained), asyncio.ensure_future(hurry)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+
+    async def _wished_away(self, successor: handover.Successor) -> None:
+        """Until a signal, or until `drain_s` after the successor is gone or wants this daemon to be."""
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        wish = asyncio.ensure_future(successor.wishes_end())
+        try:
+            await asyncio.wait({hurry, wish}, return_when=asyncio.FIRST_COMPLETED)
+            if not hurry.done():
+                await asyncio.wait({hurry}, timeout=self._settings.drain_s)
+        finally:
+            hurry.cancel()
+            wish.cancel()
+
+    async def _end_predecessor(self) -> None:
+        """The daemon before this one is not to outlive it: the service manager would kill it."""
+        if self._predecessor is None or not self._succeeds:
+            return
+        self._predecessor.stop()
+        try:
+            async with asyncio.timeout(self._settings.drain_s + _LAST_GRACE_S + _TERM_GRACE_S):
+                await self._predecessor.gone.wait()
+        except TimeoutError:
+            self._log.warning("the daemon before this one does not end")
 
 
 class _IdleExit:
@@ -248,14 +390,17 @@ class _IdleExit:
     Looks whenever a client comes or goes and whenever the core has settled; between those nothing runs.
     """
 
-    def __init__(self, server: Server, runtime: Runtime, idle_s: float, stop: Callable[[], object]) -> None:
+    def __init__(
+        self, server: Server, runtime: Runtime, idle_s: float, stop: Callable[[], object], *, kept: Callable[[], bool]
+    ) -> None:
         self._server, self._runtime, self._idle_s, self._stop = server, runtime, idle_s, stop
+        self._kept = kept
         self._timer: asyncio.TimerHandle | None = None
         server.on_clients = runtime.on_settled = self._look
         self._look()
 
     def _look(self) -> None:
-        if not (self._server.deserted and self._runtime.idle):
+        if self._kept() or not (self._server.deserted and self._runtime.idle):
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None

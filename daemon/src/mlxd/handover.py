@@ -172,39 +172,13 @@ class Successor:
         self._process = process
         self._link = link
         self._told = told
+        self._held_bytes = 0
 
     @classmethod
-    async def start(
-        cls, listener: Listener, home: Path, env: Mapping[str, str], *, managed: bool = False
-    ) -> Successor:
+    async def start(cls, listener: Listener, home: Path, env: Mapping[str, str], *, managed: bool = False) -> Successor:
         """Start it, with its ends of all that it inherits. Raises RestartFailed."""
         program = [*_chosen_program(home, managed), *sys.argv[1:]]
-        ours, theirs = socket.socketpair()
-        told: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115  # what it says before it serves
-        try:
-            inherited = _Told(
-                pid=os.getpid(), control=theirs.fileno(), listener=listener.sock.fileno(), locks=listener.locks,
-                path=None if listener.path is None else str(listener.path), stderr=2,
-            )  # fmt: skip
-            stderr = os.dup(2)
-            try:
-                inherited.stderr = stderr
-                process = subprocess.Popen(
-                    program,
-                    stdin=subprocess.DEVNULL,
-                    stderr=told,
-                    pass_fds=(inherited.control, inherited.listener, stderr, *inherited.locks),
-                    env={**env, _VARIABLE: msgspec.json.encode(inherited).decode()},
-                    start_new_session=True,
-                )
-            finally:
-                os.close(stderr)
-        except (OSError, ValueError) as error:
-            ours.close()
-            told.close()
-            raise RestartFailed(f"`{' '.join(program)}` cannot be started: {error}") from None
-        finally:
-            theirs.close()
+        process, ours, told = _spawn(program, listener, env)
         return cls(process, await _Link.open(ours), told)
 
     async def ready(self, timeout_s: float) -> None:
@@ -214,6 +188,7 @@ class Successor:
 
     async def take_over(self, held_bytes: int, timeout_s: float) -> None:
         """Let it, and wait until it serves. Raises RestartFailed."""
+        self._held_bytes = held_bytes
         self._link.say(Go(os.getpid(), held_bytes))
         await self._expect(Serving, timeout_s, "it did not serve")
 
@@ -247,8 +222,10 @@ class Successor:
         return ""
 
     def held(self, held_bytes: int) -> None:
-        """Tell it how much memory is not its own yet."""
-        self._link.say(Held(held_bytes))
+        """Tell it how much memory is not its own yet, where that is news."""
+        if held_bytes != self._held_bytes:
+            self._held_bytes = held_bytes
+            self._link.say(Held(held_bytes))
 
     async def wishes_end(self) -> None:
         """Wait until it wants this daemon to end soon, or is gone itself."""
@@ -265,6 +242,39 @@ class Successor:
             if self._process.poll() is not None:
                 return
             await asyncio.sleep(0.02)
+
+
+def _spawn(
+    program: Sequence[str], listener: Listener, env: Mapping[str, str]
+) -> tuple[subprocess.Popen[bytes], socket.socket, BinaryIO]:
+    """Start a process with its ends of all that it inherits. Raises RestartFailed.
+
+    Returns: the process, this daemon's end of the socket pair, and what the process says before it serves.
+    """
+    ours, theirs = socket.socketpair()
+    told: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
+    stderr = os.dup(2)
+    inherited = _Told(
+        pid=os.getpid(), control=theirs.fileno(), listener=listener.sock.fileno(), locks=listener.locks,
+        stderr=stderr, path=None if listener.path is None else str(listener.path),
+    )  # fmt: skip
+    try:
+        process = subprocess.Popen(
+            program,
+            stdin=subprocess.DEVNULL,
+            stderr=told,
+            pass_fds=(inherited.control, inherited.listener, stderr, *inherited.locks),
+            env={**env, _VARIABLE: msgspec.json.encode(inherited).decode()},
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as error:
+        ours.close()
+        told.close()
+        raise RestartFailed(f"`{' '.join(program)}` cannot be started: {error}") from None
+    finally:
+        theirs.close()
+        os.close(stderr)
+    return process, ours, told
 
 
 # --- the new one's side ---------------------------------------------------------------------------------------------

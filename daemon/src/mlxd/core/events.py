@@ -282,6 +282,7 @@ class Abort:
 
 Event = (
     Found | Lost | Submit | Ensure | Release | Unload | Cancel | CancelJob | ClientGone | LoadProgress | Loaded
-    | LoadFailed | WorkerExited | MemoryReport | Done | Tick | Drain | Hold | GoOn | Leave | Elsewhere | Abort | Download
-    | FetchProgress | Fetched | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest | Attach | Attached
+    | LoadFailed | WorkerExited | MemoryReport | Done | Tick | Drain | Hold | GoOn | Leave | Elsewhere | Abort
+    | Download | FetchProgress | Fetched | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest | Attach
+    | Attached
 )  # fmt: skip

@@ -9,6 +9,7 @@ from mlxd_client import errors, types
 
 from ..core import events as ev
 from ..core.core import Core
+from ..core.jobs import DownloadJob
 
 Watcher = Callable[[float | None], None]
 
@@ -79,7 +80,7 @@ class Jobs:
 
     def move(self, error: errors.RpcError) -> None:
         """Another daemon goes on with all downloads: whoever waits for one is to ask that daemon."""
-        for name in [name for name in self._waiters if self._core.jobs[name].kind == "download"]:
+        for name in [name for name in self._waiters if isinstance(self._core.jobs.get(name), DownloadJob)]:
             for waiter in self._waiters.pop(name):
                 if not waiter.done():
                     waiter.set_exception(error)

@@ -66,6 +66,7 @@ class Runtime:
         self.epoch = secrets.token_hex(8)
         self.on_shutdown: Callable[[], None] = lambda: None
         self.on_restart: Callable[[], Awaitable[types.RestartResult]] | None = None
+        self.on_make_room: Callable[[], None] | None = None
         self.on_settled: Callable[[], None] = lambda: None  # all that followed from an event is done
         self._supervisor = supervisor
         self._log = log
@@ -309,6 +310,18 @@ class Runtime:
 
     def request_shutdown(self) -> None:
         self.on_shutdown()
+
+    def make_room(self, working: int) -> None:
+        """See runtime_api.py. Models that are loaded and not in use keep nobody: the next daemon loads them again."""
+        if self.on_make_room is None:
+            raise errors.Unsupported("no other daemon can be started in place of this one", option="if_idle")
+        leases = sum(len(model.leases) for model in self.core.models.values())
+        jobs = sum(job.ended_at is None for job in self.core.jobs.values())
+        uses = {"requests": max(working, len(self.core.requests)), "leases": leases, "jobs": jobs}
+        if any(uses.values()):
+            told = ", ".join(f"{count} {name}" for name, count in uses.items() if count)
+            raise errors.DaemonBusy(f"the daemon is in use: {told}", **uses)
+        self.on_make_room()
 
     async def drain(self, limit_s: float) -> None:
         """Take no new work, and wait up to `limit_s` seconds for the work that was accepted."""

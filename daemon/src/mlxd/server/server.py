@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from mlxd_client.errors import ShuttingDown
 
@@ -91,7 +92,7 @@ class Server:
     async def _accept(self) -> None:
         assert self._sock is not None
         # The socket outlives this: it may be handed over. And its file is the listener's to remove.
-        keep: dict[str, bool] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+        keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
         self._listener = await asyncio.get_running_loop().create_unix_server(
             self._make_session, sock=self._sock.dup(), backlog=self.limits.backlog, **keep
         )

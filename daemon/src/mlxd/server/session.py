@@ -220,6 +220,9 @@ class Session(asyncio.Protocol):
             self._send({"jsonrpc": "2.0", "id": request_id, "error": error.to_wire()})
             return
         call = Call(self, request_id, method)
+        if self._parting and not method.bound:
+            call.fail(self.server.refused())
+            return
         try:
             params = checked_params(method, message)
             if method.waits:

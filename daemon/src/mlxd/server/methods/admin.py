@@ -1,10 +1,10 @@
-"""status, shutdown, rpc.discover: about the daemon itself."""
+"""status, shutdown, restart, rpc.discover: about the daemon itself."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mlxd_client.types import Empty, Status
+from mlxd_client.types import Empty, RestartResult, ShutdownParams, Status
 
 from .connection import EMPTY
 
@@ -17,9 +17,17 @@ def status(call: Call, params: Empty) -> Status:
     return call.runtime.status(clients=server.clients, subscribers=server.events.subscribers)
 
 
-def shutdown(call: Call, params: Empty) -> Empty:
-    call.runtime.request_shutdown()
+def shutdown(call: Call, params: ShutdownParams) -> Empty:
+    """Where it is to be idle, that is decided and acted on at once: no request can come in between."""
+    if params.if_idle:
+        call.runtime.make_room(call.session.server.working)
+    else:
+        call.runtime.request_shutdown()
     return EMPTY
+
+
+async def restart(call: Call, params: Empty) -> RestartResult:
+    return await call.runtime.restart()
 
 
 def discover(call: Call, params: Empty) -> Any:
