@@ -51,4 +51,5 @@ class Preloads:
             record.preload_at = None
             if record.worker is None and record.lifecycle.state == "Downloaded" and not record.deleting:
                 record.preloading = record.kind == "model"
+                record.needed = record.needed or record.preloading
                 self._book.touch(record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mlxd_client.errors import InsufficientMemory, RpcError
 
@@ -22,14 +23,22 @@ class Room:
     refusal: RpcError | None = None
 
 
-def plan_room(loaded: Iterable[ModelRecord], wanting: ModelRecord, budget_bytes: int, *, displace: bool = True) -> Room:
-    """Decide for the model at the head of the line. Unless it may `displace` others, none goes that is not going.
+# How a load goes about it. What only batch jobs want is `patient`: it fits, or idle models go that nobody but batch
+# jobs has used, or it waits. What only the settings want is `modest`: nobody goes for it.
+Manner = Literal["urgent", "patient", "modest"]
+
+
+def plan_room(
+    loaded: Iterable[ModelRecord], wanting: ModelRecord, budget_bytes: int, manner: Manner = "urgent"
+) -> Room:
+    """Decide for the model at the head of the line.
 
     1. It is larger than the whole budget: refuse.
     2. It fits beside what is loaded: start.
     3. What is about to go anyway will make the room: wait.
     4. Idle models go, least recently used first; leased ones never.
-    5. Then busy ones, least recently used first, once they served what they had accepted.
+    5. Then busy ones, those that only batch jobs use before others and least recently used first, once they served what
+       they had accepted.
     6. Pinned ones go for a pinned one, after all others, in the same order.
     7. Still not enough, because leases and pins hold the rest: refuse.
     """
@@ -43,11 +52,16 @@ def plan_room(loaded: Iterable[ModelRecord], wanting: ModelRecord, budget_bytes:
     going = [m for m in holders if m.stopping is not None or m.last_seq is not None]
     lacking = need - free - sum(m.reserved_bytes for m in going)
     held = [m for m in holders if m.leases or (m.pinned and not wanting.pinned)]
-    movable = [m for m in holders if m not in going and m not in held] if displace else []
+    movable = [m for m in holders if m not in going and m not in held]
+    if manner == "patient":
+        movable = [m for m in movable if not m.busy and not m.needed]
+    elif manner == "modest":
+        held = [m for m in holders if m not in going]
+        movable = []
     room, lacking = _choose([(m, m.reserved_bytes) for m in movable], lacking)
+    if lacking > 0 and manner == "patient":
+        return Room()
     if lacking > 0:
-        if not displace:
-            held = [m for m in holders if m not in going]
         available = budget_bytes - sum(m.reserved_bytes for m in held)
         return Room(refusal=_refusal(wanting, budget_bytes, available, held))
     return room
@@ -68,7 +82,7 @@ def plan_shed(loaded: Iterable[ModelRecord], budget_bytes: int) -> Room | None:
 def _choose(movable: Iterable[tuple[ModelRecord, int]], lacking: int) -> tuple[Room, int]:
     """Those who go, in order, until so many bytes are found; and how many are lacking still."""
     room = Room()
-    for record, size in sorted(movable, key=lambda m: (m[0].pinned, m[0].busy, m[0].last_used)):
+    for record, size in sorted(movable, key=lambda m: (m[0].pinned, m[0].pressing, m[0].busy, m[0].last_used)):
         if lacking <= 0:
             break
         (room.serve_out if record.busy else room.stop).append(record)
