@@ -19,6 +19,7 @@ from .base import (
     ErrorObject,
     FinishReason,
     ModelState,
+    PressureLevel,
 )
 from .cache import (
     CacheInMemory,
@@ -109,6 +110,8 @@ from .stats import (
 )
 from .status import (
     Memory,
+    MemoryHolder,
+    Pressure,
     Status,
     StatusModels,
     StatusQueue,
@@ -189,6 +192,7 @@ __all__ = [
     "LoadParams",
     "MalformedToolCall",
     "Memory",
+    "MemoryHolder",
     "Message",
     "MetricsResult",
     "Model",
@@ -201,6 +205,8 @@ __all__ = [
     "Part",
     "Plan",
     "PlanParams",
+    "Pressure",
+    "PressureLevel",
     "ProcessParams",
     "PromptCacheTotals",
     "ServerInfo",
