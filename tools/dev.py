@@ -6,7 +6,7 @@
     exec CMD [ARG...]  run any command inside the environment, e.g. `exec mlxd status`
     bench [ARG...]   speed and size against mlx_lm, as ratios in one run
     soak [ARG...]    downloads that are killed again and again, and very large ones
-    fuzz [ARG...]    broken frames for the codec; with --engine, requests of every kind mixed on a tiny model
+    fuzz [ARG...]    broken frames for the codec, broken conversations for a daemon (--session), mixed requests (--engine)
     lint [--fix]     style and types alone
     setup            only see to the environment
 
