@@ -160,7 +160,7 @@ class LoadLine:
         last = self.last_deaths.get(record.id)
         told = {} if last is None else {"last": last.message}
         return errors.WorkerDied(
-            f"workers of {record.id} kept dying; the next try is in {wait:.0f} s, or now with a load",
+            f"workers of {record.id} kept dying; one is tried in {wait:.0f} s, or at once by `mlxd load {record.id}`",
             cause="crash_loop", model=record.id, retry_after_s=round(wait, 3), **told,
         )  # fmt: skip
 
