@@ -32,19 +32,11 @@ def newer(folder: Path, version: str = "9.9.9", before: str = "") -> list[str]:
 class Relay(Daemon):
     """`Daemon`, whose process may be another one with each restart. Leaving its block ends the newest, and fails if any
     that came before still runs or has ended badly.
-
-    Args:
-        program: what the first one is.
     """
 
-    def __init__(self, *, program: list[str] | None = None, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.program = program or [sys.executable, "-m", "mlxd"]
         self.seen: list[psutil.Process] = []
-
-    @property
-    def command(self) -> list[str]:
-        return [*self.program, "serve"]
 
     def newest(self) -> psutil.Process:
         """The process that accepts connections."""

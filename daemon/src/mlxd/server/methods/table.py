@@ -131,6 +131,15 @@ _TABLE = (
     Method("ping", connection.ping, Empty, Empty, "Answer at once.", bound=True),
     Method("status", admin.status, Empty, types.Status, "The daemon's health in numbers."),
     Method(
+        "stats",
+        admin.stats,
+        types.StatsParams,
+        types.Stats,
+        "What was counted and measured since the daemon began: requests, tokens, times, loads, deaths.",
+        errors=(errors.ModelNotFound, errors.ModelInvalid),
+    ),
+    Method("metrics", admin.metrics, Empty, types.MetricsResult, "The same, and how things stand, for Prometheus."),
+    Method(
         "shutdown",
         admin.shutdown,
         types.ShutdownParams,
