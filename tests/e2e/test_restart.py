@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mlxd.handover import choose_program
-from mlxd_client import errors
-from support.daemon import PATIENCE_S, active
+from mlxd_client import AsyncClient, Client, errors
+from support.daemon import PATIENCE_S, active, until
 from support.restarts import Relay, newer
 
 CLEANUP = "mlxd/cleanup"
@@ -43,40 +51,38 @@ def test_a_newer_one_takes_over_and_streams_go_on_in_the_old_one(tmp_path: Path)
 def test_nobody_notices_but_in_the_answers(tmp_path: Path) -> None:
     """Calls of every kind, by threads that share a client and by one of its own, while three daemons follow each
     other."""
-    from concurrent.futures import ThreadPoolExecutor
-
     over = False
 
-    def ask(client: object) -> int:
+    def ask(client: Client) -> int:
         asked = 0
         while not over:
-            assert client.process("hello").text == "hello"  # type: ignore[attr-defined]
-            assert "".join(client.stream_process("one two")) == "one two"  # type: ignore[attr-defined]
-            client.ping()  # type: ignore[attr-defined]
-            assert client.model(CLEANUP).id == CLEANUP  # type: ignore[attr-defined]
+            assert client.process("hello").text == "hello"
+            assert "".join(client.stream_process("one two")) == "one two"
+            client.ping()
+            assert client.model(CLEANUP).id == CLEANUP
             asked += 4
         return asked
 
-    with Relay(bad_child="worker") as daemon, daemon.client() as shared, daemon.client() as own:
-        with ThreadPoolExecutor(3) as pool:
-            counts = [pool.submit(ask, client) for client in (shared, shared, own)]
-            try:
-                for number in range(3):
-                    before = daemon.newest().pid
-                    choose_program(daemon.home, newer(tmp_path, f"9.9.{number}"))
-                    with daemon.client() as client:
-                        assert client.restart().version == f"9.9.{number}"
-                    daemon.gone(before)
-            finally:
-                over = True
-            assert all(count.result(PATIENCE_S) > 0 for count in counts)
+    with (
+        Relay(bad_child="worker") as daemon,
+        daemon.client() as shared,
+        daemon.client() as own,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        counts = [pool.submit(ask, client) for client in (shared, shared, own)]
+        try:
+            for number in range(3):
+                before = daemon.newest().pid
+                choose_program(daemon.home, newer(tmp_path, f"9.9.{number}"))
+                with daemon.client() as client:
+                    assert client.restart().version == f"9.9.{number}"
+                daemon.gone(before)
+        finally:
+            over = True
+        assert all(count.result(PATIENCE_S) > 0 for count in counts)
 
 
 def test_an_asyncio_client_notices_as_little(tmp_path: Path) -> None:
-    import asyncio
-
-    from mlxd_client import AsyncClient
-
     async def main(daemon: Relay) -> None:
         async with AsyncClient(daemon.socket, name="tests", timeout_s=PATIENCE_S) as client:
             over = asyncio.Event()
@@ -149,3 +155,153 @@ def test_what_is_no_program_is_refused(tmp_path: Path) -> None:
         with pytest.raises(errors.RestartFailed, match="cannot be started"):
             client.restart()
         assert client.restart().version == "0.1.0"  # the choice was for that time only
+
+
+# --- what is more than requests -------------------------------------------------------------------------------------
+
+
+def test_models_of_both_never_take_more_than_there_is(tmp_path: Path) -> None:
+    """A model of the old one holds nearly all memory for a stream: the new one loads its own once that is gone."""
+    with Relay(bad_child="worker", steps=True, memory_budget_bytes=300_000_000) as daemon, daemon.client() as client:
+        large = daemon.model("large", weights_bytes=150_000_000)
+        with client.events() as events:
+            stream = client.stream_process("!slow 1", model=large)
+            active(events, 1)
+        old = daemon.newest()
+        client.restart()
+        waiting = client.stream_process("hello", model=large)
+        with client.events(topics=["models"]) as events:
+            if not any(model.phase == "queued" for model in events.snapshot.models):  # type: ignore[union-attr]
+                until(events, "loading_queued")
+            assert daemon.newest().children() == []
+            daemon.step(0)
+            assert stream.wait().text == "piece0"
+            until(events, "loading_completed")
+        assert waiting.wait().text == "hello"
+        old.wait(PATIENCE_S)
+
+
+def test_leases_end_and_waiting_loads_ask_the_new_one(tmp_path: Path) -> None:
+    with Relay(bad_child="late:1.0") as daemon, daemon.client() as client, daemon.client() as other:
+        with ThreadPoolExecutor(1) as pool, other.events() as events:
+            loading = pool.submit(client.acquire, CLEANUP)
+            until(events, "loading_started")
+            pid = other.restart().pid
+            lease = loading.result(PATIENCE_S)  # by the new one
+            assert lease.held
+            assert other.model(CLEANUP).leases == 1
+            assert daemon.newest().pid == pid
+
+
+# --- by a signal, and by the command --------------------------------------------------------------------------------
+
+
+def test_a_signal_does_the_same(tmp_path: Path) -> None:
+    with Relay(bad_child="worker") as daemon, daemon.client() as client, client.events() as events:
+        old = daemon.newest()
+        choose_program(daemon.home, newer(tmp_path))
+        old.send_signal(signal.SIGUSR2)
+        until(events, "daemon_stopping")
+        old.wait(PATIENCE_S)
+        assert client.status().version == "9.9.9"
+
+
+def run(daemon: Relay, program: list[str], *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*program, *words], env=daemon.env, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+
+
+def test_the_command_brings_its_own_version(tmp_path: Path) -> None:
+    with Relay(bad_child="worker") as daemon:
+        old = daemon.newest()
+        done = run(daemon, newer(tmp_path), "restart", "--json")
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        new = daemon.newest()
+        assert (told["before"]["version"], told["before"]["pid"]) == ("0.1.0", old.pid)
+        assert told["after"] == {"version": "9.9.9", "pid": new.pid}
+        old.wait(PATIENCE_S)
+        broken = newer(tmp_path, before="import sys\nif 'serve' in sys.argv: sys.exit('it is broken')")
+        done = run(daemon, broken, "restart")
+        assert (done.returncode, "it is broken" in done.stderr) == (1, True)
+        assert daemon.newest().pid == new.pid
+        assert "replaced by 0.1.0" in run(daemon, daemon.program, "restart").stdout
+        daemon.gone(new.pid)
+
+
+def test_without_a_daemon_there_is_nothing_to_replace(tmp_path: Path) -> None:
+    env = dict(os.environ, MLXD_HOME=str(tmp_path / "none"))
+    words = ["-m", "mlxd", "restart"]
+    done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "mlxd is not running\n")
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_apps_own_daemon_is_not_replaced() -> None:
+    with Relay(bad_child="worker") as daemon, daemon.client() as client:
+        client.ping()
+    home = daemon.home
+    home.mkdir()
+    app = subprocess.Popen(
+        [sys.executable, "-m", "mlxd", "serve", "--stdio"], env=daemon.env, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    with daemon.client(start=lambda: None) as client:
+        for ask in (client.restart, lambda: client.shutdown(if_idle=True)):
+            with pytest.raises(errors.Unsupported):
+                ask()
+    app.communicate(timeout=PATIENCE_S)
+    assert app.returncode == 0
+    daemon.remove()
+
+
+# --- killed at any moment -------------------------------------------------------------------------------------------
+
+MOMENTS = ("another daemon is started to take over", "takes over", "another daemon has taken over", "daemon stopped")
+
+
+@pytest.mark.parametrize("whom", ["old", "new"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_any_moment_one_is_left_or_none_and_the_next_start_works(
+    tmp_path: Path, moment: str, whom: str
+) -> None:
+    """The killer is a thread of the daemon's own, at the line of the log."""
+    victim = (
+        "os.getpid()" if whom == "old" else "max((p.pid for p in psutil.Process().children()), default=os.getpid())"
+    )
+    if moment == "takes over":
+        victim = "os.getppid()" if whom == "old" else "os.getpid()"
+    kill = f"""
+import os, psutil, structlog
+from mlxd import logs
+def kill(logger, name, event):
+    if event.get("event") == {moment!r}:
+        os.kill({victim}, 9)
+    return event
+make = logs._hide_text
+logs._hide_text = lambda *given: kill(*given) and make(*given)
+"""
+    program = newer(tmp_path, "0.1.0", before=kill)
+    with Relay(bad_child="worker", program=program) as daemon, daemon.client() as client:
+        daemon.expect_exit = None
+        client.process("hello")
+        first = daemon.newest()
+        try:
+            client.restart(wait_s=PATIENCE_S)
+        except errors.MlxdError:
+            pass
+        psutil.wait_procs([first], timeout=0.5)
+        with daemon.client(start=[*daemon.program, "serve"]) as after:
+            deadline = 20
+            while True:
+                try:
+                    after.process("hello")
+                    break
+                except (errors.ConnectFailed, errors.ConnectionLost):
+                    deadline -= 1
+                    assert deadline, "no daemon can be had any more"
+            pid = after.status().pid
+            serving = [one for one in daemon.processes() if "serve" in one.cmdline()]
+            psutil.wait_procs([one for one in serving if one.pid != pid], timeout=PATIENCE_S)
+            assert [one.pid for one in serving if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == [pid]

@@ -69,6 +69,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
         {"msgspec", "psutil"},
     ),
     "mlxd.notify": (set(), set()),
+    "mlxd.versions": (set(), set()),
     "mlxd.sidecar": (set(), set()),
     "mlxd.service": ({"mlxd_client", "mlxd.settings", "mlxd.server", "mlxd.wholefiles"}, {"msgspec"}),
     "mlxd.handover": ({"mlxd_client", "mlxd.server", "mlxd.wholefiles"}, {"msgspec"}),
@@ -81,8 +82,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
         {"uvloop", "msgspec"},
     ),
     "mlxd.cli": (
-        {"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.server", "mlxd.service", "mlxd.settings",
-         "mlxd.sidecar", "mlxd.store"},
+        {"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.handover", "mlxd.server", "mlxd.service", "mlxd.settings",
+         "mlxd.sidecar", "mlxd.store", "mlxd.versions"},
         {"msgspec", "psutil", "rich"},
     ),
     "mlxd.__main__": ({"mlxd.cli"}, set()),
