@@ -182,15 +182,20 @@ def test_models_of_both_never_take_more_than_there_is(tmp_path: Path) -> None:
 
 
 def test_leases_end_and_waiting_loads_ask_the_new_one(tmp_path: Path) -> None:
-    with Relay(bad_child="late:1.0") as daemon, daemon.client() as client, daemon.client() as other:
-        with ThreadPoolExecutor(1) as pool, other.events() as events:
-            loading = pool.submit(client.acquire, CLEANUP)
-            until(events, "loading_started")
-            pid = other.restart().pid
-            lease = loading.result(PATIENCE_S)  # by the new one
-            assert lease.held
-            assert other.model(CLEANUP).leases == 1
-            assert daemon.newest().pid == pid
+    with (
+        Relay(bad_child="late:1.0") as daemon,
+        daemon.client() as client,
+        daemon.client() as other,
+        ThreadPoolExecutor(1) as pool,
+        other.events() as events,
+    ):
+        loading = pool.submit(client.acquire, CLEANUP)
+        until(events, "loading_started")
+        pid = other.restart().pid
+        lease = loading.result(PATIENCE_S)  # by the new one
+        assert lease.held
+        assert other.model(CLEANUP).leases == 1
+        assert daemon.newest().pid == pid
 
 
 # --- by a signal, and by the command --------------------------------------------------------------------------------
