@@ -176,8 +176,7 @@ def test_the_manager_is_told_of_the_process_that_takes_over(activator: Activator
         result = client.restart()
         assert activator.hear_until(f"MAINPID={result.pid}")
         assert client.status().pid == result.pid
-    activator.end()
-    assert first.returncode == 0
+    assert first.wait(PATIENCE_S) == 0
     second = psutil.Process(result.pid)
     second.terminate()
     assert "STOPPING=1" in activator.hear_until("STOPPING=1")
@@ -209,5 +208,6 @@ def test_stopped_by_its_manager_it_sends_clients_to_the_next(activator: Activato
     with activator.client() as client:
         assert client.process("all is well").text
         activator.process.terminate()  # type: ignore[union-attr]
+        activator.hear_until("STOPPING=1")
         assert client.process("all is well").text
     assert activator.starts == 2

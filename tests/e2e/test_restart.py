@@ -162,8 +162,12 @@ def test_what_is_no_program_is_refused(tmp_path: Path) -> None:
 
 def test_models_of_both_never_take_more_than_there_is(tmp_path: Path) -> None:
     """A model of the old one holds nearly all memory for a stream: the new one loads its own once that is gone."""
-    with Relay(bad_child="worker", steps=True, memory_budget_bytes=300_000_000) as daemon, daemon.client() as client:
-        large = daemon.model("large", weights_bytes=150_000_000)
+    size = 100_000_000
+    with Relay(bad_child="worker") as daemon, daemon.client() as client:
+        need = client.plan(daemon.model("large", weights_bytes=size)).memory_bytes
+    budget = need + need // 2
+    with Relay(bad_child="worker", steps=True, memory_budget_bytes=budget) as daemon, daemon.client() as client:
+        large = daemon.model("large", weights_bytes=size)
         with client.events() as events:
             stream = client.stream_process("!slow 1", model=large)
             active(events, 1)
@@ -266,6 +270,12 @@ def test_an_apps_own_daemon_is_not_replaced() -> None:
 MOMENTS = ("another daemon is started to take over", "takes over", "another daemon has taken over", "daemon stopped")
 
 
+def another(daemon: Relay) -> None:
+    command = [*daemon.program, "serve"]
+    nothing = subprocess.DEVNULL
+    subprocess.Popen(command, env=daemon.env, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+
+
 @pytest.mark.parametrize("whom", ["old", "new"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_any_moment_one_is_left_or_none_and_the_next_start_works(
@@ -297,7 +307,7 @@ logs._hide_text = lambda *given: kill(*given) and make(*given)
         except errors.MlxdError:
             pass
         psutil.wait_procs([first], timeout=0.5)
-        with daemon.client(start=[*daemon.program, "serve"]) as after:
+        with daemon.client(start=lambda: another(daemon)) as after:
             deadline = 20
             while True:
                 try:

@@ -526,7 +526,7 @@ class Moves(World):
         super().perform(action)
         if isinstance(action, do.StartWorker):
             mine = sum(m.wanted_bytes for worker, m in self.core._book.by_worker.items() if worker)
-            assert mine + self.elsewhere <= 10, "two daemons take more than there is"
+            assert mine + self.elsewhere <= self.core.limits.budget_bytes, "two daemons take more than there is"
 
     @rule(size=st.sampled_from([0, 2, 5, 9]))
     def other_lets_go(self, size: int) -> None:

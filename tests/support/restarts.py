@@ -69,9 +69,11 @@ class Relay(Daemon):
 
     def stop(self) -> int:
         assert self.process is not None
-        for process in self.processes():
-            if process.pid != self.process.pid and "serve" in process.cmdline():
-                process.send_signal(signal.SIGTERM)
+        later = [one for one in self.processes() if one.pid != self.process.pid and "serve" in one.cmdline()]
+        for process in later:
+            process.send_signal(signal.SIGTERM)
+        if later:  # the first one ends by itself, and now soon
+            self.process.communicate(timeout=PATIENCE_S)
         status = super().stop()
         _, alive = psutil.wait_procs(self.processes(), timeout=PATIENCE_S)
         for process in alive:

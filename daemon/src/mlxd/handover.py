@@ -344,14 +344,13 @@ class Predecessor:
         """Say that all is well, and wait until it is time. None where it will not be: the old daemon stays, or died."""
         self._link.say(Ready(version, os.getpid()))
         said = await self._link.hear()
-        if not isinstance(said, Go):
-            return None
-        os.dup2(self._stderr, 2)  # from here on there is nobody else to tell
-        os.close(self._stderr)
-        return said
+        return said if isinstance(said, Go) else None
 
     def serving(self) -> None:
+        """Say that there is no way back. What goes to standard error from here on goes where the other's went."""
         self._link.say(Serving())
+        os.dup2(self._stderr, 2)
+        os.close(self._stderr)
 
     async def held(self) -> int:
         """How much memory it holds next; 0 once it is gone."""

@@ -193,7 +193,7 @@ _NOT_IN_FILE = frozenset({"home", "socket"})
 # The settings that `mlxd serve` has flags for; the others are set by `--set name=value`.
 _OWN_FLAGS = frozenset({"home", "socket", "log_level", "log_prompts"})
 # Read by others: the lookup of home and socket, and the tools of this repository.
-_OTHER_VARIABLES = frozenset({"MLXD_HOME", "MLXD_SOCKET"})
+_OTHER_VARIABLES = frozenset({"MLXD_HOME", "MLXD_SOCKET", "MLXD_HANDOVER"})
 
 
 def load(env: Mapping[str, str] | None = None, flags: Mapping[str, object] | None = None) -> Loaded:

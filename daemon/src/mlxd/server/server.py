@@ -176,6 +176,8 @@ class Server:
         """
         self.draining = True
         self.stop_accepting()
+        if self._sock is not None:
+            self._sock.close()
         for session in list(self._sessions.values()):
             session.shut(self.refused())
         try:
