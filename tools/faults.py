@@ -4,6 +4,8 @@
     python3 tools/dev.py faults mirrors [--steps N] [--seed N]      followers of events, while all is restarted
     python3 tools/dev.py faults deaths [--rounds N]                 real workers that die of each cause, and how soon it
                                                                     is told
+    python3 tools/dev.py faults orphans [--rounds N]                daemons killed that have a child in every state, and
+                                                                    how long each lives on
 
 The suite has the short forms (tests/faults). Each run has a folder of its own; the first thing that is wrong ends it,
 and it exits with 1 then. The same seed draws the same faults; their moments are the machine's.
@@ -94,8 +96,30 @@ def deaths(options: argparse.Namespace) -> list[str]:
     return lines
 
 
+def orphans(options: argparse.Namespace) -> list[str]:
+    from support.household import LIMIT_S, Household
+    from support.hub import Hub
+
+    lived: dict[str, list[float]] = {}
+    for _ in range(options.rounds):
+        with (
+            tempfile.TemporaryDirectory(prefix="mlxd-") as folder,
+            Hub() as hub,
+            Household.daemon_of(hub) as daemon,
+        ):
+            house = Household(daemon, hub, Path(folder).resolve())
+            for name, seconds in house.bury(house.fill()).items():
+                lived.setdefault(name if not name.isdigit() else "the grandchild's parent", []).append(seconds)
+    for name, times in lived.items():
+        assert max(times) < LIMIT_S, f"a child {name} lived on for {max(times):.1f} s"
+    lines = [f"{'a child that is':30} {'median':>8} {'worst':>8}   until it is gone"]
+    return lines + [
+        f"{name:30} {statistics.median(times):6.2f} s {max(times):6.2f} s" for name, times in sorted(lived.items())
+    ]
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
-    "answers": answers, "mirrors": mirrors, "deaths": deaths,
+    "answers": answers, "mirrors": mirrors, "deaths": deaths, "orphans": orphans,
 }  # fmt: skip
 
 if __name__ == "__main__":

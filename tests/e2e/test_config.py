@@ -257,6 +257,7 @@ def test_sighup_is_for_everything_that_can_change_while_it_runs() -> None:
         assert client.model(other).preload
         assert client.status().memory.budget_bytes == 3_000_000_000
         with daemon.client() as another:
+            another.ping()
             hello = another.hello
             assert hello is not None
             assert (hello.limits.requests_in_flight, hello.limits.queue) == (3, 9)
@@ -265,6 +266,31 @@ def test_sighup_is_for_everything_that_can_change_while_it_runs() -> None:
         said = daemon.log()
         client.process("x")
         assert daemon.log() == said, "nothing is an error"
+
+
+def test_the_command_asks_the_daemon_that_runs() -> None:
+    with running(max_batch=9) as (daemon, client, events):
+
+        def mlxd(*words: str) -> tuple[int, str, str]:
+            command = [sys.executable, "-m", "mlxd", "config", *words]
+            env = {name: value for name, value in daemon.env.items() if name != "MLXD_MAX_BATCH"}
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+            return done.returncode, done.stdout, done.stderr
+
+        assert mlxd("get", "max_batch")[1] == "9\n", "the daemon's, not this shell's"
+        assert mlxd("set", "keep_alive_s", "77")[1] == "keep_alive_s is changed, at once\n"
+        assert value(client, "keep_alive_s") == 77
+        status, out, err = mlxd("set", "max_batch=3", "kv_bits.org/a=4")
+        assert (status, out) == (0, "kv_bits is changed, for models that are loaded from then on\n")
+        assert "MLXD_MAX_BATCH wins" in err
+        assert mlxd("set", "blas", "bundled")[0] == 13
+        assert mlxd("reload")[1] == "nothing has changed\n"
+        (daemon.home / "config.toml").write_text("max_batch = 'x'")
+        status, _, err = mlxd("reload")
+        assert (status, "max_batch cannot be 'x'" in err) == (2, True)
+        assert "what the file said before stands" in mlxd("keep_alive_s")[2]
+        assert mlxd("path")[1] == f"{daemon.home}/config.toml\n"
+        told(events)
 
 
 # --- faults -------------------------------------------------------------------------------------------------------

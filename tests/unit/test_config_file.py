@@ -45,6 +45,7 @@ uses = ["coding"]
         ({"pinned": ["c/d", 'with "quotes" and \\ and \n']}, [], None),
         ({"download": "never", "log_prompts": True}, ["keep_alive_s", "aliases"], 'download = "never"'),
         ({}, ["aliases.dictation"], None),
+        ({}, ["aliases"], None),
         ({}, ["nothing_of_that_kind", "aliases.none"], None),
         ({"catalog.org/name": {"uses": [], "size_bytes": 7}}, [], "size_bytes = 7"),
     ],
@@ -91,6 +92,14 @@ def test_any_value_is_written_as_it_is_or_not_at_all(entries: dict[str, Any], te
     assert {k: v for k, v in after.items() if k != "aliases"} == {
         k: v for k, v in tomllib.loads(text).items() if k != "aliases"
     }
+
+
+def test_comments_above_a_table_stay_when_the_one_before_it_goes() -> None:
+    text = "[personas.a]\nsystem = 'x' # with it\n\n# about b\n# and more\n[personas.b]\nsystem = 'y'\n# last\n"
+    made = configfile.edited(text, {}, ["personas.a"])
+    assert made == "\n# about b\n# and more\n[personas.b]\nsystem = 'y'\n# last\n"
+    assert "# last" in configfile.edited(made, {}, ["personas.b"])
+    assert configfile.edited(text, {}, ["personas"]).count("#") == 1
 
 
 @pytest.mark.parametrize("text", ["a = ", "a = 1\na = 2", "x = [" + "[" * 5000, "d = 2026-99-99", "\x00"])

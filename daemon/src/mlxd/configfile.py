@@ -52,11 +52,43 @@ def edited(text: str, values: Mapping[str, Any], unset: Sequence[str] = ()) -> s
 
 def _take_out(target: Any, name: str, key: str | None) -> None:
     if key is None:
-        target.pop(name, None)
+        _remove(target, name)
     elif isinstance(table := target.get(name), dict):
-        table.pop(key, None)
+        _remove(table, key)
         if not table:
-            target.pop(name)
+            _remove(target, name)
+
+
+def _remove(table: Any, key: str) -> None:
+    """Take an entry out of a table, or of tomlkit's likeness of one. To that, comments above the next table belong to
+    the one before, and would go with it."""
+    from tomlkit.container import Container
+    from tomlkit.items import Whitespace
+
+    if key not in table:
+        return
+    container = table if isinstance(table, Container) else getattr(table, "value", None)
+    if not isinstance(container, Container):
+        del table[key]
+        return
+    places = [at for at, (known, _) in enumerate(container.body) if known is not None and known.key == key]
+    tail = _tail(container.body[places[-1]][1])
+    table.remove(key)
+    if "#" in tail:
+        container.body[places[-1]] = (None, Whitespace(tail))
+
+
+def _tail(item: Any) -> str:
+    """What stands behind the last entry of a table."""
+    from tomlkit.items import AbstractTable, InlineTable
+
+    tail = ""
+    if isinstance(item, AbstractTable) and not isinstance(item, InlineTable):
+        for key, one in reversed(item.value.body):
+            if key is not None:
+                return _tail(one) + tail
+            tail = one.as_string() + tail
+    return tail
 
 
 def _put_in(target: Any, name: str, key: str | None, value: Any) -> None:

@@ -254,7 +254,7 @@ def _judged(
                 told = f"{setting} names what is run: it can be set in config.toml, and not by clients"
                 raise errors.PermissionDenied(told, field=field, setting=setting)
             if field == "values":
-                made[name] = msgspec.to_builtins(check(name, values[name]))
+                made[name] = check(name, values[name])
         except SettingsError as error:
             raise errors.InvalidParams(str(error), field=field, setting=name) from None
     tables = [name for name in made if "." in name and name.partition(".")[0] in made]

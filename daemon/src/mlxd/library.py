@@ -117,7 +117,7 @@ class Library:
         record = None if model is None else self._core.models.get(model)
         return None if record is None or record.worker is None else model
 
-    def rename(self) -> None:
+    def take_aliases(self) -> None:
         """Take over the aliases that the settings have now."""
         self._store.aliases = dict(self._settings.aliases)
         self._ids.clear()

@@ -141,6 +141,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         catalog: further recommended models, by id, with the fields that the built-in catalog has.
         log_level: what the log holds.
         log_prompts: whether prompts and answers may be logged.
+        slow_request_s: a request that takes so long gets a line in the log that says where the time went; 0 none.
+        slow_first_token_s: the same for one whose answer takes so long to begin.
     """
 
     home: Name
@@ -184,6 +186,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     catalog: dict[Name, dict[str, Any]] = {}
     log_level: LogLevel = "info"
     log_prompts: bool = False
+    slow_request_s: Annotated[float, Meta(ge=0, le=86_400)] = 120.0
+    slow_first_token_s: Annotated[float, Meta(ge=0, le=86_400)] = 15.0
 
     @property
     def log_file(self) -> Path:
@@ -350,10 +354,19 @@ def name_and_key(name: str) -> tuple[str, str | None]:
 
 
 def check(name: str, value: object) -> Any:
-    """`value` as the type of a setting, or of one entry of a table. Raises SettingsError."""
+    """What a value for a setting, or for one entry of a table, is in the file. Raises SettingsError."""
     if name in _NOT_IN_FILE:
         raise SettingsError(f"{name} cannot be set in a file, since clients do not read it", setting=name)
-    return _checked(name, value, None, strict=True)
+    return _as_written(msgspec.to_builtins(_checked(name, value, None, strict=True)))
+
+
+def _as_written(value: Any) -> Any:
+    """A plain value with numbers as people write them: 60, and not 60.0."""
+    if isinstance(value, dict):
+        return {key: _as_written(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_as_written(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def from_text(name: str, text: str) -> Any:
@@ -364,8 +377,7 @@ def from_text(name: str, text: str) -> Any:
         value = _parsed(name, text, None)
     else:
         value = text if _plain(kind) in (str, float, int) else _json(name, text, None)
-    checked = _checked(name, value, None, strict=False)
-    return msgspec.to_builtins(checked)
+    return _as_written(msgspec.to_builtins(_checked(name, value, None, strict=False)))
 
 
 def unknown(name: str) -> SettingsError:
@@ -452,7 +464,7 @@ def _from_env(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
 
 def _parsed(name: str, text: str, origin: Origin | None) -> object:
     """A variable's or flag's text as its value: lists as shell words or JSON, tables as JSON, the rest as it is."""
-    if _plain(_TYPES[name]) is list and not text.lstrip().startswith("["):
+    if _plain(_TYPES.get(name)) is list and not text.lstrip().startswith("["):
         import shlex
 
         try:
