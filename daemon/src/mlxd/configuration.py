@@ -1,9 +1,9 @@
 """The settings of a daemon that runs: changed by clients, by a signal or in the file, as a whole or not at all.
 
 A change is read, judged as a whole, and only then taken over. What cannot be used changes nothing, and is told. The
-file is looked at once in `LOOK_S` seconds rather than watched by the kernel: one way for Linux, macOS, links and
-folders of other machines, which costs less than a thousandth of a percent of one core; and since a change has to have
-rested for a look before it is read, nobody's half-written file is.
+file is looked at once in `LOOK_S` seconds rather than watched by the kernel: that costs one stat(2), and is one way for
+Linux, macOS, links and folders of other machines; and since a change has to have rested for a look before it is read,
+nobody's half-written file is.
 """
 
 from __future__ import annotations
