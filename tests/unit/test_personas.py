@@ -196,7 +196,7 @@ def test_as_typed() -> None:
     for name, text in (
         ("keep_alive.a", "x"),
         ("kv_bits.a", "5"),
-        ("pinned", "x"),
+        ("pinned", "[x"),
         ("nothing", "1"),
         ("drain_s.a", "1"),
     ):
