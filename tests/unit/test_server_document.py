@@ -145,9 +145,10 @@ def test_every_reference_resolves(discovered: dict[str, Any]) -> None:
 def test_it_describes_every_method_of_version_1(discovered: dict[str, Any]) -> None:
     now = (
         "hello ping status stats metrics shutdown rpc.discover "
+        "config.get config.set config.reload personas.list "
         "models.list models.get models.load models.unload models.acquire "
         "models.release models.plan models.download models.delete models.verify models.catalog jobs.list jobs.get "
-        "jobs.wait jobs.cancel cache.list cache.clear config.get config.set config.reload personas.list process chat tokens.count tokens.encode tokens.decode embed "
+        "jobs.wait jobs.cancel cache.list cache.clear process chat tokens.count tokens.encode tokens.decode embed "
         "cancel events.subscribe "
         "events.unsubscribe"
     ).split()
