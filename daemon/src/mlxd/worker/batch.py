@@ -56,7 +56,9 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         crowded: there are rows elsewhere that take turns with these.
     """
 
-    _uid_count: int  # mlx_lm's
+    # What mlx_lm's class holds, as used here.
+    _uid_count: int
+    _currently_processing: list[Any]
     completion_batch_size: int
 
     def __init__(
@@ -106,6 +108,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         held = self._patience.arrange(self) if self.may_read else []
         if self._copies and self.may_read:
             self._copy_read()
+        joined = self._join_read()
         if self._waits:
             self._waits.free(self._unprocessed_sequences)
         reading, copied = len(self._prompt_batch), len(self._copied)
@@ -121,6 +124,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         counters = self._counters
         tokens, seconds = counters.prompt_tokens, counters.prompt_time
         made = super()._next() if self.may_read else self._decode()
+        made[0].extend(joined)
         if self._patience:
             self._unprocessed_sequences.extend(held)
             for progress in made[0]:
@@ -134,8 +138,17 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                     self._waits.begun(response.uid)
             self._steps += 1
             if made[0] or self._steps % LOOK_STEPS == 0:
-                self._prompt_cache.tree.fit(self.live_bytes())
+                self._fit(self._prompt_cache)
         return made
+
+    def _fit(self, prompt_cache: PromptCache) -> None:
+        """What is kept has what the rows leave. Where they take more than half, no place of theirs stays open."""
+        live = self.live_bytes()
+        self._generation_batch.may_leave_open = 2 * live <= prompt_cache.tree.budget_bytes
+        if self.open_places and not self._generation_batch.may_leave_open:
+            self._generation_batch.close_places()
+            live = self.live_bytes()
+        prompt_cache.tree.fit(live)
 
     def _short_prompts(self) -> int:
         """How many of those that wait are short enough to begin together; see SHORT_PREFILLS."""
@@ -157,6 +170,25 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                     break
                 count += 1
         return count
+
+    def _join_read(self) -> list[Any]:
+        """Prompts that are read but for their last token: that goes into the next step of all. mlx_lm would take one of
+        its own for it. Returns what to say of them."""
+        if not self.may_read or len(self._generation_batch) >= self.completion_batch_size:
+            return []
+        processing = self._currently_processing
+        joining = [index for index, (segments, *_) in enumerate(processing) if _is_read(segments)]
+        if not joining:
+            return []
+        last, totals = zip(*((processing[index][0][0], processing[index][2]) for index in joining), strict=True)
+        self._currently_processing = [one for index, one in enumerate(processing) if index not in set(joining)]
+        batch = self._prompt_batch.split(joining).generate(list(last))
+        told = [
+            PromptProcessingBatch.Response(uid, (total, total), True, True)
+            for uid, total in zip(batch.uids, totals, strict=True)
+        ]
+        self._generation_batch.extend(batch)
+        return told
 
     def rest(self) -> list[Any]:
         """A further token that the last step brought, in a list; empty where that was all."""
@@ -259,6 +291,17 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
             waiting = {id(row[3]): row[3] for row in self._unprocessed_sequences if row[0] in self._copied}
             total += sum(cache.nbytes for caches in waiting.values() for cache in caches)
         return total
+
+    @property
+    def open_places(self) -> int:
+        """How many places of the rows' caches have no row; see Places."""
+        count: int = self._generation_batch.open_places
+        return count
+
+    def close_places(self) -> None:
+        if self.open_places:
+            with mx.stream(self.stream):
+                self._generation_batch.close_places()
 
     def _read_prompts(self) -> int:
         """How many prompts are read but for their last token, with which their first decode step begins."""

@@ -22,6 +22,7 @@ from mlxd_client.errors import InternalError
 from .adapted import BASE, Mix
 from .constraint import allows_any, apply_masks
 from .kvcache import RowView, take
+from .places import MOST_PADDING, Places, can_stay_open, close_up, is_full, leave_open, padding, put
 from .sampling import PENALTY_WINDOW, Plan, Sampling
 from .speculation import Guess, can_take_back, prefixes, take_back
 
@@ -29,6 +30,9 @@ from .speculation import Guess, can_take_back, prefixes, take_back
 NOT_FINITE = "not finite"
 # A row must have been alone for this many steps to get a plain cache: each change copies it.
 STEPS_ALONE = 2
+# For how many steps a place stays open for a row that joins, and after how many it is looked whether there are
+# positions that no row has any more. Closing and giving up copy all rows' caches.
+STEPS_OPEN = 8
 _NOTHING: deque[Any] = deque(maxlen=0)
 
 
@@ -47,6 +51,7 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
     Attributes:
         may_guess: nobody waits for a place: a row that decodes alone may guess ahead. One pass then brings several
             tokens, and each `next` says one of them; while any are `unsaid`, nothing is computed.
+        may_leave_open: there is memory for places that no row has for a while; see Places.
         newest: the token that comes next, where its value is known already.
     """
 
@@ -65,10 +70,45 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
     _plain = False  # one row, on plain caches
     _can_guess = False  # and these can be taken back
     may_guess = False
+    may_leave_open = True
     newest: int | None = None
     unsaid: deque[tuple[int, Any]] = _NOTHING  # tokens that are in the caches, and what is noted of them
+    _places: Places | None = None  # where the rows lie in the caches; None where they lie in their own order
+    _mix: Mix | None = None  # the adapter of each place
+    _steps_open = 0
+    _made = False
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._made = True
+        self._next_logprobs = [None] * len(self.uids)
+        self._num_tokens = [-1] * len(self.uids)  # the last token of their prompts is to go in first
+
+    def next(self) -> list[Any]:
+        """One step: a Response for each row but those that only begin with it."""
+        if not self.uids:
+            return []
+        keep, responses = [], []
+        for row, (token, note) in enumerate(zip(*self._step(), strict=True)):
+            self._num_tokens[row] += 1
+            if self._num_tokens[row] == 0:
+                keep.append(row)
+                continue
+            reason = "length" if self._num_tokens[row] >= self.max_tokens[row] else None
+            if self._matchers[row].advance(token):
+                reason = "stop"
+            if reason is None:
+                keep.append(row)
+                responses.append(self.Response(self.uids[row], token, note, None, None, None))
+            else:
+                kept = self.extract_cache(row), self.tokens[row]
+                responses.append(self.Response(self.uids[row], token, note, reason, *kept))
+        self.filter(keep)
+        return responses
 
     def _step(self) -> tuple[list[int], list[Any]]:
+        if not self._made:  # mlx_lm has a batch begin as it is made: one more pass, where it could join one
+            return [], []
         if self._can_guess:
             if self.unsaid:
                 return self._say()
@@ -144,9 +184,10 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
             self._steps_alone += 1
             if self._steps_alone >= STEPS_ALONE:
                 self._make_plain()
+        if self._places is not None:
+            self._tidy(self._places)
 
-        with plan.mix or BASE:
-            logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+        logits = self._compute(inputs, plan)
         self._next_logprobs = [None] * len(self.uids)
         if any(self.logits_processors):
             logits = self._run_processors(inputs, logits)
@@ -178,6 +219,14 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
         for history, token in zip(self.tokens, chosen, strict=True):
             history.append(token)
         return chosen, notes
+
+    def _compute(self, inputs: mx.array, plan: Plan) -> mx.array:
+        """What the model makes of the next token of each row: logits, [rows, vocabulary]."""
+        places = self._places
+        fed = inputs if places is None else places.spread(inputs)
+        with (plan.mix if places is None else self._mix) or BASE:
+            logits: mx.array = self.model(fed[:, None], cache=self.prompt_cache)[:, -1, :]
+        return logits if places is None else places.gather(logits)
 
     def _run_processors(self, inputs: mx.array, logits: mx.array) -> mx.array:
         """Each row's own processors, as mlx_lm runs them, but a processor that raises costs its own row only."""
@@ -218,20 +267,89 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
         return apply_masks(logits, masks) if masks else logits
 
     def extend(self, batch: RowBatch) -> None:
+        """Have the rows of another batch join, which have not begun yet. Where nobody decodes they begin at once; else
+        with the next step of all."""
         self._unsay()
         self._make_batched()
-        batch._make_batched()
+        if not self.uids:
+            batch._step_all()
+            batch._num_tokens = [0] * len(batch.uids)
+        mass, rows = self._next_mass, len(self.uids)
+        caches, self.prompt_cache = self.prompt_cache, []
         super().extend(batch)
+        self.prompt_cache = self._join(caches, rows, batch.prompt_cache, len(batch.uids))
         self._plan = None
-        if self._next_mass is None:
-            self._next_mass = batch._next_mass
-        elif batch._next_mass is not None:
-            self._next_mass = mx.concatenate([self._next_mass, batch._next_mass])
+        joining = batch._next_mass if batch._next_mass is not None else mx.zeros((len(batch.uids), 1))
+        self._next_mass = joining if mass is None else mx.concatenate([mass, joining])
+
+    def _join(self, caches: list[Any], rows: int, others: list[Any], joining: int) -> list[Any]:
+        """The caches of both. Rows that join take open places as far as there are enough of them."""
+        if not caches:
+            return others
+        places = self._places or Places(rows)
+        taken = places.open[:joining]
+        if taken and len(taken) == joining and can_stay_open(caches) and can_stay_open(others):
+            put(caches, others, taken)
+            places.join(taken)
+        else:
+            for cache, other in zip(caches, others, strict=True):
+                cache.extend(other)
+            places.join([], joining)
+        self._lie(places)
+        return caches
+
+    def _lie(self, places: Places) -> None:
+        """From now on the rows have these places."""
+        self._places = None if places.straight else places
+        self._steps_open = 0
+        self._mix = None
+        if self._places is not None and any(row.adapter is not None for row in self.samplers):
+            adapters: list[Any] = [None] * places.count
+            for row, place in zip(self.samplers, places.of, strict=True):
+                adapters[place] = row.adapter
+            self._mix = Mix.of(adapters)
+
+    def _tidy(self, places: Places) -> None:
+        """Close places that stayed open for long, and give up positions that no row has any more."""
+        self._steps_open += 1
+        if len(places.of) < places.count and self._steps_open > STEPS_OPEN:
+            self.close_places()
+            return
+        full = is_full(self.prompt_cache)
+        due = 1 if full else MOST_PADDING
+        if (full or self._steps_open % STEPS_OPEN == 0) and padding(self.prompt_cache, self.tokens) >= due:
+            close_up(self.prompt_cache)
+
+    def close_places(self) -> None:
+        """Have the caches hold nothing but the rows, in their order."""
+        if self._places is not None:
+            for cache in self.prompt_cache:
+                cache.filter(self._places.of)
+            self._lie(Places(len(self.uids)))
+
+    @property
+    def open_places(self) -> int:
+        return 0 if self._places is None else self._places.count - len(self._places.of)
 
     def filter(self, keep: list[int]) -> None:
         if len(keep) == len(self.uids):
             return
-        super().filter(keep)  # where the caches are plain there is one row, so that nothing is left of them
+        places = self._places or Places(len(self.uids))
+        caches, self.prompt_cache = self.prompt_cache, []
+        super().filter(keep)
+        places.leave(keep)
+        # An open place costs its share of each step, and closing it a copy of what the rows hold.
+        stays = self.may_leave_open and 2 * len(keep) >= places.count and can_stay_open(caches)
+        if keep and stays and padding(caches, self.tokens) < MOST_PADDING:
+            leave_open(caches, places.open)
+            self._lie(places)
+        elif keep:  # where the caches are plain there is one row, so that nothing is left of them
+            for cache in caches:
+                cache.filter(places.of)
+            self._lie(Places(len(keep)))
+        else:
+            self._places = None
+        self.prompt_cache = caches if keep else []
         self._plan = None
         self._steps_alone, self._plain, self._can_guess = 0, False, False
         self.unsaid.clear()
@@ -239,10 +357,12 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
 
     def extract_cache(self, idx: int) -> RowView | None:
         self._unsay()
-        return take(self.prompt_cache, idx, len(self.tokens[idx]))
+        place = idx if self._places is None else self._places.of[idx]
+        return take(self.prompt_cache, place, len(self.tokens[idx]))
 
     def _make_plain(self) -> None:
         """Caches of other types stay as they are: a batch of one."""
+        self.close_places()
         if any(type(cache) is BatchKVCache and cache.keys is None for cache in self.prompt_cache):
             return
         self.prompt_cache = [c.extract(0) if type(c) is BatchKVCache else c for c in self.prompt_cache]
