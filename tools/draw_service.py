@@ -1,6 +1,6 @@
 """Writes launchd/: the property list and the units as `mlxd service install` would for a user called `you`.
 
-python tools/draw_service.py
+python3 tools/dev.py draw
 """
 
 from __future__ import annotations
@@ -23,17 +23,11 @@ def sample(user_home: str, home: str) -> ServiceSpec:
     )  # fmt: skip
 
 
-def files() -> dict[str, bytes]:
+def files() -> dict[Path, bytes]:
     mac = sample("/Users/you", "/Users/you/Library/Application Support/mlxd")
     linux = sample("/home/you", "/home/you/.local/share/mlxd")
     return {
-        "org.mlxd.mlxd.plist": property_list(mac),
-        "mlxd.socket": socket_unit(linux).encode(),
-        "mlxd.service": service_unit(linux).encode(),
+        FOLDER / "org.mlxd.mlxd.plist": property_list(mac),
+        FOLDER / "mlxd.socket": socket_unit(linux).encode(),
+        FOLDER / "mlxd.service": service_unit(linux).encode(),
     }
-
-
-if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
-    for name, content in files().items():
-        (FOLDER / name).write_bytes(content)

@@ -1,11 +1,10 @@
-"""Draws the model state machine from its own table into docs/states.md; `--check` only says whether it is current.
+"""Draws the model state machine from its own table into docs/states.md.
 
-python3 tools/dev.py exec python tools/draw_states.py
+python3 tools/dev.py draw
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from mlxd.core.lifecycle import TRANSITIONS, diagram
@@ -18,7 +17,7 @@ def page() -> str:
     rows = "\n".join(f"| {t.source} | {t.cause} | {t.target} | `{t.event}` |" for t in TRANSITIONS)
     return (
         "# The states of a model\n\n"
-        "<!-- Drawn from the table in daemon/src/mlxd/core/lifecycle.py by tools/draw_states.py; do not edit. -->\n\n"
+        "<!-- Drawn from the table in daemon/src/mlxd/core/lifecycle.py by `tools/dev.py draw`; do not edit. -->\n\n"
         f"```mermaid\n{diagram()}```\n\n"
         "Anything else is refused inside the daemon, with the model's story. What is not a state is a field: phase,\n"
         "progress, leases, queue length, idle deadline, memory, the last error (see the `Model` object in\n"
@@ -28,15 +27,5 @@ def page() -> str:
     )
 
 
-def main() -> int:
-    if "--check" in sys.argv[1:]:
-        current = PAGE.exists() and PAGE.read_text() == page()
-        print("docs/states.md is current" if current else "docs/states.md is out of date: run tools/draw_states.py")
-        return 0 if current else 1
-    PAGE.write_text(page())
-    print(f"wrote {PAGE}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def files() -> dict[Path, bytes]:
+    return {PAGE: page().encode()}

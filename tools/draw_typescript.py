@@ -1,6 +1,6 @@
 """Writes clients/typescript/src/types.ts from the daemon's own description of its interface.
 
-python tools/draw_typescript.py
+python3 tools/dev.py draw
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ _PLAIN = {"string": "string", "integer": "number", "number": "number", "boolean"
 def source() -> str:
     document = openrpc("")
     schemas: dict[str, Any] = document["components"]["schemas"]
-    parts = [
-        "// Written by tools/draw_typescript.py from the daemon's method table; what the fields mean: docs/wire.md."
-    ]
+    parts = ["// Written by `tools/dev.py draw` from the daemon's method table; what the fields mean: docs/wire.md."]
     parts += [_struct(name, schema) for name, schema in schemas.items()]
     lines = [
         f"  {json.dumps(method['name'])}: {{ params: {_params(method)}; result: {_type(method['result']['schema'])} }};"
@@ -72,6 +70,10 @@ def _type(schema: dict[str, Any]) -> str:
         values = schema.get("additionalProperties")
         return f"Record<string, {_type(values) if isinstance(values, dict) and values else 'unknown'}>"
     return _PLAIN.get(str(kind), "unknown")
+
+
+def files() -> dict[Path, bytes]:
+    return {FILE: source().encode()}
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@ else goes on; the fair queue in plain cases."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,12 +37,6 @@ def test_an_illegal_transition_tells_the_story():
     with pytest.raises(IllegalTransition, match=r"org/model is Loading: 'deleted'.*found.*load"):
         model.apply("deleted", 3.0)
     assert model.state == "Loading"
-
-
-def test_the_docs_show_the_table_as_it_is():
-    script = ROOT / "tools" / "draw_states.py"
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
 
 
 def test_every_event_is_handled():

@@ -16,8 +16,12 @@ from pathlib import Path
 
 import msgspec
 
+from ..stateversion import json_version, refuse_newer
+from ..wholefiles import write_whole
+
 __all__ = ["ChildRecord", "Records", "command_line", "kill", "matches", "start_token"]
 
+VERSION = 1
 _MAX_BYTES = 65_536
 
 
@@ -30,6 +34,7 @@ class ChildRecord(msgspec.Struct, frozen=True):
     name: str
     daemon_pid: int
     argv: list[str]
+    version: int = VERSION
 
 
 class Records:
@@ -41,12 +46,15 @@ class Records:
     def write(self, pid: int, kind: str, name: str, argv: Sequence[str]) -> None:
         """Record a child of this process. Atomic; not durable, since no child outlives the machine."""
         record = ChildRecord(pid, start_token(pid) or "", kind, name, os.getpid(), list(argv))
-        aside = self.folder / f".{pid}.tmp"
-        aside.write_bytes(msgspec.json.encode(record))
-        aside.replace(self.folder / f"{pid}.json")
+        write_whole(self.folder / f"{pid}.json", msgspec.json.encode(record), durable=False)
 
     def remove(self, pid: int) -> None:
         (self.folder / f"{pid}.json").unlink(missing_ok=True)
+
+    def refuse_newer(self) -> None:
+        """Raises StateTooNew where a newer daemon left a record. To be called before anything is written."""
+        for path in self.entries():
+            refuse_newer(path, json_version(path), VERSION)
 
     def entries(self) -> list[Path]:
         """Whatever lies in the folder, records or not; nothing where it is no folder or cannot be read."""

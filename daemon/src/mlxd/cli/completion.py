@@ -24,7 +24,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         commands, "completion", completion, "print a completion script for a shell", daemon=False,
         epilog=f"Where the script goes: {places}.",
     )  # fmt: skip
-    parser.add_argument("shell", choices=tuple(_WHERE))
+    parser.add_argument("shell", choices=tuple(_WHERE), help="the shell that shall complete")
 
 
 def completion(args: argparse.Namespace, output: Output) -> int:

@@ -30,10 +30,12 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         epilog="install and uninstall may be repeated. stop ends the daemon; the next client starts it again. What "
                "this shell's MLXD_ and HF_ variables say is installed with it.",
     )  # fmt: skip
-    parser.add_argument("action", choices=_ACTIONS)
+    parser.add_argument("action", choices=_ACTIONS, help="what to do with it")
     parser.add_argument("--purge", action="store_true", help="with uninstall: also remove config.toml and caches")
     parser.add_argument("-f", "--follow", action="store_true", help="with logs: go on as they grow")
-    parser.add_argument("-n", "--lines", type=int, default=_LINES, metavar="N", help=f"with logs (default: {_LINES})")
+    parser.add_argument(
+        "-n", "--lines", type=int, default=_LINES, metavar="N", help=f"with logs: how many of them (default: {_LINES})"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

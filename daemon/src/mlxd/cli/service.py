@@ -20,7 +20,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = add_command(commands, "serve", serve, "run the daemon in the foreground", daemon=False)
     parser.add_argument("--home", metavar="PATH", help="the folder that holds everything the daemon keeps")
     parser.add_argument("--socket", metavar="PATH", help="where to listen (default: mlxd.sock in the home folder)")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="what the log holds")
     parser.add_argument("--log-prompts", action="store_true", default=None, help="log prompts and answers too")
     parser.add_argument(
         "--stdio",

@@ -14,6 +14,7 @@ from mlxd_client import paths
 from mlxd_client.errors import MlxdError
 
 from ..settings import Settings
+from ..wholefiles import write_whole
 
 __all__ = ["ServiceError", "ServiceSpec", "describe", "write_private"]
 
@@ -84,13 +85,9 @@ def write_private(path: Path, content: bytes) -> bool:
         pass
     except OSError as error:
         raise ServiceError(f"{path} cannot be read: {error.strerror}") from None
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(content)
-        aside.chmod(0o644)
-        aside.replace(path)
+        write_whole(path, content, mode=0o644, durable=False, shared=True)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise ServiceError(f"{path} cannot be written: {error.strerror}") from None
     return True
