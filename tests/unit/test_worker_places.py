@@ -1,4 +1,4 @@
-"""Rows that come and go: when caches are copied for it, how many passes it takes, and that answers stay as they were."""
+"""Rows that come and go: when caches are copied for it, how many passes it takes, and that answers stay the same."""
 
 from __future__ import annotations
 
