@@ -28,7 +28,8 @@
     │   ├── ModelNotDownloaded  -32017  the hub has it; details.plan says what fetching it would take
     │   ├── MemoryPressure      -32018  the machine is short of memory; batch work is to come again, see retry_after_s
     │   ├── DaemonBusy          -32019  details: requests, leases, jobs; it was to end only if it had none
-    │   └── RestartFailed       -32020  no other daemon took over; the one that was asked goes on
+    │   ├── RestartFailed       -32020  no other daemon took over; the one that was asked goes on
+    │   └── InvalidSettings     -32021  config.toml cannot be used; details: setting, place
     └── ClientError                   raised on this side of the socket
         ├── ConnectFailed               nobody listens there, and nothing could be started
         ├── ConnectionLost              the connection ended while a reply was awaited
@@ -59,6 +60,7 @@ __all__ = [
     "InternalError",
     "InvalidParams",
     "InvalidRequest",
+    "InvalidSettings",
     "LoadFailed",
     "MemoryPressure",
     "MethodNotFound",
@@ -224,6 +226,10 @@ class DaemonBusy(RpcError):
 
 class RestartFailed(RpcError):
     code, kind = -32020, "restart_failed"
+
+
+class InvalidSettings(RpcError):
+    code, kind = -32021, "invalid_settings"
 
 
 class ClientError(MlxdError):

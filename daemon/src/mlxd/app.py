@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import os
 import resource
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -20,19 +22,19 @@ from mlxd_client.types import RestartResult
 
 from . import handover, logs
 from .children.exitwatch import ExitWatch
-from .children.interface import ChildSettings
 from .children.supervisor import Supervisor
+from .configuration import Configuration
+from .live import IdleExit, Live, child_settings, server_limits
 from .notify import Notifier
 from .runtime import Runtime
 from .server.activation import handed_over
-from .server.limits import ServerLimits
 from .server.listen import AlreadyRunning, Listener, ListenError, adopt, listen
 from .server.server import Server
-from .settings import Settings
+from .settings import Loaded
 from .sidecar import Bridge
 from .stateversion import StateTooNew
 from .store import Store
-from .succession import Succession
+from .succession import Forerunner, Succession
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -42,11 +44,10 @@ EXIT_ALREADY_RUNNING = 8
 _LAST_WORDS_S = 1.0
 # How long children get to go by themselves once the daemon has to end; then SIGTERM, then SIGKILL.
 _LAST_GRACE_S = 0.5
-_TERM_GRACE_S = 1.0
+# How much longer the daemon before this one may take to end, once it was told to.
+_PATIENCE_S = 2.0
 # The most that macOS allows, and more than `max_clients` may need by default.
 _OPEN_FILES = 10_240
-# What clients leave for the daemon's own needs: logs, folders of models, three for each child.
-_OWN_FILES = 96
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +65,12 @@ class Launch:
     parent_pid: int | None = None
 
 
-def serve(settings: Settings, launch: Launch | None = None) -> int:
-    """Run a daemon until it is told to stop. Returns the process's exit status.
+def serve(loaded: Loaded, launch: Launch | None = None) -> int:
+    """Run a daemon with these settings until it is told to stop. Returns the process's exit status.
 
     The socket is there as soon as requests are answered; whoever starts a daemon may wait for it.
     """
+    settings = loaded.settings
     launch = launch or Launch()
     notifier = Notifier()
     sock = None
@@ -85,12 +87,12 @@ def serve(settings: Settings, launch: Launch | None = None) -> int:
             return give_up(str(error), notifier, sock)
         print(f"mlxd: {error}", file=sys.stderr)
         return EXIT_ALREADY_RUNNING if isinstance(error, AlreadyRunning) else EXIT_FAILED
-    limits = server_limits(settings, _allow_many_files())
+    files = _allow_many_files()
     _return_large_blocks()
     installed = logs.configure(settings.log_file, level=settings.log_level, prompts=settings.log_prompts)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Daemon(settings, limits, listener, notifier, launch, installed).run(inherited))
+            runner.run(_Daemon(loaded, files, installed, listener, notifier, launch).run(inherited))
     except StateTooNew as error:
         logs.get("mlxd").error("state is too new", path=str(error.path), reason=str(error))
         if launch.managed and inherited is None:
@@ -152,67 +154,67 @@ class _Daemon:
     """The parts of one running daemon."""
 
     def __init__(
-        self,
-        settings: Settings,
-        limits: ServerLimits,
-        listener: Listener,
-        notifier: Notifier,
-        launch: Launch,
-        installed: logs.Logs,
+        self, loaded: Loaded, files: int, installed: logs.Logs, listener: Listener, notifier: Notifier, launch: Launch
     ) -> None:
-        self._settings = settings
+        self._loaded = loaded
+        self._settings = loaded.settings
         self._launch = launch
-        self._installed = installed
-        self._limits = limits
+        self._files = files
+        self._logs = installed
         self._listener = listener
         self._notifier = notifier
         self._log = logs.get("mlxd")
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._predecessor: handover.Predecessor | None = None
+        self._forerunner: Forerunner | None = None
         self._succession: Succession | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._on_terminal = os.isatty(2)
 
     async def run(self, inherited: handover.Inherited | None = None) -> None:
         settings = self._settings
         loop = asyncio.get_running_loop()
-        limits = self._limits
+        limits = server_limits(settings, self._files)
         supervisor = Supervisor(
-            Path(settings.home) / "run",
-            log=logs.get("mlxd.children"),
-            settings=ChildSettings(
-                ready_s=settings.ready_s, heartbeat_s=settings.heartbeat_s, term_grace_s=_TERM_GRACE_S
-            ),
+            Path(settings.home) / "run", log=logs.get("mlxd.children"), settings=child_settings(settings)
         )
         runtime = Runtime(
             settings, Store(settings.aliases), supervisor, logs.get("mlxd.runtime"), limits=limits, loop=loop
         )
         runtime.on_shutdown = self._stop.set
-        runtime.log_lines_dropped = lambda: self._installed.dropped
-        server = Server(runtime, runtime.events, log=logs.get("mlxd.server"), limits=limits)
+        runtime.activated = self._listener.path is None
+        runtime.log_lines_dropped = lambda: self._logs.dropped
+        live = Live(settings, self._files, self._logs, supervisor, runtime)
+        configuration = Configuration(self._loaded, runtime.events.publish, live.take_over, logs.get("mlxd.settings"))
+        server = live.server = Server(
+            runtime, runtime.events, log=logs.get("mlxd.server"), limits=limits, configuration=configuration
+        )
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup, configuration)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
         runtime.refuse_newer_state()
         if inherited is None:
             await supervisor.sweep()
-        elif not await self._take_over(inherited, supervisor, runtime):
-            return
+        else:
+            self._forerunner = await Forerunner.succeed(inherited, supervisor, runtime, self._log)
+            if self._forerunner is None:
+                return
         await runtime.begin()
         await server.start(self._listener)
-        if self._predecessor is not None:
+        if self._forerunner is not None:
             self._listener.claim()
-            self._predecessor.serving()
-            following = loop.create_task(self._follow(self._predecessor, supervisor, runtime))
-            self._tasks.append(following)
+            self._do(self._forerunner.follow())
         self._offer(server, runtime)
-        if self._listener.path is None and settings.idle_exit_s > 0:
-            _IdleExit(server, runtime, settings.idle_exit_s, self._stop.set, kept=lambda: self._succeeds)
+        if self._listener.path is None:
+            live.idle_exit = IdleExit(server, runtime, settings, self._stop.set, kept=lambda: self._succeeds)
+        configuration.begin()
         self._log.info("daemon started", version=runtime.version, epoch=runtime.epoch, socket=settings.socket)
         self._notifier.ready()
         bridge = await self._open_stdio(server) if self._launch.stdio else None
         watch = self._watch_parent(self._launch.parent_pid) if self._launch.parent_pid is not None else None
         signs = loop.create_task(self._give_signs(runtime)) if self._notifier.watchdog_s else None
         await self._stop.wait()
+        configuration.close()
         await self._end(server, runtime)
         for task in self._tasks:
             task.cancel()
@@ -259,32 +261,25 @@ class _Daemon:
         self._log.info("signal", name=name)
         (self._hurry if self._stop.is_set() else self._stop).set()
 
+    def _on_hangup(self, configuration: Configuration) -> None:
+        """Read the settings anew; but where the terminal has gone in which the daemon runs, it goes, too."""
+        if self._on_terminal and not os.isatty(2):
+            self._on_signal("SIGHUP")
+        else:
+            configuration.on_signal()
+
     # --- another daemon before or after this one ------------------------------------------------------------------
 
-    async def _take_over(self, inherited: handover.Inherited, supervisor: Supervisor, runtime: Runtime) -> bool:
-        """Wait until it is this daemon's turn. Returns whether it ever is."""
-        predecessor = await handover.Predecessor.meet(inherited)
-        go = await predecessor.go(runtime.version)
-        if go is None:
-            return False
-        self._log.info("takes over", predecessor=go.pid, held_bytes=go.held_bytes)
-        self._predecessor = predecessor
-        runtime.elsewhere(go.held_bytes)
-        await supervisor.sweep(spare=go.pid)
-        return True
-
-    async def _follow(self, predecessor: handover.Predecessor, supervisor: Supervisor, runtime: Runtime) -> None:
-        """Count with the memory that it holds, and clear away what it may leave."""
-        while not predecessor.gone.is_set():
-            runtime.elsewhere(await predecessor.held())
-        await supervisor.sweep()
-        runtime.elsewhere(0)
-        self._log.info("the daemon before this one has ended")
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        """In the background, until this daemon ends."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     @property
     def _succeeds(self) -> bool:
         """Whether the daemon before this one still runs."""
-        return self._predecessor is not None and not self._predecessor.gone.is_set()
+        return self._forerunner is not None and self._forerunner.runs
 
     def _offer(self, server: Server, runtime: Runtime) -> None:
         """Let others take over, unless this daemon is an app's own and ends with that."""
@@ -312,12 +307,8 @@ class _Daemon:
         runtime.on_restart = restart
         if not launch.managed:  # a manager would start the same again
             runtime.on_make_room = make_room
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, self._on_restart_signal, runtime)
-
-    def _on_restart_signal(self, runtime: Runtime) -> None:
-        task = asyncio.get_running_loop().create_task(self._restart_by_signal(runtime))
-        self._tasks.append(task)
-        task.add_done_callback(self._tasks.remove)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR2, lambda: self._do(self._restart_by_signal(runtime)))
 
     async def _restart_by_signal(self, runtime: Runtime) -> None:
         try:
@@ -338,21 +329,25 @@ class _Daemon:
         succession, settings = self._succession, self._settings
         if succession is not None:
             await succession.give_up()
-        successor = succession.successor if succession is not None else None
-        before = asyncio.ensure_future(self._end_predecessor())
+        successor = None if succession is None else succession.successor
+        before: list[Awaitable[None]] = []
+        if self._forerunner is not None:
+            before = [self._forerunner.end(settings.drain_s + _LAST_GRACE_S + _PATIENCE_S)]
+        ended = asyncio.gather(*before)
         if successor is not None:
-            await self._race(server.drained(settings.handover_s), self._wished_away(successor))
+            hurry = successor.wished_away(self._hurry, settings.drain_s)
+            await _race(server.drained(settings.handover_s), hurry)
         else:
             self._notifier.stopping()
             if self._listener.path is None and self._launch.managed:
                 server.leave()
             server.begin_drain()
-            await self._race(self._drained(server, runtime), self._hurry.wait())
+            await _race(self._drained(server, runtime), self._hurry.wait())
             self._listener.hide()
             if server.moved and self._listener.path is not None:
                 await server.take_waiting()
         runtime.abort()
-        await asyncio.gather(server.close(), runtime.close(_LAST_GRACE_S), before)
+        await asyncio.gather(server.close(), runtime.close(_LAST_GRACE_S), ended)
         self._log.info("daemon stopped")
 
     async def _drained(self, server: Server, runtime: Runtime) -> None:
@@ -360,81 +355,17 @@ class _Daemon:
         if server.moved:  # connections wait for their own answers
             await server.drained(self._settings.drain_s)
 
-    async def _race(self, drained: Awaitable[object], hurry: Awaitable[object]) -> None:
-        """Wait until it is drained or there is a hurry."""
-        waits: list[asyncio.Future[object]] = [asyncio.ensure_future(drained), asyncio.ensure_future(hurry)]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
 
-    async def _wished_away(self, successor: handover.Successor) -> None:
-        """Until a signal, or until `drain_s` after the successor is gone or wants this daemon to be."""
-        hurry = asyncio.ensure_future(self._hurry.wait())
-        wish = asyncio.ensure_future(successor.wishes_end())
-        try:
-            await asyncio.wait({hurry, wish}, return_when=asyncio.FIRST_COMPLETED)
-            if not hurry.done():
-                await asyncio.wait({hurry}, timeout=self._settings.drain_s)
-        finally:
-            hurry.cancel()
-            wish.cancel()
-
-    async def _end_predecessor(self) -> None:
-        """The daemon before this one is not to outlive it: the service manager would kill it."""
-        if self._predecessor is None or not self._succeeds:
-            return
-        self._predecessor.stop()
-        try:
-            async with asyncio.timeout(self._settings.drain_s + _LAST_GRACE_S + _TERM_GRACE_S):
-                await self._predecessor.gone.wait()
-        except TimeoutError:
-            self._log.warning("the daemon before this one does not end")
-
-
-class _IdleExit:
-    """Ends a daemon that nobody needs, where a service manager holds its socket and starts it for the next client.
-
-    Looks whenever a client comes or goes and whenever the core has settled; between those nothing runs.
-    """
-
-    def __init__(
-        self, server: Server, runtime: Runtime, idle_s: float, stop: Callable[[], object], *, kept: Callable[[], bool]
-    ) -> None:
-        self._server, self._runtime, self._idle_s, self._stop = server, runtime, idle_s, stop
-        self._kept = kept
-        self._timer: asyncio.TimerHandle | None = None
-        server.on_clients = runtime.on_settled = self._look
-        self._look()
-
-    def _look(self) -> None:
-        if self._kept() or not (self._server.deserted and self._runtime.idle):
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-        elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._idle_s, self._leave)
-
-    def _leave(self) -> None:
-        """Whoever connects from here on waits in the manager's socket for the next daemon."""
-        self._server.stop_accepting()
-        self._stop()
+async def _race(one: Awaitable[object], other: Awaitable[object]) -> None:
+    """Wait for either of them, and end both."""
+    waits: list[asyncio.Future[object]] = [asyncio.ensure_future(one), asyncio.ensure_future(other)]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    await asyncio.gather(*waits, return_exceptions=True)
 
 
 def _status_line(runtime: Runtime) -> str:
     core = runtime.core
     loaded = sum(model.lifecycle.state == "Ready" for model in core.models.values())
     return f"{loaded} models loaded, {core.running} requests running, {core.waiting} waiting"
-
-
-def server_limits(settings: Settings, files: int) -> ServerLimits:
-    """The server's bounds, as far as they are settings. `files` descriptors are there for clients and all else."""
-    return ServerLimits(
-        in_flight=settings.requests_in_flight,
-        queue=settings.queue_limit,
-        connections=max(1, min(settings.max_clients, files - _OWN_FILES)),
-        subscriber_events=settings.subscriber_events,
-        subscriber_bytes=settings.subscriber_bytes,
-        ring_events=settings.event_log,
-        write_stall_s=settings.write_stall_s,
-    )

@@ -227,8 +227,20 @@ class Successor:
             self._held_bytes = held_bytes
             self._link.say(Held(held_bytes))
 
-    async def wishes_end(self) -> None:
-        """Wait until it wants this daemon to end soon, or is gone itself."""
+    async def wished_away(self, hurry: asyncio.Event, drain_s: float) -> None:
+        """Wait until this daemon has to end: at once in a hurry, or `drain_s` after the other one wants it to, or is
+        gone itself."""
+        hurried = asyncio.ensure_future(hurry.wait())
+        heard = asyncio.ensure_future(self._wishes_end())
+        try:
+            await asyncio.wait({hurried, heard}, return_when=asyncio.FIRST_COMPLETED)
+            if not hurried.done():
+                await asyncio.wait({hurried}, timeout=drain_s)
+        finally:
+            hurried.cancel()
+            heard.cancel()
+
+    async def _wishes_end(self) -> None:
         while isinstance(await self._link.hear(), Ready | Go | Serving | Held):
             pass
 

@@ -1,4 +1,5 @@
-"""What a running daemon does to let another take over from it, step by step, and to go on where that fails.
+"""What a running daemon does to let another take over from it, step by step, and to go on where that fails; and what
+the other one does with it afterwards.
 
 1. Start the new one and wait until it could take over; everything goes on meanwhile.
 2. Stop what changes files, leave new connections and requests unread: nothing is accepted that the new one must know.
@@ -20,9 +21,10 @@ from typing import TYPE_CHECKING
 from mlxd_client.errors import RestartFailed
 from mlxd_client.types import RestartResult
 
-from .handover import Successor
+from .handover import Inherited, Predecessor, Successor
 
 if TYPE_CHECKING:
+    from .children.supervisor import Supervisor
     from .notify import Notifier
     from .runtime import Runtime
     from .server.listen import Listener
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from .server.server import Server
     from .settings import Settings
 
-__all__ = ["Succession"]
+__all__ = ["Forerunner", "Succession"]
 
 # How long the own fetchers and deletes may take to let go of the disk, and the new daemon to serve then.
 _LET_GO_S = 15.0
@@ -149,3 +151,52 @@ class Succession:
         self._log.info("another daemon has taken over", pid=successor.pid, version=successor.version)
         self._stop()
         return RestartResult(version=successor.version, pid=successor.pid)
+
+
+class Forerunner:
+    """The daemon that this one took over from, until it has ended."""
+
+    def __init__(self, predecessor: Predecessor, supervisor: Supervisor, runtime: Runtime, log: Log) -> None:
+        self._predecessor = predecessor
+        self._supervisor = supervisor
+        self._runtime = runtime
+        self._log = log
+
+    @classmethod
+    async def succeed(
+        cls, inherited: Inherited, supervisor: Supervisor, runtime: Runtime, log: Log
+    ) -> Forerunner | None:
+        """Wait until it is this daemon's turn; None where it never is."""
+        predecessor = await Predecessor.meet(inherited)
+        go = await predecessor.go(runtime.version)
+        if go is None:
+            return None
+        log.info("takes over", predecessor=go.pid, held_bytes=go.held_bytes)
+        runtime.elsewhere(go.held_bytes)
+        await supervisor.sweep(spare=go.pid)
+        return cls(predecessor, supervisor, runtime, log)
+
+    @property
+    def runs(self) -> bool:
+        return not self._predecessor.gone.is_set()
+
+    async def follow(self) -> None:
+        """Say that this daemon serves; then count with the memory that the other holds, and clear away what it may
+        leave."""
+        self._predecessor.serving()
+        while self.runs:
+            self._runtime.elsewhere(await self._predecessor.held())
+        await self._supervisor.sweep()
+        self._runtime.elsewhere(0)
+        self._log.info("the daemon before this one has ended")
+
+    async def end(self, patience_s: float) -> None:
+        """It is not to outlive this one: a service manager would kill it."""
+        if not self.runs:
+            return
+        self._predecessor.stop()
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._predecessor.gone.wait()
+        except TimeoutError:
+            self._log.warning("the daemon before this one does not end")

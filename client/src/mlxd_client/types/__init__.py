@@ -29,6 +29,14 @@ from .cache import (
     ClearCacheResult,
     ModelCache,
 )
+from .config import (
+    Applies,
+    ConfigChange,
+    ConfigResult,
+    GetConfigParams,
+    SetConfigParams,
+    SettingValue,
+)
 from .connection import (
     ClientInfo,
     HelloParams,
@@ -58,6 +66,7 @@ from .generation import (
     ImageUrlPart,
     MalformedToolCall,
     Message,
+    Options,
     Part,
     ProcessParams,
     Speculation,
@@ -95,6 +104,11 @@ from .models import (
     Plan,
     PlanParams,
     VerifyResult,
+)
+from .personas import (
+    Persona,
+    PersonasResult,
+    Template,
 )
 from .stats import (
     ClientTotals,
@@ -146,6 +160,7 @@ __all__ = [
     "TOPICS",
     "UNSET",
     "Alternative",
+    "Applies",
     "BadFile",
     "CacheInMemory",
     "CacheOnDisk",
@@ -161,6 +176,8 @@ __all__ = [
     "ClientInfo",
     "ClientTotals",
     "Completion",
+    "ConfigChange",
+    "ConfigResult",
     "DecodeParams",
     "DecodeResult",
     "DeleteResult",
@@ -179,6 +196,7 @@ __all__ = [
     "EventTotals",
     "FinishReason",
     "GenerateParams",
+    "GetConfigParams",
     "HelloParams",
     "HelloResult",
     "ImagePart",
@@ -204,7 +222,10 @@ __all__ = [
     "ModelStats",
     "ModelsResult",
     "OptionalModelParams",
+    "Options",
     "Part",
+    "Persona",
+    "PersonasResult",
     "Plan",
     "PlanParams",
     "Pressure",
@@ -213,6 +234,8 @@ __all__ = [
     "PromptCacheTotals",
     "RestartResult",
     "ServerInfo",
+    "SetConfigParams",
+    "SettingValue",
     "ShutdownParams",
     "Since",
     "Snapshot",
@@ -227,6 +250,7 @@ __all__ = [
     "SubscribeParams",
     "SubscribeResult",
     "SubscriptionParams",
+    "Template",
     "TextPart",
     "Timings",
     "TokenLogprob",

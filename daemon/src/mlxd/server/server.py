@@ -16,7 +16,7 @@ from .events import EventLog
 from .limits import ServerLimits
 from .listen import Listener, Peer
 from .methods.table import METHODS
-from .runtime_api import Log, Runtime
+from .runtime_api import Configuration, Log, Runtime
 from .session import Session
 
 __all__ = ["Server"]
@@ -28,6 +28,7 @@ class Server:
     Args:
         runtime: what answers.
         events: the log that the runtime publishes to.
+        configuration: the settings, where clients may look at them and change them.
         uid: the only user who is served; by default the one this process runs as.
 
     Life: start, begin_drain or leave, drained, close. In between, `pause` and `resume` where another daemon may take
@@ -45,6 +46,7 @@ class Server:
         *,
         log: Log,
         limits: ServerLimits | None = None,
+        configuration: Configuration | None = None,
         uid: int | None = None,
     ) -> None:
         self.runtime = runtime
@@ -52,6 +54,7 @@ class Server:
         self.log = log
         self.limits = limits or ServerLimits()
         self.draining = self.paused = self.moved = False
+        self.configuration = configuration
         self.capabilities = sorted(METHODS)
         self._uid = os.geteuid() if uid is None else uid
         self._sessions: dict[int, Session] = {}
