@@ -23,7 +23,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.childwire": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.fidelity": (set(), set()),
     "mlxd.wholefiles": (set(), set()),
-    "mlxd.logs": (set(), {"msgspec", "structlog"}),
+    "mlxd.redact": (set(), set()),
+    "mlxd.logs": ({"mlxd.redact"}, {"msgspec", "structlog"}),
     "mlxd.catalog": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.settings": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.core": ({"mlxd_client"}, {"msgspec"}),
@@ -77,7 +78,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
         {"uvloop", "msgspec"},
     ),
     "mlxd.cli": (
-        {"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.server", "mlxd.service", "mlxd.settings",
+        {"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.redact", "mlxd.server", "mlxd.service", "mlxd.settings",
          "mlxd.sidecar", "mlxd.store"},
         {"msgspec", "psutil", "rich"},
     ),

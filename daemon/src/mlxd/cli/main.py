@@ -9,7 +9,23 @@ from collections.abc import Sequence
 
 from mlxd import __version__
 
-from . import cache, chat, completion, config, doctor, generate, hub, jobs, manage, models, service, stats, top, watch
+from . import (
+    bugreport,
+    cache,
+    chat,
+    completion,
+    config,
+    doctor,
+    generate,
+    hub,
+    jobs,
+    manage,
+    models,
+    service,
+    stats,
+    top,
+    watch,
+)
 from .common import HelpFormatter
 from .exits import BROKEN_PIPE, INTERRUPTED, code_of
 from .output import Output
@@ -40,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         manage,
         config,
         doctor,
+        bugreport,
         completion,
     ):
         group.register(commands)

@@ -255,6 +255,24 @@ class Runtime:
         only = None if ref is None else await self._library.resolve(ref)
         return self._figures.told(self._gauges(clients), only)
 
+    async def stories(self, ref: str | None) -> types.StoriesResult:
+        """The last changes of state of one model or of all."""
+        models = (
+            list(self.core.models.values()) if ref is None else [self.core.models[await self._library.resolve(ref)]]
+        )
+        return types.StoriesResult(
+            stories=[
+                types.ModelStory(
+                    model=model.id,
+                    steps=[
+                        types.StoryStep(at=at + self.core.wall, cause=t.cause, source=t.source, target=t.target)
+                        for at, t in model.lifecycle.steps
+                    ],
+                )
+                for model in models
+            ]
+        )
+
     def metrics(self, clients: types.ClientTotals) -> types.MetricsResult:
         stats = self._figures.told(self._gauges(clients))
         status = self.status(clients=clients.open, subscribers=clients.subscribers)
