@@ -29,6 +29,14 @@ from .cache import (
     ClearCacheResult,
     ModelCache,
 )
+from .config import (
+    Applies,
+    ConfigChange,
+    ConfigResult,
+    GetConfigParams,
+    SetConfigParams,
+    SettingValue,
+)
 from .connection import (
     ClientInfo,
     HelloParams,
@@ -58,6 +66,7 @@ from .generation import (
     ImageUrlPart,
     MalformedToolCall,
     Message,
+    Options,
     Part,
     ProcessParams,
     Speculation,
@@ -98,6 +107,11 @@ from .models import (
     StoriesResult,
     StoryStep,
     VerifyResult,
+)
+from .personas import (
+    Persona,
+    PersonasResult,
+    Template,
 )
 from .stats import (
     ClientTotals,
@@ -147,6 +161,7 @@ __all__ = [
     "TOPICS",
     "UNSET",
     "Alternative",
+    "Applies",
     "BadFile",
     "CacheInMemory",
     "CacheOnDisk",
@@ -162,6 +177,8 @@ __all__ = [
     "ClientInfo",
     "ClientTotals",
     "Completion",
+    "ConfigChange",
+    "ConfigResult",
     "DecodeParams",
     "DecodeResult",
     "DeleteResult",
@@ -180,6 +197,7 @@ __all__ = [
     "EventTotals",
     "FinishReason",
     "GenerateParams",
+    "GetConfigParams",
     "HelloParams",
     "HelloResult",
     "ImagePart",
@@ -206,7 +224,10 @@ __all__ = [
     "ModelStory",
     "ModelsResult",
     "OptionalModelParams",
+    "Options",
     "Part",
+    "Persona",
+    "PersonasResult",
     "Plan",
     "PlanParams",
     "Pressure",
@@ -214,6 +235,8 @@ __all__ = [
     "ProcessParams",
     "PromptCacheTotals",
     "ServerInfo",
+    "SetConfigParams",
+    "SettingValue",
     "Since",
     "Snapshot",
     "Speculation",
@@ -229,6 +252,7 @@ __all__ = [
     "SubscribeParams",
     "SubscribeResult",
     "SubscriptionParams",
+    "Template",
     "TextPart",
     "Timings",
     "TokenLogprob",

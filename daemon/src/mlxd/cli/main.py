@@ -21,11 +21,12 @@ from . import (
     jobs,
     manage,
     models,
+    personas,
     service,
     stats,
     top,
     watch,
-)
+)  # fmt: skip
 from .common import HelpFormatter
 from .exits import BROKEN_PIPE, INTERRUPTED, code_of
 from .output import Output
@@ -43,22 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mlxd {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for group in (
-        generate,
-        chat,
-        models,
-        hub,
-        jobs,
-        cache,
-        watch,
-        top,
-        stats,
-        service,
-        manage,
-        config,
-        doctor,
-        bugreport,
-        completion,
-    ):
+        generate, chat, personas, models, hub, jobs, cache, watch, top, stats, service, manage, config, doctor,
+        bugreport, completion,
+    ):  # fmt: skip
         group.register(commands)
     return parser
 
