@@ -97,7 +97,7 @@ def test_what_helps_is_in_it_and_no_secret(tmp_path: Path, person: Path) -> None
         assert parts["versions.json"]["packages"]["msgspec"]
         assert {finding["check"] for finding in parts["doctor.json"]} >= {"python", "engine", "socket", "hub"}
         assert any(line.get("event") == "worker ended" for line in parts["log.jsonl"])
-        assert parts["log.jsonl"][-1] == {"left_out": "a line that is no JSON"}
+        assert parts["log.jsonl"].count({"left_out": "a line that is no JSON"}) == 1
         assert [line["path"] for line in parts["log.jsonl"] if "path" in line][-1] == "~/models/mine"
     whole = everything(path)
     for secret in (*SECRETS, "anna-lena"):

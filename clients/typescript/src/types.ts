@@ -641,6 +641,7 @@ export interface Status {
   memory: Memory;
   workers: WorkerHealth[];
   draining?: boolean;
+  activated?: boolean;
   config_error?: ErrorObject;
 }
 

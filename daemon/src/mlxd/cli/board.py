@@ -9,13 +9,13 @@ from mlxd_client.mirror import Mirror
 
 from .bar import figures_of, fraction_of, phase_of
 from .output import bytes_text, seconds_text
+from .stats import totals
 
 if TYPE_CHECKING:
     from mlxd_client.types import Event, Job, Model, ModelStats, Snapshot, Stats, Status
 
 __all__ = ["Board", "Line", "Span"]
 
-_DONE = frozenset({"stop", "length", "tool_calls", "done"})
 _LEAST_MODEL = 12  # a model's name keeps so many columns; others go before that
 _BAR = 20
 
@@ -159,12 +159,7 @@ class Board:
     def _requests(self, status: Status) -> Line:
         line = [Span("requests  "), Span(f"{status.queue.running} running, {status.queue.waiting} waiting")]
         if self.stats is not None:
-            answered = failed = 0
-            for of in self.stats.models:
-                for by in of.requests.values():
-                    for outcome, count in by.items():
-                        answered += count if outcome in _DONE else 0
-                        failed += count if outcome not in _DONE and outcome != "cancelled" else 0
+            answered, failed, _ = totals(self.stats)
             rate = sum(of.now_tokens_per_s for of in self.stats.models)
             line += [Span(f"  {rate:.0f} tokens/s", "bold"), Span(f"  {answered} answered")]
             line += [Span(f", {failed} failed", "red" if failed else "dim")]

@@ -24,6 +24,7 @@ from . import (
     personas,
     service,
     stats,
+    status,
     top,
     watch,
 )  # fmt: skip
@@ -44,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mlxd {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for group in (
-        generate, chat, personas, models, hub, jobs, cache, watch, top, stats, service, manage, config, doctor,
-        bugreport, completion,
+        generate, chat, personas, models, hub, jobs, cache, watch, top, stats, status, service, manage, config,
+        doctor, bugreport, completion,
     ):  # fmt: skip
         group.register(commands)
     return parser

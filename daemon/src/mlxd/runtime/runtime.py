@@ -69,6 +69,7 @@ class Runtime:
         self.loop = loop
         self.epoch = secrets.token_hex(8)
         self.on_shutdown: Callable[[], None] = lambda: None
+        self.activated = False  # somebody else holds the socket, and starts daemons for it
         self.log_lines_dropped: Callable[[], int] = lambda: 0
         self.on_settled: Callable[[], None] = lambda: None  # all that followed from an event is done
         self._supervisor = supervisor
@@ -251,7 +252,7 @@ class Runtime:
             clients=clients, subscribers=subscribers,
             memory=types.Memory(budget_bytes=core.limits.budget_bytes, used_bytes=core.used_bytes),
             workers=[self._health(model, now) for model in core.deaths],
-            draining=core.draining,
+            draining=core.draining, activated=self.activated,
         )  # fmt: skip
 
     async def stats(self, ref: str | None, clients: types.ClientTotals) -> types.Stats:
