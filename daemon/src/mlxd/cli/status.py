@@ -26,12 +26,18 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def status(args: argparse.Namespace, output: Output) -> int:
+    from mlxd_client.errors import MethodNotFound
+
     with connect(args) as client:
         answer = client.status()
         if output.json:
             output.document(answer)
             return OK
-        stats, models, jobs = client.stats(), client.models(), client.jobs()
+        models, jobs = client.models(), client.jobs()
+        try:
+            stats = client.stats()
+        except MethodNotFound:  # an older daemon, about to be replaced by this version's
+            stats = None
     rows = [*_daemon(answer), *_models(answer, stats, models), *_work(answer, stats, jobs)]
     output.table((), [*rows, *(("worker", _worker(worker)) for worker in answer.workers)])
     return OK
@@ -58,15 +64,17 @@ def _daemon(answer: Status) -> Rows:
     return rows
 
 
-def _models(answer: Status, stats: Stats, models: list[Model]) -> Rows:
+def _models(answer: Status, stats: Stats | None, models: list[Model]) -> Rows:
     from .models import state_text, stays_text
     from .output import bytes_text
 
     rows = [("models", f"{answer.models.loaded} loaded of {answer.models.known} known")]
-    rates = {of.model: of.now_tokens_per_s for of in stats.models}
+    rates = {} if stats is None else {of.model: of.now_tokens_per_s for of in stats.models}
     for model in models:
         if model.state in ("Loading", "Ready"):
-            told = [state_text(model), bytes_text(model.footprint_bytes or model.memory_bytes)]
+            told = [state_text(model)]
+            if held := model.footprint_bytes or model.memory_bytes:
+                told.append(bytes_text(held))
             told.append(f"{model.active} running, {model.waiting} waiting")
             if rates.get(model.id, 0.0) >= 0.5:
                 told.append(f"{rates[model.id]:.0f} tokens/s")
@@ -76,21 +84,22 @@ def _models(answer: Status, stats: Stats, models: list[Model]) -> Rows:
     return rows
 
 
-def _work(answer: Status, stats: Stats, jobs: list[Job]) -> Rows:
+def _work(answer: Status, stats: Stats | None, jobs: list[Job]) -> Rows:
     from .jobs import state_text
     from .stats import totals
 
-    answered, failed, cancelled = totals(stats)
-    told = f"{answer.queue.running} running, {answer.queue.waiting} waiting; "
-    told += f"so far {answered} answered, {failed} failed, {cancelled} cancelled"
+    told = f"{answer.queue.running} running, {answer.queue.waiting} waiting"
+    if stats is not None:
+        answered, failed, cancelled = totals(stats)
+        told += f"; so far {answered} answered, {failed} failed, {cancelled} cancelled"
     rows = [("requests", told)]
     for job in jobs:
         if job.state in ("queued", "running"):
             rows.append(("job", f"{job.kind} of {job.model or job.job}: {state_text(job)}"))
     rows.append(("clients", f"{answer.clients}, of them {answer.subscribers} subscribed to events"))
-    if stats.events.dropped:
+    if stats is not None and stats.events.dropped:
         rows.append(("events", f"{stats.events.dropped} lost by subscribers that did not keep up"))
-    if stats.log_lines_dropped:
+    if stats is not None and stats.log_lines_dropped:
         rows.append(("log", f"{stats.log_lines_dropped} lines could not be written"))
     return rows
 
