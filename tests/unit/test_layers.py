@@ -23,7 +23,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.childwire": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.fidelity": (set(), set()),
     "mlxd.wholefiles": (set(), set()),
-    "mlxd.logs": (set(), {"msgspec", "structlog"}),
+    "mlxd.redact": (set(), set()),
+    "mlxd.logs": ({"mlxd.redact"}, {"msgspec", "structlog"}),
     "mlxd.catalog": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.personas": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.settings": ({"mlxd_client", "mlxd.catalog", "mlxd.personas"}, {"msgspec"}),
@@ -88,7 +89,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
         {"uvloop", "msgspec"},
     ),
     "mlxd.cli": (
-        {"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.configuration", "mlxd.handover", "mlxd.server",
+        {"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.configuration", "mlxd.handover", "mlxd.redact", "mlxd.server",
          "mlxd.service", "mlxd.settings", "mlxd.sidecar", "mlxd.store", "mlxd.versions"},
         {"msgspec", "psutil", "rich"},
     ),

@@ -52,6 +52,8 @@ from .types import (
     Model,
     ModelParams,
     ModelsResult,
+    ModelStory,
+    OptionalModelParams,
     PersonasResult,
     Plan,
     PlanParams,
@@ -62,6 +64,7 @@ from .types import (
     Stats,
     StatsParams,
     Status,
+    StoriesResult,
     TextPart,
     TokensParams,
     TokensResult,
@@ -357,6 +360,12 @@ class Methods:
         return Request("models.get", ModelParams(model=model), Model, wait_s)
 
     @remote
+    def stories(self, model: str | None = None, *, wait_s: Wait = UNSET) -> Request[list[ModelStory]]:
+        """The last changes of state of a model, or of all, each with its cause. Raises ModelNotFound."""
+        params = None if model is None else OptionalModelParams(model=model)
+        return Request("models.story", params, StoriesResult, wait_s, pick=_stories)
+
+    @remote
     def load(
         self,
         model: str,
@@ -597,6 +606,10 @@ class Methods:
 
 def _nothing(result: Any) -> None:
     return None
+
+
+def _stories(result: StoriesResult) -> list[ModelStory]:
+    return result.stories
 
 
 def _exposition(result: MetricsResult) -> str:

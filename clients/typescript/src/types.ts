@@ -282,6 +282,7 @@ export interface HelloResult {
   epoch: string;
   limits: Limits;
   capabilities: string[];
+  protocols?: [number, number];
 }
 
 export interface ImagePart {
@@ -449,8 +450,17 @@ export interface ModelStats {
   speculation?: SpeculationTotals;
 }
 
+export interface ModelStory {
+  model: string;
+  steps: StoryStep[];
+}
+
 export interface ModelsResult {
   models: Model[];
+}
+
+export interface OptionalModelParams {
+  model?: string;
 }
 
 export interface Persona {
@@ -565,6 +575,11 @@ export interface PromptCacheTotals {
   disk_failures?: number;
 }
 
+export interface RestartResult {
+  version: string;
+  pid?: number;
+}
+
 export interface ServerInfo {
   name: string;
   version: string;
@@ -582,6 +597,10 @@ export interface SettingValue {
   applies: "connection" | "download" | "load" | "now" | "restart";
   place?: string;
   configured?: unknown;
+}
+
+export interface ShutdownParams {
+  if_idle?: boolean;
 }
 
 export interface Since {
@@ -632,6 +651,7 @@ export interface Status {
   memory: Memory;
   workers: WorkerHealth[];
   draining?: boolean;
+  activated?: boolean;
   config_error?: ErrorObject;
 }
 
@@ -643,6 +663,17 @@ export interface StatusModels {
 export interface StatusQueue {
   waiting: number;
   running: number;
+}
+
+export interface StoriesResult {
+  stories: ModelStory[];
+}
+
+export interface StoryStep {
+  at: number;
+  cause: string;
+  source: "Downloaded" | "Downloading" | "Loading" | "NotDownloaded" | "Ready";
+  target: "Downloaded" | "Downloading" | "Loading" | "NotDownloaded" | "Ready";
 }
 
 export interface Stream {
@@ -747,10 +778,12 @@ export interface Methods {
   "status": { params: Record<string, never>; result: Status };
   "stats": { params: { model?: string }; result: Stats };
   "metrics": { params: Record<string, never>; result: MetricsResult };
-  "shutdown": { params: Record<string, never>; result: Empty };
+  "shutdown": { params: { if_idle?: boolean }; result: Empty };
+  "restart": { params: Record<string, never>; result: RestartResult };
   "rpc.discover": { params: Record<string, never>; result: Record<string, unknown> };
   "models.list": { params: { updates?: boolean }; result: ModelsResult };
   "models.get": { params: { model: string }; result: Model };
+  "models.story": { params: { model?: string }; result: StoriesResult };
   "models.load": { params: { model: string; system?: string; keep_alive?: number; adapter?: string; draft_model?: string }; result: Model };
   "models.unload": { params: { model: string }; result: Model };
   "models.acquire": { params: { model: string }; result: Lease };
@@ -782,4 +815,4 @@ export interface Methods {
 }
 
 /** The stable names of failures. */
-export type ErrorKind = "parse_error" | "invalid_request" | "method_not_found" | "invalid_params" | "internal_error" | "cancelled" | "model_not_found" | "model_invalid" | "model_busy" | "queue_full" | "insufficient_disk" | "insufficient_memory" | "worker_died" | "deadline_exceeded" | "unsupported" | "context_exceeded" | "load_failed" | "download_failed" | "verification_failed" | "shutting_down" | "not_found" | "permission_denied" | "model_not_downloaded" | "memory_pressure" | "invalid_settings";
+export type ErrorKind = "parse_error" | "invalid_request" | "method_not_found" | "invalid_params" | "internal_error" | "cancelled" | "model_not_found" | "model_invalid" | "model_busy" | "queue_full" | "insufficient_disk" | "insufficient_memory" | "worker_died" | "deadline_exceeded" | "unsupported" | "context_exceeded" | "load_failed" | "download_failed" | "verification_failed" | "shutting_down" | "not_found" | "permission_denied" | "model_not_downloaded" | "memory_pressure" | "daemon_busy" | "restart_failed" | "invalid_settings";
