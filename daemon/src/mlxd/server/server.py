@@ -21,6 +21,9 @@ from .session import Session
 
 __all__ = ["Server"]
 
+# How long those have to say what they want that are accepted only to be sent elsewhere.
+_HEARING_S = 0.05
+
 
 class Server:
     """Serves a runtime on a listening socket.
@@ -146,12 +149,16 @@ class Server:
     async def take_waiting(self) -> None:
         """Tell those that connected and were not accepted the same."""
         assert self._sock is not None
-        for _ in range(self.limits.backlog + 1):
+        taken = 0
+        while taken <= self.limits.backlog:
             try:
                 made, _ = self._sock.accept()
             except OSError:
-                return
+                break
             await self.take(made)
+            taken += 1
+        if taken:  # what they have sent by now is read, and so refused by its id
+            await asyncio.sleep(_HEARING_S)
 
     def refused(self) -> ShuttingDown:
         """Why new work is refused. With `reconnect`, nothing was done of it and a new connection finds who does it."""
