@@ -167,10 +167,11 @@ def gone(path: str, pid: int, timeout_s: float) -> bool:
 
 
 def runs(pid: int) -> bool:
+    """Whether it is a process of this user's. One that has ended, and that nobody has asked how, does not run."""
+    import psutil
+
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.uids().real == os.getuid()
+    except psutil.Error:
         return False
-    except PermissionError:  # the number belongs to another user's process by now
-        return False
-    return True
