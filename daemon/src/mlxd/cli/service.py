@@ -110,6 +110,8 @@ def _status_rows(answer: Status) -> list[tuple[str, str]]:
         ("requests", f"{answer.queue.running} running, {answer.queue.waiting} waiting"),
         ("clients", f"{answer.clients}, of them {answer.subscribers} subscribed to events"),
     ]  # fmt: skip
+    if answer.config_error is not None:
+        rows.append(("settings", f"{answer.config_error.message}; what the file said before stands"))
     for worker in answer.workers:
         told = f"{worker.model}: died {worker.deaths} times"
         if worker.last_death is not None:
