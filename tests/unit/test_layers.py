@@ -23,7 +23,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.childwire": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.fidelity": (set(), set()),
     "mlxd.wholefiles": (set(), set()),
-    "mlxd.logs": (set(), {"msgspec", "structlog"}),
+    "mlxd.redact": (set(), set()),
+    "mlxd.logs": ({"mlxd.redact"}, {"msgspec", "structlog"}),
     "mlxd.catalog": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.personas": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.settings": ({"mlxd_client", "mlxd.catalog", "mlxd.personas"}, {"msgspec"}),
@@ -82,7 +83,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
         {"uvloop", "msgspec"},
     ),
     "mlxd.cli": (
-        {"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.configuration", "mlxd.server", "mlxd.service",
+        {"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.configuration", "mlxd.redact", "mlxd.server", "mlxd.service",
          "mlxd.settings", "mlxd.sidecar", "mlxd.store"},
         {"msgspec", "psutil", "rich"},
     ),
