@@ -79,7 +79,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
         {"mlxd_client", "mlxd.children", "mlxd.handover", "mlxd.notify", "mlxd.runtime", "mlxd.server",
          "mlxd.settings"}, set(),
     ),
-    "mlxd.configfile": ({"mlxd.settings", "mlxd.wholefiles"}, {"tomlkit"}),
+    "mlxd.tomledit": (set(), {"tomlkit"}),
+    "mlxd.configfile": ({"mlxd.settings", "mlxd.tomledit", "mlxd.wholefiles"}, set()),
     "mlxd.configuration": ({"mlxd_client", "mlxd.configfile", "mlxd.logs", "mlxd.settings"}, {"msgspec"}),
     "mlxd.live": ({"mlxd.children", "mlxd.logs", "mlxd.runtime", "mlxd.server", "mlxd.settings"}, set()),
     "mlxd.app": (
@@ -216,5 +217,6 @@ def test_the_daemon_loads_nothing_heavy() -> None:
         "httpx",
         "httpx2",
         "yaml",
+        "tomlkit",
     }
     assert heavy.isdisjoint(done.stdout.split())
