@@ -27,6 +27,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.catalog": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.settings": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.core": ({"mlxd_client"}, {"msgspec"}),
+    "mlxd.measure": ({"mlxd_client", "mlxd.core"}, {"psutil"}),
     "mlxd.store": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.promptfiles": ({"mlxd.stateversion", "mlxd.store", "mlxd.wholefiles"}, {"msgspec"}),
     "mlxd.childside": ({"mlxd_client", "mlxd.childwire"}, {"msgspec"}),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mlxd_client.errors import ModelBusy, RpcError
 from mlxd_client.types import ErrorObject
@@ -29,7 +29,8 @@ JobEnd = Literal["done", "failed", "cancelled"]
 class Limits:
     """`budget_bytes` bounds all models together; `queue` all waiting requests; `max_batch` one model's running ones;
     `downloads` all that move bytes at a time, `fetcher_starts` how often a fetcher that dies is started anew for one
-    download: after `fetcher_backoff_s`, doubled each time."""
+    download: after `fetcher_backoff_s`, doubled each time. `reserve_bytes` is what loads leave of the system's memory
+    to others, `slack_bytes` what a worker may take past its share without notice; pressure is over after `calm_s`."""
 
     budget_bytes: int
     queue: int = 512
@@ -38,6 +39,9 @@ class Limits:
     downloads: int = 2
     fetcher_starts: int = 3
     fetcher_backoff_s: float = 1.0
+    reserve_bytes: int = 0
+    slack_bytes: int = 64 * 1024 * 1024
+    calm_s: float = 10.0
 
 
 class Book:
@@ -68,6 +72,7 @@ class Book:
         self.draining = False
         self.touched: dict[str, None] = {}
         self.out: list[do.Action] = []
+        self.reshare = False  # what workers may take has to be said anew
         self.seq = 0
         self._job_prefix = job_prefix
         self._loads_made = 0
@@ -93,6 +98,8 @@ class Book:
         news = facts != known or (record.need_bytes, record.context_length) != needs
         record.source, record.revision, record.size_bytes, record.kind = facts
         if record.worker is None:
+            if needs[0] != record.need_bytes:
+                record.learned_bytes = 0
             record.need_bytes, record.context_length = needs
         else:
             record.later = needs
@@ -108,11 +115,14 @@ class Book:
         self.publish(transition.event, record, error=error)
 
     def publish(
-        self, name: str, record: ModelRecord, *, progress: float | None = None, error: ErrorObject | None = None
-    ) -> None:
+        self, name: str, record: ModelRecord, *, progress: float | None = None, error: ErrorObject | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         view = record.view(self.wall)
         self.touch(record)
-        self.out.append(do.Publish(name, model_id=record.id, model=view, progress=progress, error=error))
+        self.out.append(
+            do.Publish(name, model_id=record.id, model=view, progress=progress, error=error, details=details)
+        )
 
     def forget(self, record: ModelRecord) -> None:
         """Drop a model that is gone from the disk, and that nobody uses or waits for."""
@@ -159,6 +169,8 @@ class Book:
         """A goal's model stands as wished: grant the lease, if one was asked for, and answer."""
         if goal.lease is not None:
             record.leases[goal.lease] = goal.client
+            if goal.asking:
+                record.asking.add(goal.lease)
             record.last_seq = None  # whoever counted on its going must plan anew
         self.touch(record)
         self.out.append(do.Answer(goal.rid, record.view(self.wall)))

@@ -30,10 +30,12 @@ from .breaker import BreakerState
 from .deletes import Deletes
 from .downloads import DownloadLine
 from .drafts import Drafts
+from .gauge import Gauge
 from .jobs import DownloadJob
 from .line import LoadLine
+from .memory import Memory
 from .records import Goal, ModelRecord, Request
-from .room import room_for, shares
+from .room import room_for
 
 __all__ = ["Core", "Limits"]
 
@@ -50,10 +52,12 @@ class Core:
 
     def __init__(self, limits: Limits, *, wall: float = 0.0, job_prefix: str = "load") -> None:
         self._book = book = Book(limits, wall, job_prefix)
-        self._line = line = LoadLine(book)
+        self._gauge = gauge = Gauge(book)
+        self._line = line = LoadLine(book, gauge)
         self._downloads = downloads = DownloadLine(book)
         self._deletes = deletes = Deletes(book, line)
-        self._drafts = drafts = Drafts(book, line)
+        self._drafts = drafts = Drafts(book, line, gauge)
+        self._memory = memory = Memory(book, line, gauge)
         self.limits, self.wall = limits, wall
         self.models, self.requests, self.goals, self.jobs = book.models, book.requests, book.goals, book.jobs
         self.breakers, self.deaths = self._line.breakers, self._line.deaths
@@ -69,6 +73,7 @@ class Core:
             ev.Fetched: downloads.fetched, ev.FetchFailed: downloads.fetch_failed,
             ev.FetcherExited: downloads.fetcher_exited, ev.Newest: downloads.newest, ev.Delete: deletes.delete,
             ev.FilesDeleted: deletes.files_deleted, ev.Attach: drafts.attach, ev.Attached: drafts.attached,
+            ev.Measured: memory.measured,
         }  # fmt: skip
 
     # --- what the runtime asks ------------------------------------------------------------------------------------
@@ -86,9 +91,7 @@ class Core:
             heapq.heappop(self._deadlines)
         times = (m.idle_deadline for m in self._book.by_worker.values())
         due = [t for t in times if t is not None]
-        retry_at = self._downloads.next_deadline()
-        if retry_at is not None:
-            due.append(retry_at)
+        due += [t for t in (self._downloads.next_deadline(), self._gauge.next_deadline()) if t is not None]
         if self._deadlines:
             due.append(self._deadlines[0][0])
         return min(due, default=None)
@@ -99,16 +102,28 @@ class Core:
     def snapshot(self) -> types.Snapshot:
         jobs = [j.view(self.wall) for j in self.jobs.values() if j.ended_at is None]
         return types.Snapshot(
-            models=[m.view(self.wall) for m in self.models.values()], jobs=jobs, stopping=self.draining
-        )
+            models=[m.view(self.wall) for m in self.models.values()], jobs=jobs, stopping=self.draining,
+            memory_pressure=self._memory.pressure.level,
+        )  # fmt: skip
 
     def shares(self) -> dict[int, int]:
-        """See room.shares."""
-        return shares(self._book.by_worker.values(), self.limits.budget_bytes)
+        """What each worker may take beyond what its model needs, in bytes, by worker; of those that stay."""
+        workers = self._book.by_worker.items()
+        return {worker: m.allowed_bytes - m.wanted_bytes for worker, m in workers if m.allowed_bytes is not None}
+
+    def memory(self) -> types.Memory:
+        """How memory stands, by the last measurement."""
+        return self._memory.view()
+
+    @property
+    def watchful(self) -> bool:
+        """Whether memory is to be measured again and again: somebody uses it, waits for it, or it is short."""
+        return bool(self._book.by_worker or self._book.pending) or self._memory.pressure.level != "normal"
 
     def room_for(self, model: str, need_bytes: int) -> tuple[int, bool, list[str]]:
         """What loading a model would come to; see room.room_for."""
-        return room_for(self._book.by_worker.values(), model, need_bytes, self.limits.budget_bytes)
+        spare = self._gauge.spare_bytes
+        return room_for(self._book.by_worker.values(), model, need_bytes, self.limits.budget_bytes, spare)
 
     def load_s(self, model: str) -> float | None:
         """How long the model's last load took, in seconds; None where there was none."""
@@ -165,6 +180,10 @@ class Core:
         record = self._admit(event.rid, event.model, now)
         if record is None:
             return
+        refusal = self._memory.refusal(event.priority)
+        if refusal is not None:
+            self._book.fail(event.rid, refusal)
+            return
         if not self._place_in_line(record, event.client):
             hint = self._retry_after(record)
             self._book.fail(event.rid, errors.QueueFull("too many requests wait already", retry_after_s=hint))
@@ -193,7 +212,7 @@ class Core:
         A client may have as many waiting as there are places left: alone it may take half the line, and however many
         are greedy, the next client finds a place (dynamic thresholds, Choudhury and Hahne, 1998).
         """
-        at_once = record.serving and record.last_seq is None and not record.queue
+        at_once = record.serving and record.last_seq is None and not record.recycling and not record.queue
         if at_once and len(record.running) < self._book.limits.max_batch:
             return True
         free = self._book.limits.queue - self.waiting
@@ -214,9 +233,9 @@ class Core:
         if event.keep_alive_s is not None:
             record.keep_alive_s = event.keep_alive_s
         record.needed = True
-        goal = Goal(event.rid, event.client, "ensure", event.lease)
+        goal = Goal(event.rid, event.client, "ensure", event.lease, event.asking)
         self._book.used(record, now)
-        if record.serving and record.last_seq is None:
+        if record.serving and record.last_seq is None and not record.recycling:
             self._book.reach(record, goal)
             return
         record.goals[event.rid] = goal
@@ -290,6 +309,8 @@ class Core:
 
     def _drop_lease(self, record: ModelRecord, lease: str, now: float) -> None:
         del record.leases[lease]
+        record.asking.discard(lease)
+        record.returning = record.returning and record.held
         record.last_used = now
         self._book.rested(record, now)
 
@@ -361,6 +382,8 @@ class Core:
                 self._book.free_slot(record, request)
                 self._book.close(request, request.ending or refusal)
             record.leases.clear()
+            record.asking.clear()
+            record.returning = False
             if record.worker is not None or record.job is not None:
                 self._line.cancel(record, now)
         self._downloads.abort()
@@ -379,6 +402,9 @@ class Core:
         self._line.make_room(now)
         self._line.retire(now)
         self._drafts.settle(now)
+        if self._book.reshare:
+            self._book.reshare = False
+            self._memory.share_out()
         if self._book.deleting:
             self._deletes.settle()
         self._downloads.settle(now)
@@ -391,7 +417,7 @@ class Core:
         self._book.touched.clear()
 
     def _dispatch(self, record: ModelRecord, now: float) -> None:
-        if not record.serving:
+        if not record.serving or record.recycling:
             return
         assert record.worker is not None
         while len(record.running) < self._book.limits.max_batch:
