@@ -19,7 +19,6 @@ from mlxd_client import codec
 from mlxd_client.codec import Encoding
 from mlxd_client.mirror import Mirror
 from mlxd_client.types import (
-    ACTIVITY_FIELDS,
     UNSET,
     ErrorObject,
     Event,
@@ -30,6 +29,7 @@ from mlxd_client.types import (
     SubscribeParams,
     SubscribeResult,
 )
+from support.mirrors import may_see
 
 LIMITS = ServerLimits(subscriber_events=6, subscriber_bytes=4000, ring_events=12)
 MODELS = ("a", "b", "c")
@@ -91,23 +91,7 @@ class Follower:
             self.mirror.apply(event)
 
     def may_see(self, state: Snapshot) -> Snapshot:
-        """The oracle: written from the documented rule, not from the log's code."""
-        topics = set(self.topics or ["models", "queue", "jobs", "generation", "system"])
-        shown = state.models if "models" in topics else []
-        if "queue" not in topics:
-            shown = [_without_activity(model) for model in shown]
-        wanted = self.models
-        return Snapshot(
-            models=[model for model in shown if wanted is None or model.id in wanted],
-            jobs=[job for job in state.jobs if "jobs" in topics and (wanted is None or job.model in wanted)],
-            stopping=state.stopping and "system" in topics,
-            memory_pressure=state.memory_pressure if "system" in topics else "normal",
-        )
-
-
-def _without_activity(model: Model) -> Model:
-    plain = {name: value for name, value in msgspec.to_builtins(model).items() if name not in ACTIVITY_FIELDS}
-    return msgspec.convert(plain, Model)
+        return may_see(state, self.topics, self.models)
 
 
 class EventLaw(RuleBasedStateMachine):

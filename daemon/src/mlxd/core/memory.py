@@ -130,7 +130,7 @@ class Memory:
         over = sum(m.reserved_bytes for m in workers) - self._book.limits.budget_bytes
         if over > self._book.limits.slack_bytes and all(m.stopping is None for m in workers):
             for record in sorted(self._idle(), key=lambda m: (m.over_step is None, m.last_used))[:1]:
-                self._line.stop(record, now)
+                self._line.stop(record, now, why="room")
 
     def _idle(self) -> list[ModelRecord]:
         """Those that may go without anybody's noticing, least recently used first."""
@@ -161,7 +161,7 @@ class Memory:
             patient = since == now or any(m.stopping is not None for m in workers)
             idle = [] if patient else idle[:1]
         for record in idle:
-            self._line.stop(record, now)
+            self._line.stop(record, now, why="pressure")
         for record in workers:
             if record.serving:
                 self._trim(record, 0.0 if level == "critical" else 0.5)
