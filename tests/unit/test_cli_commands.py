@@ -45,7 +45,10 @@ Run = Callable[..., tuple[int, str, str]]
 STATUS = types.Status(
     version="0.1.0", pid=4242, uptime_s=7320, rss_bytes=31_000_000, clients=3, subscribers=1,
     models=types.StatusModels(known=4, loaded=1), queue=types.StatusQueue(waiting=2, running=1),
-    memory=types.Memory(budget_bytes=8_000_000_000, used_bytes=20_000_000),
+    memory=types.Memory(
+        budget_bytes=8_000_000_000, used_bytes=20_000_000, capacity_bytes=16_000_000_000, available_bytes=900_000_000,
+        pressure=types.Pressure(level="warning", source="kernel"),
+    ),
     workers=[
         types.WorkerHealth(
             model="org/m", deaths=3, breaker="open",
@@ -79,6 +82,7 @@ def test_status(daemon: ScriptedDaemon, mlxd: Run) -> None:
     assert out.splitlines() == [
         "mlxd      0.1.0, process 4242, up 2 h 2 min",
         "memory    31.0 MB itself, models 20.0 MB of 8.0 GB",
+        "system    900 MB of 16.0 GB left, memory pressure: warning",
         "models    1 loaded of 4 known",
         "requests  1 running, 2 waiting",
         "clients   3, of them 1 subscribed to events",

@@ -120,7 +120,14 @@ def _show_loaded(models: list[Model], output: Output) -> None:
     from .output import bytes_text
 
     rows = [
-        (model.id, _state(model), bytes_text(model.memory_bytes), str(model.active), str(model.waiting), _stays(model))
+        (
+            model.id,
+            _state(model),
+            bytes_text(model.footprint_bytes or model.memory_bytes),
+            str(model.active),
+            str(model.waiting),
+            _stays(model),
+        )
         for model in models
     ]
     output.table(("MODEL", "STATE", "MEMORY", "ACTIVE", "WAITING", "UNLOADS"), rows, right=frozenset({2, 3, 4}))

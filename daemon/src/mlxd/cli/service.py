@@ -11,7 +11,7 @@ from .common import Commands, add_command, connect
 from .exits import FAILED, OK, USAGE
 
 if TYPE_CHECKING:
-    from mlxd_client.types import Status
+    from mlxd_client.types import Memory, Status
 
     from .output import Output
 
@@ -101,6 +101,16 @@ def status(args: argparse.Namespace, output: Output) -> int:
     return OK
 
 
+def _system_text(memory: Memory) -> str:
+    """What the machine has left, and whether that is little."""
+    from .output import bytes_text
+
+    if memory.available_bytes is None:
+        return "what memory is left is not known"
+    told = f"{bytes_text(memory.available_bytes)} of {bytes_text(memory.capacity_bytes)} left"
+    return told if memory.pressure.level == "normal" else f"{told}, memory pressure: {memory.pressure.level}"
+
+
 def _status_rows(answer: Status) -> list[tuple[str, str]]:
     from .output import bytes_text, seconds_text
 
@@ -110,6 +120,7 @@ def _status_rows(answer: Status) -> list[tuple[str, str]]:
                  + (", stopping" if answer.draining else "")),
         ("memory", f"{bytes_text(answer.rss_bytes)} itself, models {bytes_text(memory.used_bytes)} "
                    f"of {bytes_text(memory.budget_bytes)}"),
+        ("system", _system_text(memory)),
         ("models", f"{answer.models.loaded} loaded of {answer.models.known} known"),
         ("requests", f"{answer.queue.running} running, {answer.queue.waiting} waiting"),
         ("clients", f"{answer.clients}, of them {answer.subscribers} subscribed to events"),

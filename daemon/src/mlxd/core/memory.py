@@ -124,12 +124,13 @@ class Memory:
     # --- the budget and the machine -------------------------------------------------------------------------------
 
     def _keep_budget(self, now: float) -> None:
-        """Estimates may have been too low. One goes at a time, for what goes may be enough: first what is past its
-        share, then what was least recently used."""
+        """Workers may take more than was foreseen, in all. One goes at a time, for what goes may be enough; and none
+        while there is hope that one past its share will give it back."""
         workers = self._book.by_worker.values()
         over = sum(m.reserved_bytes for m in workers) - self._book.limits.budget_bytes
-        if over > self._book.limits.slack_bytes and all(m.stopping is None for m in workers):
-            for record in sorted(self._idle(), key=lambda m: (m.over_step is None, m.last_used))[:1]:
+        hope = any(m.over_step is not None and now - m.over_at < 2 * GRACE_S for m in workers)
+        if over > self._book.limits.slack_bytes and not hope and all(m.stopping is None for m in workers):
+            for record in self._idle()[:1]:
                 self._line.stop(record, now, why="room")
 
     def _idle(self) -> list[ModelRecord]:
