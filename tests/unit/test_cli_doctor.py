@@ -93,9 +93,10 @@ def test_config_shows_values_and_origins(
     monkeypatch.setenv("MLXD_KEEP_ALIVE_S", "60")
     assert main(["config", "--json", "--changed"]) == exits.OK
     shown = json.loads(capsys.readouterr().out)
-    assert shown["max_batch"] == {"value": 3, "from": f"{home}/config.toml:2"}
-    assert shown["aliases"] == {"value": {"dictation": "mlxd/cleanup"}, "from": f"{home}/config.toml:3"}
-    assert shown["keep_alive_s"] == {"value": 60.0, "from": "the environment's MLXD_KEEP_ALIVE_S"}
+    assert shown["max_batch"] == {"value": 3, "from": f"{home}/config.toml:2", "applies": "load"}
+    places = {name: (one["value"], one["from"]) for name, one in shown.items()}
+    assert places["aliases"] == ({"dictation": "mlxd/cleanup"}, f"{home}/config.toml:3")
+    assert places["keep_alive_s"] == (60.0, "the environment's MLXD_KEEP_ALIVE_S")
     assert "queue_limit" not in shown
     assert main(["config", "queue_limit"]) == exits.OK
     assert capsys.readouterr().out.split() == ["setting", "value", "from", "queue_limit", "512", "the", "default"]

@@ -130,8 +130,9 @@ def _say(stream: TextIO, sentence: str) -> None:
 class Logs:
     """The handlers that are installed, until `close`."""
 
-    def __init__(self, handlers: list[logging.Handler]) -> None:
+    def __init__(self, handlers: list[logging.Handler], texts: _Texts) -> None:
         self._handlers = handlers
+        self._texts = texts
 
     @property
     def dropped(self) -> int:
@@ -141,6 +142,10 @@ class Logs:
     def set_level(self, level: str) -> None:
         """One of settings.LOG_LEVELS; takes effect at once."""
         logging.getLogger("mlxd").setLevel(level.upper())
+
+    def set_prompts(self, shown: bool) -> None:
+        """Whether prompts and answers may appear; takes effect at once."""
+        self._texts.shown = shown
 
     def close(self) -> None:
         for handler in self._handlers:
@@ -166,12 +171,13 @@ def configure(
         stderr: the terminal, sys.stderr where not given.
     """
     stderr = sys.stderr if stderr is None else stderr
+    texts = _Texts(prompts)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
-        *([] if prompts else [_hide_text]),
+        texts,
     ]
     structlog.configure(
         processors=[
@@ -194,7 +200,7 @@ def configure(
     for handler in handlers:
         root.addHandler(handler)
     root.setLevel(logging.WARNING)
-    logs = Logs(handlers)
+    logs = Logs(handlers, texts)
     logs.set_level(level)
     return logs
 
@@ -216,13 +222,20 @@ def _with(handler: logging.Handler, shared: list[Any], last: list[Any]) -> loggi
     return handler
 
 
-def _hide_text(_logger: Any, _method: str, event: EventDict) -> EventDict:
-    """What was said becomes how much was said."""
-    for name in TEXT_FIELDS & event.keys():
-        value = event.pop(name)
-        if isinstance(value, (str, bytes, list, tuple, dict)):
-            event[f"{name}_length"] = len(value)
-    return event
+class _Texts:
+    """What was said becomes how much was said, unless it may be shown."""
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
+
+    def __call__(self, _logger: Any, _method: str, event: EventDict) -> EventDict:
+        if self.shown:
+            return event
+        for name in TEXT_FIELDS & event.keys():
+            value = event.pop(name)
+            if isinstance(value, (str, bytes, list, tuple, dict)):
+                event[f"{name}_length"] = len(value)
+        return event
 
 
 def _as_json(_logger: Any, _method: str, event: Mapping[str, Any]) -> str:

@@ -30,6 +30,14 @@ from .cache import (
     ClearCacheResult,
     ModelCache,
 )
+from .config import (
+    Applies,
+    ConfigChange,
+    ConfigResult,
+    GetConfigParams,
+    SetConfigParams,
+    SettingValue,
+)
 from .connection import (
     ClientInfo,
     HelloParams,
@@ -59,6 +67,7 @@ from .generation import (
     ImageUrlPart,
     MalformedToolCall,
     Message,
+    Options,
     Part,
     ProcessParams,
     Speculation,
@@ -96,6 +105,11 @@ from .models import (
     Plan,
     PlanParams,
     VerifyResult,
+)
+from .personas import (
+    Persona,
+    PersonasResult,
+    Template,
 )
 from .stats import (
     ClientTotals,
@@ -145,6 +159,7 @@ __all__ = [
     "TOPICS",
     "UNSET",
     "Alternative",
+    "Applies",
     "BadFile",
     "CacheInMemory",
     "CacheOnDisk",
@@ -160,6 +175,8 @@ __all__ = [
     "ClientInfo",
     "ClientTotals",
     "Completion",
+    "ConfigChange",
+    "ConfigResult",
     "DecodeParams",
     "DecodeResult",
     "DeleteResult",
@@ -179,6 +196,7 @@ __all__ = [
     "ExcessStep",
     "FinishReason",
     "GenerateParams",
+    "GetConfigParams",
     "HelloParams",
     "HelloResult",
     "ImagePart",
@@ -204,7 +222,10 @@ __all__ = [
     "ModelStats",
     "ModelsResult",
     "OptionalModelParams",
+    "Options",
     "Part",
+    "Persona",
+    "PersonasResult",
     "Plan",
     "PlanParams",
     "Pressure",
@@ -212,6 +233,8 @@ __all__ = [
     "ProcessParams",
     "PromptCacheTotals",
     "ServerInfo",
+    "SetConfigParams",
+    "SettingValue",
     "Since",
     "Snapshot",
     "Speculation",
@@ -225,6 +248,7 @@ __all__ = [
     "SubscribeParams",
     "SubscribeResult",
     "SubscriptionParams",
+    "Template",
     "TextPart",
     "Timings",
     "TokenLogprob",

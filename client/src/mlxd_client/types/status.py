@@ -64,6 +64,8 @@ class WorkerHealth(Result, kw_only=True):
 
 
 class Status(Result, kw_only=True):
+    """`config_error`: the settings' file cannot be used as it is now, and what it said before stands."""
+
     version: str
     pid: int
     uptime_s: float
@@ -75,3 +77,4 @@ class Status(Result, kw_only=True):
     memory: Memory
     workers: list[WorkerHealth]
     draining: bool = False
+    config_error: ErrorObject | None = None

@@ -66,17 +66,13 @@ def serve(args: argparse.Namespace, output: Output) -> int:
                 raise settings.SettingsError(f"--set {text} has no value: write --set {name}=VALUE")
             flags[name.strip().replace("-", "_")] = value
         loaded = settings.load(flags=flags)
-        if loaded.settings.catalog:
-            from mlxd import catalog
-
-            catalog.load(loaded.settings.catalog)  # better now than when the first app asks for it
     except MlxdError as error:
         if args.managed:
             return app.give_up(str(error))
         raise
     for warning in loaded.warnings:
         output.note(warning)
-    return app.serve(loaded.settings, app.Launch(managed=args.managed, stdio=args.stdio, parent_pid=args.parent_pid))
+    return app.serve(loaded, app.Launch(managed=args.managed, stdio=args.stdio, parent_pid=args.parent_pid))
 
 
 def _join(args: argparse.Namespace, output: Output) -> int:

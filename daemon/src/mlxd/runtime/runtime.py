@@ -216,6 +216,9 @@ class Runtime:
         users = [*(link.adapter for link in self._links.values()), *self._generations.adapters]
         return sum(user is not None and user.id == model for user in users)
 
+    def personas(self) -> types.PersonasResult:
+        return types.PersonasResult(personas=self._settings.personas, templates=self._settings.templates)
+
     # --- what is kept of prompts ----------------------------------------------------------------------------------
 
     async def caches(self) -> types.CacheResult:
@@ -297,6 +300,17 @@ class Runtime:
         return not (self._generations or self._goals or self._links or self._jobs.under_way)
 
     # --- the settings ---------------------------------------------------------------------------------------------
+
+    def reconfigure(self, names: frozenset[str]) -> None:
+        """Take over settings that have changed; those of these names are others than before."""
+        settings = self._settings
+        self._library.take_aliases()
+        self._downloads.fetchers.command = settings.fetcher_command
+        self._configure_core()
+        if names & {"aliases", "draft_models", "context_length"}:
+            self._supply.look_again()
+        if "preload" in names:
+            self._preloads.begin(settings.preload)
 
     def _configure_core(self) -> None:
         settings, id_of = self._settings, self._library.id_of
