@@ -116,6 +116,16 @@ def test_an_old_reading_is_taken_anew() -> None:
     assert bench.one(do.StartWorker)
 
 
+def test_a_reading_that_took_long_is_good_all_the_same() -> None:
+    bench = machine((MODEL, 40))
+    bench.now += 60
+    bench.ensure()
+    reading = ev.Measured(bench.now, Reading(200, 150))
+    bench.now += 4
+    bench.tell(reading)
+    assert bench.one(do.StartWorker)
+
+
 def test_where_nothing_can_be_read_the_budget_decides() -> None:
     bench = machine((MODEL, 60), (OTHER, 60))
     bench.now += 60

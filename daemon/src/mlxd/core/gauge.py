@@ -32,11 +32,14 @@ class Gauge:
         self._exit_at: float | None = None
         self._asked_at: float | None = None
         self._again_at: float | None = None
+        self._fresh_until = 0.0
 
-    def note(self, event: ev.Measured) -> None:
+    def note(self, event: ev.Measured, now: float) -> None:
         self.reading, self.at = event.reading, event.began_at
+        self._fresh_until = event.began_at + FRESH_S
         if self._asked_at is not None and event.began_at >= self._asked_at:
             self._asked_at = None
+            self._fresh_until = now + FRESH_S  # however long it took: a busy machine must not keep loads for ever
         if self._again_at is not None and event.began_at >= self._again_at:
             self._again_at = None
 
@@ -52,7 +55,7 @@ class Gauge:
             if now >= self._again_at:
                 self._ask(now)
             return False
-        stale = now - self.at > FRESH_S or (self._exit_at is not None and self.at < self._exit_at)
+        stale = now > self._fresh_until or (self._exit_at is not None and self.at < self._exit_at)
         if stale:
             self._ask(now)
         return not stale

@@ -251,6 +251,7 @@ class LoadLine:
         record.needed = record.urgent
         if record.later is not None:
             (record.need_bytes, record.context_length), record.later = record.later, None
+            record.learned_bytes = 0
         if cause is None:
             cause = "worker_died"
             self._mourn(record, event.error, was_loading, now)

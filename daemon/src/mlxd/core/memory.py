@@ -55,7 +55,7 @@ class Memory:
         3. Workers past their shares: reported, then trimmed, then recycled.
         4. Together they take more than the budget: an idle model goes.
         """
-        self._gauge.note(event)
+        self._gauge.note(event, now)
         for worker, record in self._book.by_worker.items():
             self._count(record, event.footprints.get(worker))
         self._feel(event.reading or Reading(), now)

@@ -60,6 +60,12 @@ class Measuring:
         self._mute = False
         self.on_told: Callable[[], None] = lambda: None  # after the core has heard
 
+    async def begin(self) -> None:
+        """Measure for the first time: from then on no load is decided without."""
+        self.measure()
+        assert self._task is not None
+        await asyncio.wait({self._task}, timeout=PATIENCE_S)
+
     def measure(self, _action: object = None) -> None:
         """Measure now; where that is being done already, once more after it."""
         if self._task is not None:

@@ -332,7 +332,7 @@ class Runtime:
         """Learn what is there, and go on with what an earlier daemon had begun."""
         self._prompts.begin()
         self._configure_core()
-        self._measuring.measure()
+        await self._measuring.begin()
         await self._supply.begin()
         self._preloads.begin(self._settings.preload)
 
