@@ -10,7 +10,7 @@ from . import events as ev
 from .book import Book
 from .pressure import Reading
 
-# Seconds. A reading may be so old for a load to be decided on by it.
+# Seconds. A reading may be so old for a load that waits in line to be decided on by it.
 FRESH_S = 1.0
 # So long after a worker's exit a load is not refused for what the system lacks: it may still be giving memory back, of
 # a GPU above all. Meanwhile it is measured again so often.
@@ -47,15 +47,17 @@ class Gauge:
         """A worker is gone: what was read before counts it still."""
         self._exit_at = now
 
-    def ready(self, now: float) -> bool:
-        """Whether a load may be decided on now. Where not, a measurement is under way, or due."""
+    def ready(self, now: float, since: float = 0.0) -> bool:
+        """Whether a load may be decided on now, by a reading that was begun after `since`, when the last one joined the
+        line. Where not, a measurement is under way, or due."""
         if self.at is None:
             return True
         if self._again_at is not None:
             if now >= self._again_at:
                 self._ask(now)
             return False
-        stale = now > self._fresh_until or (self._exit_at is not None and self.at < self._exit_at)
+        since = since if self._exit_at is None else max(since, self._exit_at)
+        stale = now > self._fresh_until or self.at < since
         if stale:
             self._ask(now)
         return not stale

@@ -112,7 +112,8 @@ class LoadLine:
         pending = [self._book.models[name] for name in self._book.pending]
         if not pending:
             self._gauge.rest()
-        if not pending or not self._gauge.ready(now):
+        since = max((record.job.started_at for record in pending if record.job is not None), default=0.0)
+        if not pending or not self._gauge.ready(now, since):
             return None
         workers, budget, spare = self._book.by_worker.values(), self._book.limits.budget_bytes, self._gauge.spare_bytes
         for record in pending:
