@@ -190,8 +190,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     load_s: Seconds = 600.0
     heartbeat_s: Seconds = 15.0
     worker_command: Annotated[list[Name], Meta(min_length=1)] = msgspec.field(default_factory=default_worker_command)
-    system_root: Annotated[str, Meta(pattern=r"^/[^\0]*$", max_length=4096)] = "/"
     fetcher_command: Annotated[list[Name], Meta(min_length=1)] = msgspec.field(default_factory=default_fetcher_command)
+    system_root: Annotated[str, Meta(pattern=r"^/[^\0]*$", max_length=4096)] = "/"
     download: Literal["ask", "auto", "never"] = "ask"
     downloads: Annotated[int, Meta(ge=1, le=64)] = 2
     download_connections: Annotated[int, Meta(ge=1, le=8)] = 8
