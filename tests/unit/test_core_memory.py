@@ -163,8 +163,9 @@ def test_memory_may_take_a_while_to_come_back() -> None:
 def test_a_refusal_says_who_holds_what_and_who_would_have_to_go() -> None:
     bench = machine((MODEL, 40), (OTHER, 30), (THIRD, 50))
     bench.load(MODEL, "a")
-    bench.now += 0.1
+    bench.after(0.1)
     bench.load(OTHER, "b")
+    bench.after(0.1)
     details = bench.refused(bench.ensure(THIRD)).details
     assert {one["model"]: one["reserved_bytes"] for one in details["held"]} == {MODEL: 40, OTHER: 30}
     assert (details["leased"], details["unload"]) == ([MODEL, OTHER], [MODEL])
@@ -281,7 +282,7 @@ def test_recycling_is_not_tried_again_and_again() -> None:
 def test_a_load_that_turns_out_larger_is_counted_as_it_is() -> None:
     bench = machine((MODEL, 40), (OTHER, 50))
     first = bench.load(OTHER)
-    bench.now += 0.1
+    bench.after(0.1)
     bench.ensure(MODEL, "held")
     worker = bench.one(do.StartWorker).worker
     bench.tell(ev.Loaded(worker, 12, 2048, needs_bytes=70))
