@@ -23,7 +23,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.childwire": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.fidelity": (set(), set()),
     "mlxd.wholefiles": (set(), set()),
-    "mlxd.logs": (set(), {"msgspec", "structlog"}),
+    "mlxd.redact": (set(), set()),
+    "mlxd.logs": ({"mlxd.redact"}, {"msgspec", "structlog"}),
     "mlxd.catalog": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.personas": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.settings": ({"mlxd_client", "mlxd.catalog", "mlxd.measure", "mlxd.personas"}, {"msgspec"}),
@@ -73,7 +74,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.notify": (set(), set()),
     "mlxd.sidecar": (set(), set()),
     "mlxd.service": ({"mlxd_client", "mlxd.settings", "mlxd.server", "mlxd.wholefiles"}, {"msgspec"}),
-    "mlxd.configfile": ({"mlxd.settings", "mlxd.wholefiles"}, {"tomlkit"}),
+    "mlxd.tomledit": (set(), {"tomlkit"}),
+    "mlxd.configfile": ({"mlxd.settings", "mlxd.tomledit", "mlxd.wholefiles"}, set()),
     "mlxd.configuration": ({"mlxd_client", "mlxd.configfile", "mlxd.logs", "mlxd.settings"}, {"msgspec"}),
     "mlxd.live": ({"mlxd.children", "mlxd.logs", "mlxd.runtime", "mlxd.server", "mlxd.settings"}, set()),
     "mlxd.app": (
@@ -82,7 +84,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
         {"uvloop", "msgspec"},
     ),
     "mlxd.cli": (
-        {"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.configuration", "mlxd.server", "mlxd.service",
+        {"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.configuration", "mlxd.redact", "mlxd.server", "mlxd.service",
          "mlxd.settings", "mlxd.sidecar", "mlxd.store"},
         {"msgspec", "psutil", "rich"},
     ),
@@ -209,5 +211,6 @@ def test_the_daemon_loads_nothing_heavy() -> None:
         "httpx",
         "httpx2",
         "yaml",
+        "tomlkit",
     }
     assert heavy.isdisjoint(done.stdout.split())

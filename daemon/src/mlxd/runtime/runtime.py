@@ -71,6 +71,7 @@ class Runtime:
         self.loop = loop
         self.epoch = secrets.token_hex(8)
         self.on_shutdown: Callable[[], None] = lambda: None
+        self.activated = False  # somebody else holds the socket, and starts daemons for it
         self.log_lines_dropped: Callable[[], int] = lambda: 0
         self.on_settled: Callable[[], None] = lambda: None  # all that followed from an event is done
         self._supervisor = supervisor
@@ -259,12 +260,30 @@ class Runtime:
             clients=clients, subscribers=subscribers,
             memory=self._measuring.look(),
             workers=[self._health(model, now) for model in core.deaths],
-            draining=core.draining,
+            draining=core.draining, activated=self.activated,
         )  # fmt: skip
 
     async def stats(self, ref: str | None, clients: types.ClientTotals) -> types.Stats:
         only = None if ref is None else await self._library.resolve(ref)
         return self._figures.told(self._gauges(clients), only)
+
+    async def stories(self, ref: str | None) -> types.StoriesResult:
+        """The last changes of state of one model or of all."""
+        models = (
+            list(self.core.models.values()) if ref is None else [self.core.models[await self._library.resolve(ref)]]
+        )
+        return types.StoriesResult(
+            stories=[
+                types.ModelStory(
+                    model=model.id,
+                    steps=[
+                        types.StoryStep(at=at + self.core.wall, cause=t.cause, source=t.source, target=t.target)
+                        for at, t in model.lifecycle.steps
+                    ],
+                )
+                for model in models
+            ]
+        )
 
     def metrics(self, clients: types.ClientTotals) -> types.MetricsResult:
         stats = self._figures.told(self._gauges(clients))
