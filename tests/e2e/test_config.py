@@ -183,7 +183,7 @@ def test_two_clients_at_once_lose_nothing() -> None:
 
         def change(number: int) -> None:
             with daemon.client() as mine:
-                for n in range(10):
+                for n in range(5):
                     mine.config_set({f"aliases.{number}-{n}": CLEANUP})
 
         threads = [threading.Thread(target=change, args=(number,)) for number in range(2)]
@@ -191,7 +191,7 @@ def test_two_clients_at_once_lose_nothing() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        wanted = {"old": CLEANUP} | {f"{number}-{n}": CLEANUP for number in range(2) for n in range(10)}
+        wanted = {"old": CLEANUP} | {f"{number}-{n}": CLEANUP for number in range(2) for n in range(5)}
         assert written(daemon)["aliases"] == wanted == value(client, "aliases")
 
 
