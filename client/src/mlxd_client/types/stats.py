@@ -55,9 +55,10 @@ class ModelStats(Result, kw_only=True):
     absent. `now_tokens_per_s` and `recent_tokens_per_s` are what the model makes at present, over all requests: in the
     last second or so, and in the last ten.
 
-    `load_failures` are by kind of error; `unloads` by reason: `asked`, `idle`, `room` (it was evicted for another
-    model), `cancelled`, `load_failed`, `stopping`, `pressure`; `deaths` of workers by cause: `exit`, `hang`, `garbage`,
-    `never_ready`, `spawn_failed`, or the name of a signal.
+    `load_failures` are by kind of error. `unloads` are by reason: `asked`, `idle`, `room` (it was evicted for another
+    model), `pressure` (the machine is short of memory), `recycled` (it grew past its share), `cancelled`,
+    `load_failed`, `stopping`. `deaths` of workers are by cause: `exit`, `hang`, `garbage`, `never_ready`,
+    `spawn_failed`, or the name of a signal.
     """
 
     model: str
