@@ -42,7 +42,7 @@ class Figures:
         """
         spent = timings(request, made)
         first = spent.first_token_s if made is not None and made.timings.first_token_s else None
-        # One of a batch waits for as long as others want the model: that is no news, and not what the others' times are.
+        # One of a batch waits for as long as others want the model: that is no news, and no measure for the others.
         urgent = request.params.priority != "batch"
         slow = urgent and self._is_slow(spent.total_s, first)
         waited = request.dispatched_at is not None or (how == "deadline_exceeded" and request.model != "")
