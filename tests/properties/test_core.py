@@ -179,11 +179,13 @@ class World(RuleBasedStateMachine):
         timeout=st.sampled_from([None, None, 1.0, 20.0]),
         waited=st.sampled_from([0.0, 0.0, 0.5, 30.0]),
         keep_alive=KEEP_ALIVE,
+        yields=st.booleans(),
         times=st.integers(1, 6),
     )
-    def submit(self, client, model, priority, timeout, waited, keep_alive, times) -> None:
+    def submit(self, client, model, priority, timeout, waited, keep_alive, yields, times) -> None:
+        yields = yields and priority == "batch"
         for _ in range(times):
-            self.tell(ev.Submit(self.new_rid(), client, model, priority, timeout, keep_alive, waited))
+            self.tell(ev.Submit(self.new_rid(), client, model, priority, timeout, keep_alive, waited, yields))
 
     @rule(client=CLIENTS, model=NAMES, lease=st.booleans(), keep_alive=KEEP_ALIVE, draft=st.sampled_from([0, 0, 5, 40]))
     def ensure(self, client: int, model: str, lease: bool, keep_alive: float | None, draft: int) -> None:

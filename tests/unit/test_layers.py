@@ -19,6 +19,7 @@ TREES = {"mlxd_client": ROOT / "client/src/mlxd_client", "mlxd": ROOT / "daemon/
 STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd_client": (set(), {"msgspec"}),
     "mlxd": (set(), set()),
+    "mlxd.stateversion": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.childwire": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.fidelity": (set(), set()),
     "mlxd.wholefiles": (set(), set()),
@@ -27,16 +28,18 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.settings": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.core": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.store": ({"mlxd_client"}, {"msgspec"}),
-    "mlxd.promptfiles": ({"mlxd.store"}, {"msgspec"}),
+    "mlxd.promptfiles": ({"mlxd.stateversion", "mlxd.store", "mlxd.wholefiles"}, {"msgspec"}),
     "mlxd.childside": ({"mlxd_client", "mlxd.childwire"}, {"msgspec"}),
-    "mlxd.children": ({"mlxd_client", "mlxd.childwire", "mlxd.wholefiles"}, {"msgspec", "psutil"}),
+    "mlxd.children": (
+        {"mlxd_client", "mlxd.childwire", "mlxd.stateversion", "mlxd.wholefiles"}, {"msgspec", "psutil"},
+    ),
     "mlxd.worker": (
         {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.promptfiles", "mlxd.store"},
         {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance", "PIL", "jsonschema",
          "referencing"},
     ),
     "mlxd.fetch": (
-        {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.store"},
+        {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.stateversion", "mlxd.store"},
         {"msgspec", "huggingface_hub"},
     ),
     "mlxd.server": ({"mlxd_client", "mlxd.logs"}, {"msgspec", "psutil"}),
@@ -46,7 +49,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.fetchers": ({"mlxd_client", "mlxd.childwire", "mlxd.children"}, {"msgspec"}),
     "mlxd.downloads": (
         {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.server",
-         "mlxd.settings", "mlxd.store", "mlxd.wholefiles"},
+         "mlxd.settings", "mlxd.stateversion", "mlxd.store", "mlxd.wholefiles"},
         {"msgspec"},
     ),
     "mlxd.library": (
@@ -69,7 +72,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.service": ({"mlxd_client", "mlxd.settings", "mlxd.server", "mlxd.wholefiles"}, {"msgspec"}),
     "mlxd.app": (
         {"mlxd_client", "mlxd.children", "mlxd.logs", "mlxd.notify", "mlxd.runtime", "mlxd.server", "mlxd.settings",
-         "mlxd.sidecar", "mlxd.store"},
+         "mlxd.sidecar", "mlxd.stateversion", "mlxd.store"},
         {"uvloop", "msgspec"},
     ),
     "mlxd.cli": (

@@ -314,6 +314,20 @@ export interface MalformedToolCall {
 export interface Memory {
   budget_bytes: number;
   used_bytes: number;
+  footprint_bytes?: number;
+  reserve_bytes?: number;
+  capacity_bytes?: number;
+  available_bytes?: number;
+  measured_at?: number;
+  pressure?: Pressure;
+  models?: MemoryHolder[];
+}
+
+export interface MemoryHolder {
+  model: string;
+  reserved_bytes: number;
+  footprint_bytes?: number;
+  share_bytes?: number;
 }
 
 export interface Message {
@@ -336,6 +350,7 @@ export interface Model {
   error?: ErrorObject;
   context_length?: number;
   memory_bytes?: number;
+  footprint_bytes?: number;
   active?: number;
   waiting?: number;
   leases?: number;
@@ -377,6 +392,12 @@ export interface PlanParams {
   model: string;
   revision?: string;
   context_length?: number;
+}
+
+export interface Pressure {
+  level?: "critical" | "normal" | "warning";
+  source?: string;
+  since_at?: number;
 }
 
 export interface ProcessParams {
@@ -429,6 +450,7 @@ export interface Snapshot {
   models?: Model[];
   jobs?: Job[];
   stopping?: boolean;
+  memory_pressure?: "critical" | "normal" | "warning";
 }
 
 export interface Speculation {
@@ -585,4 +607,4 @@ export interface Methods {
 }
 
 /** The stable names of failures. */
-export type ErrorKind = "parse_error" | "invalid_request" | "method_not_found" | "invalid_params" | "internal_error" | "cancelled" | "model_not_found" | "model_invalid" | "model_busy" | "queue_full" | "insufficient_disk" | "insufficient_memory" | "worker_died" | "deadline_exceeded" | "unsupported" | "context_exceeded" | "load_failed" | "download_failed" | "verification_failed" | "shutting_down" | "not_found" | "permission_denied" | "model_not_downloaded";
+export type ErrorKind = "parse_error" | "invalid_request" | "method_not_found" | "invalid_params" | "internal_error" | "cancelled" | "model_not_found" | "model_invalid" | "model_busy" | "queue_full" | "insufficient_disk" | "insufficient_memory" | "worker_died" | "deadline_exceeded" | "unsupported" | "context_exceeded" | "load_failed" | "download_failed" | "verification_failed" | "shutting_down" | "not_found" | "permission_denied" | "model_not_downloaded" | "memory_pressure";

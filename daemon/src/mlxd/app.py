@@ -27,6 +27,7 @@ from .server.listen import AlreadyRunning, Listener, ListenError, adopt, listen
 from .server.server import Server
 from .settings import Settings
 from .sidecar import Bridge
+from .stateversion import StateTooNew
 from .store import Store
 
 EXIT_OK = 0
@@ -82,6 +83,12 @@ def serve(settings: Settings, launch: Launch | None = None) -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_Daemon(settings, limits, listener, notifier, launch).run())
+    except StateTooNew as error:
+        logs.get("mlxd").error("state is too new", path=str(error.path), reason=str(error))
+        if launch.managed:
+            return give_up(str(error), notifier, listener.sock)
+        print(f"mlxd: {error}", file=sys.stderr)
+        return EXIT_FAILED
     finally:
         listener.close()
         installed.close()
@@ -164,6 +171,7 @@ class _Daemon:
         server = Server(runtime, runtime.events, log=logs.get("mlxd.server"), limits=limits)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
+        runtime.refuse_newer_state()
         await supervisor.sweep()
         await runtime.begin()
         await server.start(self._listener)

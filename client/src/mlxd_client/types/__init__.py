@@ -19,6 +19,7 @@ from .base import (
     ErrorObject,
     FinishReason,
     ModelState,
+    PressureLevel,
 )
 from .cache import (
     CacheInMemory,
@@ -97,6 +98,8 @@ from .models import (
 )
 from .status import (
     Memory,
+    MemoryHolder,
+    Pressure,
     Status,
     StatusModels,
     StatusQueue,
@@ -173,6 +176,7 @@ __all__ = [
     "LoadParams",
     "MalformedToolCall",
     "Memory",
+    "MemoryHolder",
     "Message",
     "Model",
     "ModelCache",
@@ -183,6 +187,8 @@ __all__ = [
     "Part",
     "Plan",
     "PlanParams",
+    "Pressure",
+    "PressureLevel",
     "ProcessParams",
     "ServerInfo",
     "Since",

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, UnsetType
 
-from .base import ErrorObject, ModelRef, Params, Result
+from .base import ErrorObject, ModelRef, Params, PressureLevel, Result
 from .jobs import Job
 from .models import Model
 
@@ -30,6 +30,7 @@ EVENT_TOPICS: dict[str, str] = {
     "deleted": "models",
     "error": "models",
     "worker_died": "models",
+    "memory_exceeded": "models",
     "job": "jobs",
     "queue": "queue",
     "generation_started": "generation",
@@ -57,11 +58,13 @@ class SubscribeParams(Params, kw_only=True):
 
 
 class Snapshot(Result, kw_only=True):
-    """All state that a subscription's deltas change: every matching model and every job that has not ended."""
+    """All state that a subscription's deltas change: every matching model, every job that has not ended, and whether
+    the machine is short of memory."""
 
     models: list[Model] = []
     jobs: list[Job] = []
     stopping: bool = False
+    memory_pressure: PressureLevel = "normal"
 
 
 class SubscribeResult(Result, kw_only=True):

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from mlxd_client.errors import RpcError
+from mlxd_client.errors import ModelBusy, RpcError
 from mlxd_client.types import ErrorObject
 
 from . import actions as do
@@ -189,6 +189,15 @@ class Book:
             self.out.append(do.Publish("generation_finished", model_id=request.model, rid=request.rid))
         self.out.append(do.Deliver(request.rid) if error is None else do.Fail(request.rid, error))
 
+    def step_aside(self, record: ModelRecord, now: float, most: int | None = None) -> None:
+        """End requests of a model that yield, latest first; with `most`, only so many, of those that run."""
+        running = [r for r in record.running.values() if r.yields and r.ending is None]
+        for request in running[::-1][:most]:
+            self.end(request, stepped_aside(record.id), now)
+        if most is None:
+            for request in [r for r in record.queue if r.yields]:
+                self.end(request, stepped_aside(record.id), now)
+
     def fail(self, rid: int, error: RpcError) -> None:
         self.out.append(do.Fail(rid, error))
 
@@ -239,6 +248,10 @@ class Book:
         self._ended_jobs.append(job.job)
         if len(self._ended_jobs) > ENDED_JOBS_KEPT:
             del self.jobs[self._ended_jobs.popleft()]
+
+
+def stepped_aside(model: str) -> RpcError:
+    return ModelBusy(f"this stepped aside for others that use {model}, or need its room", model=model, yielded=True)
 
 
 def error_object(error: RpcError) -> ErrorObject:

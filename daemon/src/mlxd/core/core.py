@@ -8,7 +8,10 @@ How a request runs, decided by `_settle` after every event:
        a. idle models go, least recently used first; never one that is generating, awaited or leased;
        b. if that is not enough, busy models serve what they had accepted by then, and go;
        c. if not even that is enough (leases, or it is larger than the budget): insufficient_memory.
-    4. A model that was idle for its keep_alive goes.
+       What only batch jobs want waits until there is room that nobody else has a use for.
+    4. Requests of batch jobs step aside, and are asked for anew later: for one that finds no free slot, for a model
+       that needs the room, and when the daemon stops.
+    5. A model that was idle for its keep_alive goes.
 
 How models come to the disk and leave it is decided in downloads.py and deletes.py.
 """
@@ -168,7 +171,10 @@ class Core:
             return
         self._book.seq += 1
         deadline = None if event.timeout_s is None else now - event.waited_s + event.timeout_s
-        request = Request(event.rid, event.client, record.id, self._book.seq, event.priority, event.timeout_s, deadline)
+        request = Request(
+            event.rid, event.client, record.id, self._book.seq, event.priority, event.timeout_s, deadline,
+            yields=event.yields,
+        )  # fmt: skip
         self.requests[event.rid] = request
         record.queue.put(request)
         if deadline is not None:
@@ -178,6 +184,7 @@ class Core:
             heapq.heappush(self._deadlines, (deadline, event.rid))
         if event.keep_alive_s is not None:
             record.keep_alive_s = event.keep_alive_s
+        record.needed = record.needed or not event.yields
         self._book.used(record, now)
 
     def _place_in_line(self, record: ModelRecord, client: int) -> bool:
@@ -206,6 +213,7 @@ class Core:
             return
         if event.keep_alive_s is not None:
             record.keep_alive_s = event.keep_alive_s
+        record.needed = True
         goal = Goal(event.rid, event.client, "ensure", event.lease)
         self._book.used(record, now)
         if record.serving and record.last_seq is None:
@@ -341,6 +349,8 @@ class Core:
         if not self.draining:
             self._book.draining = True
             self._book.out.append(do.Publish("daemon_stopping"))
+            for record in self.models.values():
+                self._book.step_aside(record, now)
 
     def _abort(self, event: ev.Abort, now: float) -> None:
         self._drain(ev.Drain(), now)
@@ -394,5 +404,9 @@ class Core:
             record.idle_since = None
             self._book.out.append(do.Dispatch(request.rid, record.worker))
             self._book.out.append(do.Publish("generation_started", model_id=record.id, rid=request.rid))
+        urgent = record.queue.of_priority("interactive") if record.queue else 0
+        if urgent and record.last_seq is None:
+            going = sum(request.ending is not None for request in record.running.values())
+            self._book.step_aside(record, now, max(0, urgent - going))
 
     # --- small changes that many decisions share ------------------------------------------------------------------

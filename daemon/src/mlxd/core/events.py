@@ -38,7 +38,8 @@ class Lost:
 @dataclass(frozen=True, slots=True)
 class Submit:
     """A request to generate. `timeout_s` counts from when it was accepted, `waited_s` ago; `keep_alive_s` changes the
-    model's, where given."""
+    model's, where given. One that `yields` is an item of a batch job: it may have to step aside at any time, and is
+    asked for again later."""
 
     rid: int
     client: int
@@ -47,6 +48,7 @@ class Submit:
     timeout_s: float | None = None
     keep_alive_s: float | None = None
     waited_s: float = 0.0
+    yields: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,10 @@ def _check_model(core: Core, m: ModelRecord) -> None:
         _hold(m.idle_since is not None, f"{m.id} rests, but its idle timer does not run")
     if m.serving and m.last_seq is None:
         _hold(not m.queue or len(m.running) == core.limits.max_batch, f"{m.id} lets requests wait beside free slots")
+        urgent = m.queue.of_priority("interactive")
+        stay = [r for r in m.running.values() if r.yields and r.ending is None]
+        going = sum(r.ending is not None for r in m.running.values())
+        _hold(not stay or urgent <= going, f"{m.id} lets interactive requests wait for batch jobs")
     if m.wanted and m.worker is None:
         _hold(m.id in core._book.pending, f"{m.id} is wanted, but is in no line")
     live = m.id in core._book.pending or (state == "Loading" and m.stopping is None)
@@ -67,7 +71,11 @@ def _check_loads(core: Core) -> None:
     for name in core._book.pending:
         m = core.models[name]
         _hold(m.worker is None and m.job is not None and m.job.state == "queued", f"{name} waits in line wrongly")
-    if core._book.pending:
+    urgent = any(core.models[name].urgent_load for name in core._book.pending)
+    if not urgent:
+        asked = [m.id for m in core._book.by_worker.values() if m.last_seq is not None]
+        _hold(not asked, f"{asked} are to make room, and nobody waits for any")
+    if urgent:
         going = any(m.stopping is not None or m.last_seq is not None for m in core._book.by_worker.values())
         _hold(going, "a load waits for room, and nothing is going to make any")
 

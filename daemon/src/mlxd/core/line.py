@@ -16,7 +16,7 @@ from . import events as ev
 from .book import Book, error_object
 from .breaker import Breakers
 from .records import ModelRecord, Request
-from .room import plan_room
+from .room import Room, plan_room
 
 
 class LoadLine:
@@ -57,9 +57,8 @@ class LoadLine:
 
     def make_room(self, now: float) -> None:
         """Serve the line of loads: only its head is considered, so that nobody overtakes it for ever."""
-        while self._book.pending:
-            record = self._book.models[next(iter(self._book.pending))]
-            room = plan_room(self._book.by_worker.values(), record, self._book.limits.budget_bytes)
+        while (choice := self._next_load()) is not None:
+            record, room = choice
             refusal = room.refusal
             if room.fits and not self.breakers.admit(record.id, now):
                 refusal = self.broken(record, now)
@@ -73,9 +72,10 @@ class LoadLine:
                 self.stop(victim, now)
             for victim in room.serve_out:
                 victim.last_seq = self._book.seq
+                self._book.step_aside(victim, now)
                 self._book.touch(victim)
             break
-        else:
+        if not any(self._book.models[name].urgent_load for name in self._book.pending):
             for record in self._book.by_worker.values():
                 record.last_seq = None  # nobody needs the room any more
         for name in self._book.pending:
@@ -83,6 +83,20 @@ class LoadLine:
             if record.job is not None and not record.job.announced:
                 record.job.announced = True
                 self._book.publish("loading_queued", record)
+
+    def _next_load(self) -> tuple[ModelRecord, Room] | None:
+        """The load to be decided on, and what room there is for it: the first that anybody waits for; else, of those
+        that only batch jobs want, the first for which something can be done without anybody's noticing."""
+        pending = [self._book.models[name] for name in self._book.pending]
+        workers, budget = self._book.by_worker.values(), self._book.limits.budget_bytes
+        for record in pending:
+            if record.urgent_load:
+                return record, plan_room(workers, record, budget)
+        for record in pending:
+            room = plan_room(workers, record, budget, patient=True)
+            if room.fits or room.stop or room.refusal is not None:
+                return record, room
+        return None
 
     def _start(self, record: ModelRecord, now: float) -> None:
         del self._book.pending[record.id]
@@ -182,6 +196,7 @@ class LoadLine:
         record.worker = record.stopping = record.last_seq = record.memory_bytes = record.idle_since = None
         record.progress = record.draft = None
         record.draft_takes = record.draft_granted = record.draft_promised = 0
+        record.needed = record.urgent
         if record.later is not None:
             (record.need_bytes, record.context_length), record.later = record.later, None
         if cause is None:

@@ -45,6 +45,9 @@ class FairQueue(Generic[T]):
     def of_client(self, client: int) -> int:
         return sum(len(line.get(client, ())) for line in self._lines.values())
 
+    def of_priority(self, priority: Priority) -> int:
+        return sum(map(len, self._lines[priority].values()))
+
     def put(self, request: T) -> None:
         self._lines[request.priority].setdefault(request.client, deque()).append(request)
         self._length += 1

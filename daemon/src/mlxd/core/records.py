@@ -17,7 +17,8 @@ from .queue import FairQueue
 
 @dataclass(slots=True)
 class Request:
-    """One generation. `ending` is set once its fate is sealed while the worker still holds its slot."""
+    """One generation. `ending` is set once its fate is sealed while the worker still holds its slot. One that `yields`
+    steps aside for what does not: see Book.step_aside."""
 
     rid: int
     client: int
@@ -28,6 +29,7 @@ class Request:
     deadline: float | None
     started_at: float | None = None
     ending: RpcError | None = None
+    yields: bool = False
 
 
 @dataclass(slots=True)
@@ -70,6 +72,7 @@ class ModelRecord:
     running_by_client: Counter[int] = field(default_factory=Counter)
     goals: dict[int, Goal] = field(default_factory=dict)
     leases: dict[str, int] = field(default_factory=dict)
+    needed: bool = False  # something that does not yield has used it since it was loaded, or wants it to be
     last_used: float = 0.0
     idle_since: float | None = None
     service_s: float | None = None  # moving average of how long a request holds its slot
@@ -104,6 +107,21 @@ class ModelRecord:
     def wanted(self) -> bool:
         """Whether anybody waits for this model to be Ready."""
         return bool(self.queue) or any(g.kind == "ensure" for g in self.goals.values())
+
+    @property
+    def urgent(self) -> bool:
+        """Whether anybody waits for this model to be Ready who does not yield."""
+        return any(not request.yields for request in self.queue) or any(g.kind == "ensure" for g in self.goals.values())
+
+    @property
+    def urgent_load(self) -> bool:
+        """The same of a load that waits; one that was asked for by name goes on when its caller has gone."""
+        return self.urgent or (self.job is not None and self.job.wanted)
+
+    @property
+    def pressing(self) -> bool:
+        """Busy with something that does not yield."""
+        return self.urgent or any(not request.yields for request in self.running.values())
 
     @property
     def busy(self) -> bool:

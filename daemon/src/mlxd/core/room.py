@@ -22,14 +22,17 @@ class Room:
     refusal: RpcError | None = None
 
 
-def plan_room(loaded: Iterable[ModelRecord], wanting: ModelRecord, budget_bytes: int) -> Room:
+def plan_room(loaded: Iterable[ModelRecord], wanting: ModelRecord, budget_bytes: int, *, patient: bool = False) -> Room:
     """Decide for the model at the head of the line.
+
+    What only batch jobs want is `patient`: it fits, or idle models go that nobody but batch jobs has used, or it waits.
 
     1. It is larger than the whole budget: refuse.
     2. It fits beside what is loaded: start.
     3. What is about to go anyway will make the room: wait.
     4. Idle models go, least recently used first; leased ones never.
-    5. Then busy ones, least recently used first, once they served what they had accepted.
+    5. Then busy ones, those that only batch jobs use before others and least recently used first, once they served what
+       they had accepted.
     6. Still not enough, because leases hold the rest: refuse.
     """
     need = wanting.wanted_bytes
@@ -43,11 +46,15 @@ def plan_room(loaded: Iterable[ModelRecord], wanting: ModelRecord, budget_bytes:
     lacking = need - free - sum(m.reserved_bytes for m in going)
     room = Room()
     movable = [m for m in holders if m not in going and not m.leases]
-    for record in sorted(movable, key=lambda m: (m.busy, m.last_used)):
+    if patient:
+        movable = [m for m in movable if not m.busy and not m.needed]
+    for record in sorted(movable, key=lambda m: (m.pressing, m.busy, m.last_used)):
         if lacking <= 0:
             break
         (room.serve_out if record.busy else room.stop).append(record)
         lacking -= record.reserved_bytes
+    if lacking > 0 and patient:
+        return Room()
     if lacking > 0:
         leased = [m for m in holders if m.leases]
         available = budget_bytes - sum(m.reserved_bytes for m in leased)

@@ -255,6 +255,12 @@ class Runtime:
 
     # --- from begin to end ----------------------------------------------------------------------------------------
 
+    def refuse_newer_state(self) -> None:
+        """Raises StateTooNew where a newer daemon left state that this one cannot read; nothing is changed then."""
+        self._downloads.records.refuse_newer()
+        self._prompts.refuse_newer()
+        self._supervisor.refuse_newer()
+
     async def begin(self) -> None:
         """Learn what is there, and go on with what an earlier daemon had begun."""
         self._prompts.begin()

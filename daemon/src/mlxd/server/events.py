@@ -68,6 +68,7 @@ class _View(NamedTuple):
     activity: bool
     jobs: bool
     stopping: bool
+    pressure: bool
 
     @classmethod
     def of(cls, names: frozenset[str]) -> _View:
@@ -76,6 +77,7 @@ class _View(NamedTuple):
             activity="queue" in names,
             jobs="job" in names,
             stopping="daemon_stopping" in names,
+            pressure="memory_pressure" in names,
         )
 
     def model(self, model: Model | None) -> Model | None:
@@ -355,6 +357,7 @@ class EventLog:
             ],
             jobs=[job for job in whole.jobs if view.jobs and (models is None or job.model in models)],
             stopping=view.stopping and whole.stopping,
+            memory_pressure=whole.memory_pressure if view.pressure else "normal",
         )
 
     def _lagged_frame(self, sub: Subscription, dropped: int) -> bytes:

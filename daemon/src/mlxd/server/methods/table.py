@@ -80,6 +80,7 @@ _GENERATION = (
     errors.ModelBusy,
     errors.QueueFull,
     errors.InsufficientMemory,
+    errors.MemoryPressure,
     errors.LoadFailed,
     errors.WorkerDied,
     errors.DeadlineExceeded,

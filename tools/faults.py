@@ -1,0 +1,76 @@
+"""Faults, injected into real daemons for as long as one likes, and what docs/guarantees.md promises checked meanwhile.
+
+    python3 tools/dev.py faults answers [--seconds S] [--seed N]    requests, while workers and daemons are killed
+    python3 tools/dev.py faults mirrors [--steps N] [--seed N]      followers of events, while all is restarted
+
+The suite has the short forms (tests/faults). Each run has a folder of its own; the first thing that is wrong ends it,
+and it exits with 1 then. The same seed draws the same faults; their moments are the machine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tools/dev.py faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=COMMANDS)
+    parser.add_argument("--seconds", type=_positive, default=60.0, help="how long; 60 where it is not given")
+    parser.add_argument("--steps", type=int, default=10_000, help="how many; 10000 where it is not given")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="drawn where it is not given")
+    options = parser.parse_args(arguments)
+    print(f"{options.what}, seed {options.seed}", flush=True)
+    began = time.monotonic()
+    try:
+        lines = COMMANDS[options.what](options)
+    except AssertionError:
+        sys.stdout.flush()
+        traceback.print_exc()
+        print("WRONG: see above", flush=True)
+        return 1
+    print(*lines, f"all as promised, in {time.monotonic() - began:.0f} s", sep="\n", flush=True)
+    return 0
+
+
+def _positive(text: str) -> float:
+    if float(text) <= 0:
+        raise argparse.ArgumentTypeError("more than 0")
+    return float(text)
+
+
+def _table(tally: Counter[str]) -> list[str]:
+    return [f"{count:9,}  {what}" for what, count in sorted(tally.items())]
+
+
+def answers(options: argparse.Namespace) -> list[str]:
+    from support.daemon import Daemon
+    from support.ledger import SETTINGS, Ledger
+
+    with Daemon(bad_child="worker", **SETTINGS) as daemon:
+        return _table(Ledger(daemon, options.seed).run(options.seconds))
+
+
+def mirrors(options: argparse.Namespace) -> list[str]:
+    from support.daemon import Daemon
+    from support.hub import Hub
+    from support.mirrors import SETTINGS, Followed
+
+    with Hub() as hub, Daemon(bad_child="worker", env=hub.env(), **SETTINGS) as daemon:
+        return _table(Followed(daemon, hub, options.seed).run(options.steps))
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {"answers": answers, "mirrors": mirrors}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
