@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from mlxd.cli.exits import BY_KIND
 from mlxd.cli.main import build_parser
 from mlxd.cli.shells import describe
 from mlxd.server.methods.table import METHODS
 from mlxd.settings import Settings
-from mlxd_client import types
+from mlxd_client import errors, types
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -75,7 +76,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_is_found_from_the_index() -> None:
     index = ROOT / "docs" / "README.md"
-    linked = {(index.parent / link.partition("#")[0]).resolve() for link in re.findall(r"\]\(([^)]+)\)", index.read_text())}
+    links = re.findall(r"\]\(([^)]+)\)", index.read_text("utf-8"))
+    linked = {(index.parent / link.partition("#")[0]).resolve() for link in links}
     assert [page.name for page in (ROOT / "docs").glob("*.md") if page != index and page not in linked] == []
     assert "(docs/README.md)" in (ROOT / "README.md").read_text()
 
@@ -84,14 +86,14 @@ def test_every_page_is_found_from_the_index() -> None:
 
 
 def command_lines(text: str) -> Iterator[str]:
-    """Every `mlxd …` that a page shows: in blocks, in indented lines, and in running text."""
+    """Every `mlxd …` that a page shows: in blocks, in indented lines, and in running text, where two words name it."""
     shown = re.findall(r"^ {4}(\S.*)$", prose(text), re.MULTILINE)
     for code in blocks(text, "", "sh", "console"):
         shown += code.splitlines()
     for line in shown:
         yield from _of_shell(line.removeprefix("$ "))
     for code in re.findall(r"`(mlxd [^`]+)`", prose(text)):
-        yield from _of_shell(code.replace("\\|", "|") if "|" not in code.replace("\\|", "") else code)
+        yield from _of_shell(f"{code} --help" if len(code.split()) == 2 else code)
 
 
 def _of_shell(line: str) -> Iterator[str]:
@@ -185,3 +187,15 @@ def test_methods_and_events_exist(page: Path) -> None:
     for name in re.findall(r"\bevents? `(\w+)`", prose(page.read_text("utf-8"))):
         known = {*types.EVENT_TOPICS, "stream", "event", "lagged", "resync"}
         assert name in known, f"{page.name} names the event {name}"
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_error_is_explained() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    explained = re.findall(r"^\| `(\w+)` \| .*\S.* \|$", page.partition("## Errors by kind")[2], re.MULTILINE)
+    assert sorted(explained) == sorted(BY_KIND)
+    assert errors.BY_KIND.keys() <= BY_KIND.keys()
+    for name in re.findall(r"\| `([A-Z]\w+)`(?:, `([A-Z]\w+)`)? \|", page):
+        assert all(issubclass(getattr(errors, one), errors.ClientError) for one in name if one)
