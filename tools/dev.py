@@ -7,7 +7,7 @@
     bench [ARG...]   speed and size against mlx_lm, as ratios in one run
     soak [ARG...]    downloads that are killed again and again, and very large ones
     faults WHAT      what docs/guarantees.md promises, while workers and daemons are killed
-    fuzz [ARG...]    broken frames for the codec; with --engine, requests of every kind mixed on a tiny model
+    fuzz [ARG...]    broken frames for the codec; --session, a daemon's conversations; --engine, requests mixed
     lint [--fix]     style and types alone
     draw [--check]   everything that is made from the code: references, man pages, types, service files
     setup            only see to the environment

@@ -2,6 +2,8 @@
 
     python3 tools/dev.py faults answers [--seconds S] [--seed N]    requests, while workers and daemons are killed
     python3 tools/dev.py faults mirrors [--steps N] [--seed N]      followers of events, while all is restarted
+    python3 tools/dev.py faults deaths [--rounds N]                 real workers that die of each cause, and how soon it
+                                                                    is told
 
 The suite has the short forms (tests/faults). Each run has a folder of its own; the first thing that is wrong ends it,
 and it exits with 1 then. The same seed draws the same faults; their moments are the machine's.
@@ -11,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import random
+import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -28,6 +32,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--seconds", type=_positive, default=60.0, help="how long; 60 where it is not given")
     parser.add_argument("--steps", type=int, default=10_000, help="how many; 10000 where it is not given")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each; 5 where it is not given")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="drawn where it is not given")
     options = parser.parse_args(arguments)
     print(f"{options.what}, seed {options.seed}", flush=True)
@@ -70,7 +75,28 @@ def mirrors(options: argparse.Namespace) -> list[str]:
         return _table(Followed(daemon, hub, options.seed).run(options.steps))
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {"answers": answers, "mirrors": mirrors}
+def deaths(options: argparse.Namespace) -> list[str]:
+    from support import tiny_model
+    from support.deaths import CAUSES, Dying, possible
+
+    lines = [
+        f"{'cause':22} {'median':>8} {'worst':>8}   until two answers in the middle of decoding have ended with it"
+    ]
+    with tempfile.TemporaryDirectory(prefix="mlxd-") as folder, Dying.daemon_of() as daemon:
+        dying = Dying(daemon, str(tiny_model.build(Path(folder).resolve() / "model", context=500_000)))
+        for name, cause in CAUSES.items():
+            if not possible(name):
+                lines.append(f"{name:22} not possible here")
+                continue
+            times = [dying.die(name) for _ in range(options.rounds)]
+            assert max(times) <= cause.within_s, f"{name}: {max(times):.3f} s"
+            lines.append(f"{name:22} {statistics.median(times):6.3f} s {max(times):6.3f} s")
+    return lines
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
+    "answers": answers, "mirrors": mirrors, "deaths": deaths,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

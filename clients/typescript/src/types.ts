@@ -357,6 +357,10 @@ export interface Model {
   idle_unload_at?: number;
   draft_model?: string;
   kind?: "adapter" | "model";
+  pinned?: boolean;
+  preload?: boolean;
+  adapter?: string;
+  capabilities?: string[];
 }
 
 export interface ModelCache {

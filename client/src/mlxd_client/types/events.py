@@ -24,6 +24,7 @@ EVENT_TOPICS: dict[str, str] = {
     "loading_progress": "models",
     "loading_completed": "models",
     "draft_attached": "models",
+    "model_changed": "models",
     "unloading_started": "models",
     "unloaded": "models",
     "deleting_started": "models",
@@ -37,6 +38,7 @@ EVENT_TOPICS: dict[str, str] = {
     "generation_finished": "generation",
     "memory_pressure": "system",
     "config_changed": "system",
+    "config_failed": "system",
     "daemon_stopping": "system",
 }
 TOPICS: frozenset[str] = frozenset(EVENT_TOPICS.values())

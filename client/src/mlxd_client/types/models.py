@@ -20,6 +20,10 @@ class Model(Result, kw_only=True):
     `latest_revision` is set where the hub is known to have a newer one than `revision`. `draft_model` is the one
     that guesses for it, where its worker has one. An `adapter` is on the disk, and never loaded by itself: requests
     name it beside a model. Its `kind` is known once it is here.
+
+    `pinned` and `preload` are what the settings say of it. While it is loaded, `adapter` is the id of the one that
+    requests get that name none, and `capabilities` is what it can do: `process`, `chat` (it has a template for turns),
+    `thinking`, `tools`, `vision`, `embed`, `structured` and `grammar`, `adapters`, `logprobs`, `seed`, `faithful`.
     """
 
     id: str
@@ -40,6 +44,10 @@ class Model(Result, kw_only=True):
     idle_unload_at: float | None = None
     draft_model: str | None = None
     kind: Literal["model", "adapter"] = "model"
+    pinned: bool = False
+    preload: bool = False
+    adapter: str | None = None
+    capabilities: list[str] | None = None
 
 
 ACTIVITY_FIELDS: tuple[str, ...] = (

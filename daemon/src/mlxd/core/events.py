@@ -10,6 +10,8 @@ from typing import Literal
 
 from mlxd_client.errors import RpcError
 
+from .limits import Limits, Rules
+
 Priority = Literal["interactive", "batch"]
 
 
@@ -24,7 +26,6 @@ class Found:
     revision: str | None = None
     size_bytes: int | None = None
     context_length: int | None = None
-    keep_alive_s: float | None = None
     kind: Literal["model", "adapter"] = "model"
 
 
@@ -205,12 +206,14 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """`draft` is the draft model that was loaded with it: what it takes is part of the model's needs."""
+    """`draft` is the draft model that was loaded with it: what it takes is part of the model's needs. `capabilities`
+    is what the worker says that the model can do; None where it does not."""
 
     worker: int
     memory_bytes: int
     context_length: int
     draft: str | None = None
+    capabilities: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +246,29 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Configure:
+    """The settings are these from now on. What is accepted already stays so; models that do not fit any more go."""
+
+    limits: Limits
+    rules: Rules
+
+
+@dataclass(frozen=True, slots=True)
+class Preload:
+    """The wish that a model on this disk be loaded, which nobody waits for: none goes for it, unless it is pinned."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """Requests that name no adapter get this one from the worker now."""
+
+    worker: int
+    adapter: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed: whatever is due is done."""
 
@@ -260,5 +286,6 @@ class Abort:
 Event = (
     Found | Lost | Submit | Ensure | Release | Unload | Cancel | CancelJob | ClientGone | LoadProgress | Loaded
     | LoadFailed | WorkerExited | MemoryReport | Done | Tick | Drain | Abort | Download | FetchProgress | Fetched
-    | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest | Attach | Attached
+    | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest | Attach | Attached | Configure
+    | Preload | Adapted
 )  # fmt: skip

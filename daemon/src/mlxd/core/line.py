@@ -16,7 +16,7 @@ from . import events as ev
 from .book import Book, error_object
 from .breaker import Breakers
 from .records import ModelRecord, Request
-from .room import Room, plan_room
+from .room import Room, plan_room, plan_shed
 
 
 class LoadLine:
@@ -57,6 +57,9 @@ class LoadLine:
 
     def make_room(self, now: float) -> None:
         """Serve the line of loads: only its head is considered, so that nobody overtakes it for ever."""
+        over = plan_shed(self._book.by_worker.values(), self._book.limits.budget_bytes)
+        if over is not None:
+            self._clear(over, now)
         while (choice := self._next_load()) is not None:
             record, room = choice
             refusal = room.refusal
@@ -68,14 +71,9 @@ class LoadLine:
             if room.fits:
                 self._start(record, now)
                 continue
-            for victim in room.stop:
-                self.stop(victim, now)
-            for victim in room.serve_out:
-                victim.last_seq = self._book.seq
-                self._book.step_aside(victim, now)
-                self._book.touch(victim)
+            self._clear(room, now)
             break
-        if not any(self._book.models[name].urgent_load for name in self._book.pending):
+        if over is None and not any(self._book.models[name].urgent_load for name in self._book.pending):
             for record in self._book.by_worker.values():
                 record.last_seq = None  # nobody needs the room any more
         for name in self._book.pending:
@@ -84,16 +82,26 @@ class LoadLine:
                 record.job.announced = True
                 self._book.publish("loading_queued", record)
 
+    def _clear(self, room: Room, now: float) -> None:
+        """Have those go that a plan names."""
+        for victim in room.stop:
+            self.stop(victim, now)
+        for victim in room.serve_out:
+            victim.last_seq = self._book.seq
+            self._book.step_aside(victim, now)
+            self._book.touch(victim)
+
     def _next_load(self) -> tuple[ModelRecord, Room] | None:
         """The load to be decided on, and what room there is for it: the first that anybody waits for; else, of those
-        that only batch jobs want, the first for which something can be done without anybody's noticing."""
+        that only batch jobs or the settings want, the first for which something can be done without anybody's
+        noticing."""
         pending = [self._book.models[name] for name in self._book.pending]
         workers, budget = self._book.by_worker.values(), self._book.limits.budget_bytes
         for record in pending:
             if record.urgent_load:
                 return record, plan_room(workers, record, budget)
         for record in pending:
-            room = plan_room(workers, record, budget, patient=True)
+            room = plan_room(workers, record, budget, "patient" if record.awaited else "modest")
             if room.fits or room.stop or room.refusal is not None:
                 return record, room
         return None
@@ -104,6 +112,7 @@ class LoadLine:
         record.worker = self._workers
         self._book.by_worker[record.worker] = record
         record.error = None
+        record.max_batch = self._book.limits.max_batch
         record.progress = 0.0
         record.load_began = now
         self._book.out.append(do.StartWorker(record.worker, record.id))
@@ -147,7 +156,7 @@ class LoadLine:
         last = self.last_deaths.get(record.id)
         told = {} if last is None else {"last": last.message}
         return errors.WorkerDied(
-            f"workers of {record.id} kept dying; the next try is in {wait:.0f} s, or now with a load",
+            f"workers of {record.id} kept dying; one is tried in {wait:.0f} s, or at once by `mlxd load {record.id}`",
             cause="crash_loop", model=record.id, retry_after_s=round(wait, 3), **told,
         )  # fmt: skip
 
@@ -170,6 +179,8 @@ class LoadLine:
         record.memory_bytes = event.memory_bytes
         record.context_length = event.context_length
         record.draft = event.draft
+        record.capabilities = event.capabilities
+        record.preloading = False
         record.error = record.progress = None
         record.load_s = now - record.load_began
         self._book.move(record, "loaded", now)
@@ -194,7 +205,7 @@ class LoadLine:
         cause = record.stopping
         was_loading = record.lifecycle.state == "Loading"
         record.worker = record.stopping = record.last_seq = record.memory_bytes = record.idle_since = None
-        record.progress = record.draft = None
+        record.progress = record.draft = record.adapter = record.capabilities = None
         record.draft_takes = record.draft_granted = record.draft_promised = 0
         record.needed = record.urgent
         if record.later is not None:
@@ -203,7 +214,7 @@ class LoadLine:
             cause = "worker_died"
             self._mourn(record, event.error, was_loading, now)
         elif cause == "unloaded" and not record.wanted:
-            record.keep_alive_s = record.default_keep_alive_s  # what requests wished was for this stay in memory
+            record.keep_alive_wish = None  # what requests wished was for this stay in memory
         for request in list(record.running.values()):
             self._lose(record, request, event.error)
         self._book.move(record, cause, now)
@@ -217,6 +228,8 @@ class LoadLine:
         record.error = self.last_deaths[record.id] = error_object(death)
         self.deaths[record.id] += 1
         self.breakers.died(record.id, now)
+        if record.preload:  # it is loaded again, as soon as its breaker allows
+            record.preload_at = max(now, self.breakers.retry_at(record.id) or now)
         if was_loading:
             self._book.fail_all(record, death, now)
             self._book.end_job(record, "failed", now, record.error)
@@ -226,6 +239,12 @@ class LoadLine:
         self._book.free_slot(record, request)
         death = error or errors.WorkerDied(f"the worker of {record.id} was stopped", cause="stopped")
         self._book.close(request, request.ending or death)
+
+    def adapted(self, event: ev.Adapted, now: float) -> None:
+        record = self._book.by_worker.get(event.worker)
+        if record is not None and record.adapter != event.adapter and record.lifecycle.state == "Ready":
+            record.adapter = event.adapter
+            self._book.publish("model_changed", record)
 
     def memory_report(self, event: ev.MemoryReport, now: float) -> None:
         record = self._book.by_worker.get(event.worker)

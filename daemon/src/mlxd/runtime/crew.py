@@ -150,7 +150,12 @@ class Crew:
     def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None:
         self._links[worker].ready_at = time.monotonic()
         self._log.info("loaded", worker=worker, load_s=round(loaded.load_s, 3), memory_bytes=loaded.memory_bytes)
-        self._tell(ev.Loaded(worker, loaded.memory_bytes, loaded.context_length, self._draft_of(worker, loaded)))
+        self._tell(
+            ev.Loaded(
+                worker, loaded.memory_bytes, loaded.context_length, self._draft_of(worker, loaded),
+                tuple(loaded.capabilities) or None,
+            )
+        )  # fmt: skip
         self._share_memory()
 
     def worker_load_failed(self, worker: int, error: errors.RpcError) -> None:

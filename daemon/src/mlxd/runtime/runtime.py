@@ -19,7 +19,8 @@ from .. import __version__
 from ..children.supervisor import Supervisor
 from ..core import actions as do
 from ..core import events as ev
-from ..core.core import Core, Limits
+from ..core.core import Core
+from ..core.limits import Limits, Rules
 from ..fetchers import Fetchers
 from ..library import Library
 from ..prompts import Prompts
@@ -31,6 +32,7 @@ from .generations import Generations
 from .goals import Goals
 from .holding import Holding
 from .jobs import Jobs
+from .preloads import Preloads
 from .supply import Supply
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class Runtime:
         self._quiet: asyncio.Event = asyncio.Event()
         self._inbox: list[ev.Event] = []
         self._performing = False
+        self._settings = settings
         self.core = Core(_bounds(settings), wall=time.time() - loop.time(), job_prefix=f"load-{self.epoch[:6]}")
         self.events = EventLog(self.epoch, self.core.snapshot, limits=limits)
         self._links: dict[int, WorkerLink] = {}
@@ -96,6 +99,7 @@ class Runtime:
             links, settings, library, prompts, core, self._supervisor, self._generations, tell, log
         )
         holding = Holding(settings, core, goals, supply, crew, tell, loop, epoch=self.epoch)
+        self._preloads = Preloads(supply, tell, self.events.publish, log, loop)
         asking = Asking(settings, holding, crew, tell)
         self._offer(supply, jobs, holding, asking)
 
@@ -178,6 +182,8 @@ class Runtime:
             if action.job.kind == "download":
                 self._downloads.remember(action.job)
             self._jobs.changed(action.job)
+        if action.error is not None and action.model is not None and action.model.preload:
+            self._log.warning("preload", model=action.model_id, kind=action.error.kind, reason=action.error.message)
         if action.name in ("loading_started", "loading_progress", "loading_queued"):
             assert action.model_id is not None
             self._generations.loading(action.model_id, action.progress)
@@ -253,6 +259,16 @@ class Runtime:
         """Nothing is loaded, under way or waited for."""
         return not (self._generations or self._goals or self._links or self._jobs.under_way)
 
+    # --- the settings ---------------------------------------------------------------------------------------------
+
+    def _configure_core(self) -> None:
+        settings, id_of = self._settings, self._library.id_of
+        rules = Rules(
+            {id_of(ref): seconds for ref, seconds in settings.keep_alive.items()},
+            frozenset(map(id_of, settings.pinned)), tuple(dict.fromkeys(map(id_of, settings.preload))),
+        )  # fmt: skip
+        self.tell(ev.Configure(_bounds(settings), rules))
+
     # --- from begin to end ----------------------------------------------------------------------------------------
 
     def refuse_newer_state(self) -> None:
@@ -264,7 +280,9 @@ class Runtime:
     async def begin(self) -> None:
         """Learn what is there, and go on with what an earlier daemon had begun."""
         self._prompts.begin()
+        self._configure_core()
         await self._supply.begin()
+        self._preloads.begin(self._settings.preload)
 
     def request_shutdown(self) -> None:
         self.on_shutdown()
@@ -281,6 +299,7 @@ class Runtime:
     def abort(self) -> None:
         """Refuse whatever is still open, and stop all workers."""
         self._generations.abort()
+        self._preloads.abort()
         self.tell(ev.Abort())
 
     async def close(self, grace_s: float) -> None:

@@ -1,0 +1,31 @@
+"""What the settings say to the core: its bounds, and what is to become of single models. Both change while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`budget_bytes` bounds all models together; `queue` all waiting requests; `max_batch` the running ones of a model
+    that is loaded from then on; `downloads` all that move bytes at a time, `fetcher_starts` how often a fetcher that
+    dies is started anew for one download: after `fetcher_backoff_s`, doubled each time."""
+
+    budget_bytes: int
+    queue: int = 512
+    max_batch: int = 32
+    keep_alive_s: float = 300.0
+    downloads: int = 2
+    fetcher_starts: int = 3
+    fetcher_backoff_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """By model: `keep_alive_s`, where it is another than that of Limits; those that are `pinned`; those that are to be
+    loaded by themselves (`preload`), in order."""
+
+    keep_alive_s: Mapping[str, float] = field(default_factory=dict)
+    pinned: frozenset[str] = frozenset()
+    preload: tuple[str, ...] = ()
