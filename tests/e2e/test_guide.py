@@ -1,4 +1,4 @@
-"""What docs/clients.md shows works as it stands: each block of Python, against a real daemon with the built-in model."""
+"""What docs/clients.md shows works as it stands: each block of Python, against a real daemon and the built-in model."""
 
 from __future__ import annotations
 
