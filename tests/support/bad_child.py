@@ -148,6 +148,7 @@ class Worker:
         self.running: dict[int, Generation] = {}
         self.steps_folder = os.environ.get("BAD_CHILD_STEPS")
         self.last_beat = 0.0
+        self.made_tokens = 0
 
     def serve(self) -> None:
         open_input = True
@@ -168,7 +169,9 @@ class Worker:
                 self.handle(message)
             self.step()
             if time.monotonic() - self.last_beat >= HEARTBEAT_S and (open_input or self.obedient):
-                self.pipe.notify("heartbeat", {"active": len(self.running), "memory_bytes": 1000})
+                made = self.made_tokens + sum(generation.made for generation in self.running.values())
+                beat = {"active": len(self.running), "memory_bytes": 1000, "made_tokens": made}
+                self.pipe.notify("heartbeat", beat)
                 self.last_beat = time.monotonic()
 
     def handle(self, message: dict[str, Any]) -> None:
@@ -227,6 +230,7 @@ class Worker:
 
     def finish(self, request_id: int, reason: str) -> None:
         generation = self.running.pop(request_id)
+        self.made_tokens += generation.made
         self.pipe.answer(
             request_id,
             {
@@ -234,7 +238,7 @@ class Worker:
                 "finish_reason": reason,
                 "prompt_tokens": len(generation.words),
                 "completion_tokens": generation.made,
-                "timings": {"prompt_s": 0.0, "first_token_s": 0.0, "decode_s": 0.0},
+                "timings": generation.timings(),
             },
         )
 
@@ -282,7 +286,14 @@ class Generation:
         self.steps_folder = steps_folder
         self.made = 0
         self.text = ""
-        self.due = time.monotonic()
+        self.due = self.began = time.monotonic()
+        self.first_at = 0.0
+
+    def timings(self) -> dict[str, float]:
+        first_at = self.first_at or time.monotonic()
+        first_s = first_at - self.began
+        decode_s = time.monotonic() - first_at
+        return {"prompt_s": first_s, "first_token_s": first_s if self.first_at else 0.0, "decode_s": decode_s}
 
     @property
     def done(self) -> str:
@@ -293,6 +304,7 @@ class Generation:
             return ""
         piece = ("" if self.made == 0 else " ") + self.words[self.made]
         self.made += 1
+        self.first_at = self.first_at or time.monotonic()
         self.text += piece
         return piece
 

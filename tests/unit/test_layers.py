@@ -45,6 +45,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.server": ({"mlxd_client", "mlxd.logs"}, {"msgspec", "psutil"}),
     "mlxd.workers": ({"mlxd_client", "mlxd.childwire", "mlxd.children"}, {"msgspec"}),
     "mlxd.generation": ({"mlxd_client", "mlxd.childwire", "mlxd.core", "mlxd.server"}, {"msgspec"}),
+    "mlxd.stats": ({"mlxd_client", "mlxd.childwire"}, set()),
     "mlxd.texts": ({"mlxd_client", "mlxd.childwire"}, {"msgspec"}),
     "mlxd.fetchers": ({"mlxd_client", "mlxd.childwire", "mlxd.children"}, {"msgspec"}),
     "mlxd.downloads": (
@@ -63,8 +64,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     ),
     "mlxd.runtime": (
         {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.generation",
-         "mlxd.library", "mlxd.logs", "mlxd.prompts", "mlxd.server", "mlxd.settings", "mlxd.store", "mlxd.texts",
-         "mlxd.workers"},
+         "mlxd.library", "mlxd.logs", "mlxd.prompts", "mlxd.server", "mlxd.settings", "mlxd.stats", "mlxd.store",
+         "mlxd.texts", "mlxd.workers"},
         {"msgspec", "psutil"},
     ),
     "mlxd.notify": (set(), set()),

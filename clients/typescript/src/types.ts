@@ -120,6 +120,13 @@ export interface ClientInfo {
   version?: string;
 }
 
+export interface ClientTotals {
+  open: number;
+  subscribers: number;
+  accepted: number;
+  refused: number;
+}
+
 export interface Completion {
   model: string;
   text: string;
@@ -152,6 +159,18 @@ export interface DeleteResult {
   freed_bytes: number;
 }
 
+export interface Distribution {
+  count: number;
+  mean: number;
+  stddev: number;
+  least: number;
+  most: number;
+  p50: number;
+  p90: number;
+  p95: number;
+  p99: number;
+}
+
 export interface DownloadParams {
   model: string;
   revision?: string;
@@ -160,6 +179,11 @@ export interface DownloadParams {
 
 export interface DownloadResult {
   job: string;
+}
+
+export interface DownloadTotals {
+  ended?: Record<string, number>;
+  fetched_bytes?: number;
 }
 
 export interface EmbedParams {
@@ -219,6 +243,12 @@ export interface Event {
   details?: Record<string, unknown>;
   dropped?: number;
   snapshot?: Snapshot;
+}
+
+export interface EventTotals {
+  published: number;
+  dropped: number;
+  lagged: number;
 }
 
 export interface HelloParams {
@@ -338,6 +368,11 @@ export interface Message {
   tool_call_id?: string;
 }
 
+export interface MetricsResult {
+  content_type: string;
+  text: string;
+}
+
 export interface Model {
   id: string;
   state: "Downloaded" | "Downloading" | "Loading" | "NotDownloaded" | "Ready";
@@ -371,6 +406,27 @@ export interface ModelCache {
 
 export interface ModelParams {
   model: string;
+}
+
+export interface ModelStats {
+  model: string;
+  requests?: Record<string, Record<string, number>>;
+  slow_requests?: number;
+  prompt_tokens?: number;
+  cached_tokens?: number;
+  completion_tokens?: number;
+  now_tokens_per_s?: number;
+  recent_tokens_per_s?: number;
+  queue_s?: Distribution;
+  load_s?: Distribution;
+  first_token_s?: Distribution;
+  total_s?: Distribution;
+  tokens_per_s?: Distribution;
+  load_failures?: Record<string, number>;
+  unloads?: Record<string, number>;
+  deaths?: Record<string, number>;
+  prompt_cache?: PromptCacheTotals;
+  speculation?: SpeculationTotals;
 }
 
 export interface ModelsResult {
@@ -439,6 +495,15 @@ export interface ProcessParams {
   system?: string;
 }
 
+export interface PromptCacheTotals {
+  hits?: number;
+  misses?: number;
+  saved_tokens?: number;
+  disk_hits?: number;
+  disk_tokens?: number;
+  disk_failures?: number;
+}
+
 export interface ServerInfo {
   name: string;
   version: string;
@@ -461,6 +526,24 @@ export interface Speculation {
   kind: "draft" | "lookup";
   drafted_tokens: number;
   accepted_tokens: number;
+}
+
+export interface SpeculationTotals {
+  drafted_tokens?: number;
+  accepted_tokens?: number;
+}
+
+export interface Stats {
+  since_at: number;
+  models: ModelStats[];
+  clients: ClientTotals;
+  events: EventTotals;
+  downloads: DownloadTotals;
+  log_lines_dropped?: number;
+}
+
+export interface StatsParams {
+  model?: string;
 }
 
 export interface Status {
@@ -580,6 +663,8 @@ export interface Methods {
   "hello": { params: { protocol: [number, number]; client: ClientInfo }; result: HelloResult };
   "ping": { params: Record<string, never>; result: Empty };
   "status": { params: Record<string, never>; result: Status };
+  "stats": { params: { model?: string }; result: Stats };
+  "metrics": { params: Record<string, never>; result: MetricsResult };
   "shutdown": { params: Record<string, never>; result: Empty };
   "rpc.discover": { params: Record<string, never>; result: Record<string, unknown> };
   "models.list": { params: { updates?: boolean }; result: ModelsResult };

@@ -82,7 +82,7 @@ def serve(settings: Settings, launch: Launch | None = None) -> int:
     installed = logs.configure(settings.log_file, level=settings.log_level, prompts=settings.log_prompts)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Daemon(settings, limits, listener, notifier, launch).run())
+            runner.run(_Daemon(settings, limits, listener, notifier, launch, installed).run())
     except StateTooNew as error:
         logs.get("mlxd").error("state is too new", path=str(error.path), reason=str(error))
         if launch.managed:
@@ -142,10 +142,17 @@ class _Daemon:
     """The parts of one running daemon."""
 
     def __init__(
-        self, settings: Settings, limits: ServerLimits, listener: Listener, notifier: Notifier, launch: Launch
+        self,
+        settings: Settings,
+        limits: ServerLimits,
+        listener: Listener,
+        notifier: Notifier,
+        launch: Launch,
+        installed: logs.Logs,
     ) -> None:
         self._settings = settings
         self._launch = launch
+        self._installed = installed
         self._limits = limits
         self._listener = listener
         self._notifier = notifier
@@ -168,6 +175,7 @@ class _Daemon:
             settings, Store(settings.aliases), supervisor, logs.get("mlxd.runtime"), limits=limits, loop=loop
         )
         runtime.on_shutdown = self._stop.set
+        runtime.log_lines_dropped = lambda: self._installed.dropped
         server = Server(runtime, runtime.events, log=logs.get("mlxd.server"), limits=limits)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)

@@ -126,6 +126,7 @@ class Downloads:
 
     Attributes:
         records: the downloads that have not ended.
+        fetched_bytes: what crossed the network so far, for those that failed, too.
 
     Args:
         store: finds models; asked on `disk`, one question at a time.
@@ -155,6 +156,8 @@ class Downloads:
         self._disk = disk
         self._remover = ThreadPoolExecutor(1, "mlxd-remover")  # unlinking gigabytes takes a while
         self.records = Records(Path(settings.home) / "downloads.json", log)
+        self.fetched_bytes = 0
+        self._coming: dict[int, tuple[int, int]] = {}  # by fetcher: bytes on disk when it began to fetch, and now
         self._links: dict[int, FetcherLink[wire.Fetched]] = {}
         self._asked: dict[tuple[str, int | None], tuple[float, wire.FetchPlan | errors.RpcError]] = {}
         self._asking: dict[tuple[str, int | None], asyncio.Task[wire.FetchPlan | errors.RpcError]] = {}
@@ -260,6 +263,8 @@ class Downloads:
 
     def _progressed(self, fetcher: int, at: wire.Fetching) -> None:
         phase: Any = at.phase
+        if phase in ("downloading", "retrying"):
+            self._coming[fetcher] = self._coming.get(fetcher, (at.done_bytes, 0))[0], at.done_bytes
         self._tell(
             ev.FetchProgress(fetcher, phase, at.done_bytes, at.total_bytes, at.rate_bytes_s, max(1, at.attempts))
         )
@@ -269,6 +274,8 @@ class Downloads:
             self._log.warning("download failed", model=model, kind=answer.kind, reason=answer.message)
             self._tell(ev.FetchFailed(fetcher, answer))
         else:
+            self._coming.pop(fetcher, None)
+            self.fetched_bytes += answer.fetched_bytes
             self._log.info("downloaded", model=model, revision=answer.commit, fetched_bytes=answer.fetched_bytes)
             self._later(self._arrived(fetcher, model))
 
@@ -286,6 +293,8 @@ class Downloads:
 
     def _exited(self, fetcher: int, model: str, death: Death) -> None:
         self._links.pop(fetcher, None)
+        began, came = self._coming.pop(fetcher, (0, 0))
+        self.fetched_bytes += max(0, came - began)
         self.forget_plans(model)  # a part of it may be here by now
         if not death.expected:
             self._log.error("fetcher ended", model=model, cause=death.cause, told=death.describe())

@@ -115,6 +115,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         catalog: further recommended models, by id, with the fields that the built-in catalog has.
         log_level: what the log holds.
         log_prompts: whether prompts and answers may be logged.
+        slow_request_s: a request that takes so long gets a line in the log that says where the time went; 0 none.
+        slow_first_token_s: the same for one whose answer takes so long to begin.
     """
 
     home: Name
@@ -156,6 +158,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     catalog: dict[Name, dict[str, Any]] = {}
     log_level: LogLevel = "info"
     log_prompts: bool = False
+    slow_request_s: Annotated[float, Meta(ge=0, le=86_400)] = 120.0
+    slow_first_token_s: Annotated[float, Meta(ge=0, le=86_400)] = 15.0
 
     @property
     def log_file(self) -> Path:

@@ -85,7 +85,7 @@ class LoadLine:
     def _clear(self, room: Room, now: float) -> None:
         """Have those go that a plan names."""
         for victim in room.stop:
-            self.stop(victim, now)
+            self.stop(victim, now, why="room")
         for victim in room.serve_out:
             victim.last_seq = self._book.seq
             self._book.step_aside(victim, now)
@@ -128,18 +128,22 @@ class LoadLine:
                 continue
             deadline = record.idle_deadline
             if deadline is not None and deadline <= now and not record.busy:
-                self.stop(record, now)
+                self.stop(record, now, why="idle")
             elif record.last_seq is not None and not record.running:
-                self.stop(record, now)  # what may still be served was dispatched before this
+                self.stop(record, now, why="room")  # what may still be served was dispatched before this
 
-    def stop(self, record: ModelRecord, now: float, cause: str | None = None) -> None:
-        """Tell the model's worker to go. The model keeps its state, and its memory, until it is gone."""
+    def stop(self, record: ModelRecord, now: float, cause: str | None = None, *, why: str = "asked") -> None:
+        """Tell the model's worker to go. The model keeps its state, and its memory, until it is gone.
+
+        Args:
+            why: see actions.StopWorker.
+        """
         if record.stopping is not None:
             return
         assert record.worker is not None
         loading = record.lifecycle.state == "Loading"
         record.stopping = cause or ("load_cancelled" if loading else "unloaded")
-        self._book.out.append(do.StopWorker(record.worker))
+        self._book.out.append(do.StopWorker(record.worker, why))
         self._book.end_job(record, "cancelled", now)
         self._book.publish("unloading_started", record)
 
@@ -148,7 +152,7 @@ class LoadLine:
         if record.worker is None:
             self.unpend(record, None, now)
         else:
-            self.stop(record, now)
+            self.stop(record, now, why="stopping" if self._book.draining else "cancelled")
 
     def broken(self, record: ModelRecord, now: float) -> RpcError:
         """Why no worker is started for this model at present: its workers kept dying."""
@@ -198,7 +202,7 @@ class LoadLine:
         record.error = error_object(event.error)
         self._book.fail_all(record, event.error, now)
         self._book.end_job(record, "failed", now, record.error)
-        self.stop(record, now, "load_failed")
+        self.stop(record, now, "load_failed", why="load_failed")
 
     def worker_exited(self, event: ev.WorkerExited, now: float) -> None:
         record = self._book.by_worker.pop(event.worker)

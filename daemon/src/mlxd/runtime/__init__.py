@@ -9,6 +9,7 @@
     crew         the workers, and what each may take of the memory
     jobs         what outlives a request: told, awaited, watched
     goals        what callers wait for the core to reach
+    figures      what became of requests: the statistics, and the log of slow ones
 
 Each knows those below it. Nothing here decides.
 """

@@ -25,9 +25,11 @@ from ..fetchers import Fetchers
 from ..library import Library
 from ..prompts import Prompts
 from ..server.events import EventLog
+from ..stats import Gauges, exposition
 from ..workers import WorkerLink
 from .asking import Asking
 from .crew import Crew
+from .figures import Figures
 from .generations import Generations
 from .goals import Goals
 from .holding import Holding
@@ -67,6 +69,7 @@ class Runtime:
         self.loop = loop
         self.epoch = secrets.token_hex(8)
         self.on_shutdown: Callable[[], None] = lambda: None
+        self.log_lines_dropped: Callable[[], int] = lambda: 0
         self.on_settled: Callable[[], None] = lambda: None  # all that followed from an event is done
         self._supervisor = supervisor
         self._log = log
@@ -87,6 +90,7 @@ class Runtime:
     def _equip(self, settings: Settings, store: Store) -> None:
         """Make the parts that actions are done with."""
         core, tell, log, loop, links = self.core, self.tell, self._log, self.loop, self._links
+        self._figures = figures = Figures(settings, log)
         fetchers = Fetchers(self._supervisor, settings.fetcher_command)
         self._library = library = Library(settings, store, fetchers, core, tell, log, loop)
         self._downloads = library.downloads
@@ -94,13 +98,13 @@ class Runtime:
         self._goals = goals = Goals(tell, loop)
         self._jobs = jobs = Jobs(core, tell, loop)
         self._supply = supply = Supply(settings, library, core, goals, jobs, tell, log, adapting=self._adapting)
-        self._generations = Generations(links, settings, core, goals, supply, tell, log, loop)
+        self._generations = Generations(links, settings, core, goals, supply, figures, tell, log, loop)
         self._crew = crew = Crew(
-            links, settings, library, prompts, core, self._supervisor, self._generations, tell, log
+            links, settings, library, prompts, core, self._supervisor, self._generations, figures.statistics, tell, log
         )
         holding = Holding(settings, core, goals, supply, crew, tell, loop, epoch=self.epoch)
         self._preloads = Preloads(supply, tell, self.events.publish, log, loop)
-        asking = Asking(settings, holding, crew, tell)
+        asking = Asking(settings, holding, crew, figures, tell)
         self._offer(supply, jobs, holding, asking)
 
     def _offer(self, supply: Supply, jobs: Jobs, holding: Holding, asking: Asking) -> None:
@@ -181,6 +185,8 @@ class Runtime:
         if action.job is not None:
             if action.job.kind == "download":
                 self._downloads.remember(action.job)
+                if action.job.ended_at is not None:
+                    self._figures.statistics.downloads[action.job.state] += 1
             self._jobs.changed(action.job)
         if action.error is not None and action.model is not None and action.model.preload:
             self._log.warning("preload", model=action.model_id, kind=action.error.kind, reason=action.error.message)
@@ -243,6 +249,29 @@ class Runtime:
             memory=types.Memory(budget_bytes=core.limits.budget_bytes, used_bytes=core.used_bytes),
             workers=[self._health(model, now) for model in core.deaths],
             draining=core.draining,
+        )  # fmt: skip
+
+    async def stats(self, ref: str | None, clients: types.ClientTotals) -> types.Stats:
+        only = None if ref is None else await self._library.resolve(ref)
+        return self._figures.told(self._gauges(clients), only)
+
+    def metrics(self, clients: types.ClientTotals) -> types.MetricsResult:
+        stats = self._figures.told(self._gauges(clients))
+        status = self.status(clients=clients.open, subscribers=clients.subscribers)
+        loaded = [model.view(self.core.wall) for model in self.core.models.values() if model.worker is not None]
+        with self._process.oneshot():
+            spent = self._process.cpu_times()
+            process = exposition.Process(
+                resident_bytes=status.rss_bytes, cpu_s=spent.user + spent.system, open_files=self._process.num_fds()
+            )
+        text = exposition.render(self._figures.statistics.models, stats, status, loaded, process)
+        return types.MetricsResult(content_type=exposition.CONTENT_TYPE, text=text)
+
+    def _gauges(self, clients: types.ClientTotals) -> Gauges:
+        events = types.EventTotals(published=self.events.rev, dropped=self.events.dropped, lagged=self.events.lagged)
+        return Gauges(
+            since_at=self._started_at + self.core.wall, clients=clients, events=events,
+            fetched_bytes=self._downloads.fetched_bytes, log_lines_dropped=self.log_lines_dropped(),
         )  # fmt: skip
 
     def _health(self, model: str, now: float) -> types.WorkerHealth:
