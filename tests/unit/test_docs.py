@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import io
 import re
+import runpy
 import shlex
 import tempfile
 import tomllib
@@ -18,7 +21,8 @@ from mlxd.cli.main import build_parser
 from mlxd.cli.shells import describe
 from mlxd.server.methods.table import METHODS
 from mlxd.settings import Settings
-from mlxd_client import errors, types
+from mlxd_client import Client, errors, types
+from mlxd_client.methods import ChatOptions, ProcessOptions
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -27,8 +31,9 @@ PAGES = sorted(
     for path in ROOT.glob(pattern)
     if "node_modules" not in path.parts
 )
-DOCS = [page for page in PAGES if page.parent.name == "docs" or page.name == "README.md"]
+DOCS = [page for page in PAGES if page.parent in (ROOT, ROOT / "docs")]
 SETTINGS = set(Settings.__struct_fields__)
+DEV_COMMANDS = runpy.run_path(str(ROOT / "tools" / "dev.py"))["COMMANDS"]
 # Variables that are no settings: those of the tests, and those that stand for any.
 OTHER_VARIABLES = {"MLXD_COMMAND", "MLXD_NAME"}
 PLACEHOLDERS = {"COMMAND": "run", "PID": "1"}
@@ -159,6 +164,20 @@ def test_the_command_page_lists_every_command() -> None:
     assert {command.name for command in describe(build_parser())} == set(listed)
 
 
+@pytest.mark.parametrize("page", [page for page in DOCS if page.name != "benchmarks.md"], ids=lambda page: page.name)
+def test_options_exist(page: Path) -> None:
+    """Of the command; other programs' are named with the program."""
+    known = {flag for command in describe(build_parser()) for word in command.options for flag in word.flags}
+    for option in re.findall(r"`(--[\w-]+)[^`]*`", prose(page.read_text("utf-8"))):
+        assert option in known, f"{page.name} names the option {option}"
+
+
+@named
+def test_commands_of_the_repository_exist(page: Path) -> None:
+    for name in re.findall(r"tools/dev\.py (\w+)", page.read_text("utf-8")):
+        assert name in DEV_COMMANDS, f"{page.name} names tools/dev.py {name}"
+
+
 # --- settings and methods -----------------------------------------------------------------------------------------
 
 
@@ -199,3 +218,27 @@ def test_every_kind_of_error_is_explained() -> None:
     assert errors.BY_KIND.keys() <= BY_KIND.keys()
     for name in re.findall(r"\| `([A-Z]\w+)`(?:, `([A-Z]\w+)`)? \|", page):
         assert all(issubclass(getattr(errors, one), errors.ClientError) for one in name if one)
+
+
+# --- code ---------------------------------------------------------------------------------------------------------
+
+
+@named
+def test_python_that_is_shown_names_what_there_is(page: Path) -> None:
+    """That docs/clients.md runs is another test's; here each block compiles, and calls what clients have."""
+    for code in blocks(page.read_text("utf-8"), "python"):
+        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | ast.PyCF_ONLY_AST
+        for node in ast.walk(compile(code, page.name, "exec", flags)):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            if isinstance(node.func.value, ast.Name) and node.func.value.id == "client":
+                name, given = node.func.attr, {keyword.arg for keyword in node.keywords} - {None}
+                assert hasattr(Client, name), f"{page.name} calls client.{name}"
+                assert given <= keywords(name), f"{page.name}: client.{name} takes no {given - keywords(name)}"
+
+
+def keywords(method: str) -> set[str | None]:
+    """What a method of the client may be given by name."""
+    options = {"process": ProcessOptions, "chat": ChatOptions}.get(method.removeprefix("stream_"))
+    own = set(inspect.signature(getattr(Client, method)).parameters)
+    return own | set(options.__annotations__ if options is not None else ())

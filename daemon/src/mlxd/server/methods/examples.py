@@ -12,9 +12,13 @@ __all__ = ["ANYTHING", "CHANCE", "EXAMPLES", "NAMES", "SUFFIXES", "VALUES", "Exa
 
 # What differs from run to run, by the field's name. Everything else in an answer is as shown.
 SUFFIXES = ("_at", "_s", "_bytes")  # times, durations, sizes
-VALUES = frozenset({"bytes", "clients", "pid", "rev", "vectors", "version"})  # any value of the same type
+VALUES = frozenset(  # any value of the same type
+    {"accepted", "bytes", "clients", "open", "pid", "published", "rev", "vectors", "version"}
+)
 NAMES = frozenset({"epoch", "job", "lease", "revision"})  # likewise, and what a later request that names it uses
-CHANCE = frozenset({"speculation", "idle_unload_at"})  # may be there or not
+CHANCE = frozenset(  # may be there or not
+    {"capabilities", "idle_unload_at", "now_tokens_per_s", "prompt_cache", "recent_tokens_per_s", "speculation"}
+)
 ANYTHING = "…"  # as a value: anything; as the last of a list: further entries
 
 
@@ -33,7 +37,7 @@ _CLEANUP = {
     "size_bytes": 8268534,
     "context_length": 1024,
 }
-_LOADED = _CLEANUP | {"state": "Ready", "memory_bytes": 17895988}
+_LOADED = _CLEANUP | {"state": "Ready", "memory_bytes": 17895988, "capabilities": ["process", ANYTHING]}
 _COMMIT = "0c291d0cb5d0e90f290e8780acd2593aa6c5c969"
 _DOWNLOADED = {
     "job": "download-2ba772-1",
@@ -54,6 +58,17 @@ _TIMINGS = {
     "first_token_s": 0.024,
     "decode_s": 0.033,
     "total_s": 0.06,
+}
+_SPREAD = {
+    "count": 2,
+    "mean": 0.03,
+    "stddev": 0.004,
+    "least": 0.024,
+    "most": 0.037,
+    "p50": 0.025,
+    "p90": 0.036,
+    "p95": 0.036,
+    "p99": 0.037,
 }
 
 EXAMPLES: dict[str, Example] = {
@@ -86,7 +101,7 @@ EXAMPLES: dict[str, Example] = {
             "queue": {"waiting": 0, "running": 0},
             "clients": 1,
             "subscribers": 0,
-            "memory": {"budget_bytes": 17693557145, "used_bytes": 0},
+            "memory": ANYTHING,
             "workers": [],
         },
     ),
@@ -164,6 +179,30 @@ EXAMPLES: dict[str, Example] = {
             "timings": _TIMINGS,
         },
     ),
+    "stats": Example(
+        {"model": "mlxd/cleanup"},
+        {
+            "since_at": 1795285430.1,
+            "models": [
+                {
+                    "model": "mlxd/cleanup",
+                    "requests": {"process": {"stop": 1}, "chat": {"stop": 1}},
+                    "prompt_tokens": 28,
+                    "cached_tokens": 1,
+                    "completion_tokens": 22,
+                    "queue_s": _SPREAD,
+                    "load_s": _SPREAD,
+                    "first_token_s": _SPREAD,
+                    "total_s": _SPREAD,
+                    "tokens_per_s": _SPREAD,
+                }
+            ],
+            "clients": {"open": 1, "subscribers": 0, "accepted": 2, "refused": 0},
+            "events": {"published": 39, "dropped": 0, "lagged": 0},
+            "downloads": {"ended": {"done": 1}, "fetched_bytes": 617421},
+        },
+    ),
+    "metrics": Example({}, {"content_type": "text/plain; version=0.0.4; charset=utf-8", "text": ANYTHING}),
     "tokens.count": Example({"text": "as tokens"}, {"tokens": 4}),
     "tokens.encode": Example(
         {"text": "as tokens", "pieces": True},
