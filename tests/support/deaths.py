@@ -22,6 +22,7 @@ import psutil
 from mlxd.children.exitwatch import ExitWatch
 from mlxd_client import errors
 from support.daemon import PATIENCE_S, Daemon
+from support.faulty_child import tell
 
 FAULTY_CHILD = Path(__file__).with_name("faulty_child.py")
 HEARTBEAT_S = 2.0
@@ -68,12 +69,11 @@ class Dying:
 
     def __init__(self, daemon: Daemon, model: str) -> None:
         self.daemon, self.model = daemon, model
-        self._told = daemon.home / "fault"
 
     @staticmethod
-    def daemon_of(**settings: Any) -> Daemon:
+    def daemon_of(*, heartbeat_s: float = HEARTBEAT_S, **settings: Any) -> Daemon:
         """A daemon with such workers, not started yet."""
-        daemon = Daemon(heartbeat_s=HEARTBEAT_S, worker_command=f"{sys.executable} {FAULTY_CHILD} worker", **settings)
+        daemon = Daemon(heartbeat_s=heartbeat_s, worker_command=f"{sys.executable} {FAULTY_CHILD} worker", **settings)
         daemon.env["FAULTY_CHILD"] = str(daemon.home / "fault")
         return daemon
 
@@ -123,11 +123,7 @@ class Dying:
             if cause.fault == "SIGKILL":
                 worker.kill()
             else:
-                aside = self._told.with_suffix(".new")
-                aside.write_text(cause.fault)
-                os.replace(aside, self._told)
-                while self._told.exists():
-                    time.sleep(0.001)
+                tell(self.daemon.home / "fault", worker.pid, cause.fault)
             if not cause.lives:
                 assert select.select([watch.fileno], [], [], PATIENCE_S)[0], "it does not die"
             return time.monotonic()

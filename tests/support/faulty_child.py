@@ -2,8 +2,8 @@
 
     python faulty_child.py worker|fetch --fd N [...]
 
-Between two turns of its loop, where it beats, it looks for the file named by FAULTY_CHILD. If it is there, it removes
-it and does what it says: see FAULTS. Everything else is the real child's.
+Between two turns of its loop, where it beats, it looks for a file named by FAULTY_CHILD, `-` and its pid. If it is
+there, it removes it and does what it says: see FAULTS. Everything else is the real child's.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 MIB = 1024 * 1024
@@ -68,6 +69,15 @@ def garbage(pulse: Any) -> None:
         time.sleep(3600)
 
 
+def tell(prefix: Path, pid: int, fault: str) -> None:
+    """Have one of them do itself harm, and wait until it does."""
+    path, aside = Path(f"{prefix}-{pid}"), Path(f"{prefix}-{pid}.new")
+    aside.write_text(fault)
+    os.replace(aside, path)
+    while path.exists():
+        time.sleep(0.001)
+
+
 FAULTS: dict[str, Callable[[Any], object]] = {
     "segfault": segfault, "abort": abort, "exit": leave, "hold": hold, "freeze": freeze, "limit": limit, "eat": eat,
     "garbage": garbage,
@@ -78,7 +88,7 @@ def main() -> None:
     signal.alarm(300)  # no test leaves one behind for longer
     from mlxd.childside import Pulse
 
-    told, beat = os.environ["FAULTY_CHILD"], Pulse.beat
+    told, beat = f"{os.environ['FAULTY_CHILD']}-{os.getpid()}", Pulse.beat
 
     def act_and_beat(self: Pulse) -> bool:
         try:

@@ -163,9 +163,12 @@ def _methods_text(document: dict[str, Any]) -> str:
     told: dict[type[Any], str] = {}
     for method in document["methods"]:
         lines += [f"### `{method['name']}`", "", method["summary"], ""]
-        for struct, text in _told_of(METHODS[method["name"]]):
-            first = told.setdefault(struct, method["name"])
-            lines += [text if first == method["name"] else f"The other options are those of [`{first}`](#{first}).", ""]
+        texts = _told_of(METHODS[method["name"]])
+        firsts = [told.setdefault(struct, method["name"]) for struct, _ in texts]
+        for (_, text), first in zip(texts, firsts, strict=True):
+            lines += [text, ""] if first == method["name"] else []
+        for first in dict.fromkeys(name for name in firsts if name != method["name"]):
+            lines += [f"The other options are those of [`{first}`](#{first}).", ""]
         if method["params"]:
             lines += ["| parameter | type | |", "|---|---|---|"]
             lines += [

@@ -13,7 +13,7 @@ __all__ = ["ANYTHING", "CHANCE", "EXAMPLES", "NAMES", "SUFFIXES", "VALUES", "Exa
 # What differs from run to run, by the field's name. Everything else in an answer is as shown.
 SUFFIXES = ("_at", "_s", "_bytes")  # times, durations, sizes
 VALUES = frozenset(  # any value of the same type
-    {"accepted", "bytes", "clients", "open", "pid", "published", "rev", "vectors", "version"}
+    {"accepted", "at", "bytes", "clients", "open", "path", "pid", "published", "rev", "vectors", "version"}
 )
 NAMES = frozenset({"epoch", "job", "lease", "revision"})  # likewise, and what a later request that names it uses
 CHANCE = frozenset(  # may be there or not
@@ -232,6 +232,41 @@ EXAMPLES: dict[str, Example] = {
     "cache.clear": Example({"model": "mlxd/cleanup"}, {"memory_bytes": 301252, "disk_bytes": 0}),
     "models.release": Example({"lease": "2ba772-1"}, {}),
     "models.unload": Example({"model": "mlxd/cleanup"}, _CLEANUP),
+    "config.get": Example(
+        {"names": ["keep_alive_s"]},
+        {
+            "path": "/home/you/.local/share/mlxd/config.toml",
+            "settings": {"keep_alive_s": {"value": 300.0, "origin": "default", "applies": "now"}},
+        },
+    ),
+    "config.set": Example(
+        {"values": {"aliases.dictation": "mlxd/cleanup"}},
+        {"path": "/home/you/.local/share/mlxd/config.toml", "changed": ["aliases"]},
+    ),
+    "config.reload": Example({}, {"path": "/home/you/.local/share/mlxd/config.toml"}),
+    "personas.list": Example(
+        {},
+        {"personas": {"editor": {"temperature": 0.2, "system": "You correct spelling."}}, "templates": {}},
+        before=(
+            ("config.set", {"values": {"personas.editor": {"system": "You correct spelling.", "temperature": 0.2}}}),
+        ),
+    ),
+    "models.story": Example(
+        {"model": "mlxd/cleanup"},
+        {
+            "stories": [
+                {
+                    "model": "mlxd/cleanup",
+                    "steps": [
+                        {"at": 1795285430.2, "cause": "found", "source": "NotDownloaded", "target": "Downloaded"},
+                        {"at": 1795285438.0, "cause": "load", "source": "Downloaded", "target": "Loading"},
+                        {"at": 1795285440.1, "cause": "loaded", "source": "Loading", "target": "Ready"},
+                        {"at": 1795285441.9, "cause": "unloaded", "source": "Ready", "target": "Downloaded"},
+                    ],
+                }
+            ]
+        },
+    ),
     "events.subscribe": Example(
         {"topics": ["models"]},
         {"subscription": 1, "epoch": "2ba7727adc44460a", "rev": 39, "snapshot": {"models": [_CLEANUP]}},
