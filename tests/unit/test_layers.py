@@ -27,8 +27,9 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.logs": ({"mlxd.redact"}, {"msgspec", "structlog"}),
     "mlxd.catalog": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.personas": ({"mlxd_client"}, {"msgspec"}),
-    "mlxd.settings": ({"mlxd_client", "mlxd.catalog", "mlxd.personas"}, {"msgspec"}),
+    "mlxd.settings": ({"mlxd_client", "mlxd.catalog", "mlxd.measure", "mlxd.personas"}, {"msgspec"}),
     "mlxd.core": ({"mlxd_client"}, {"msgspec"}),
+    "mlxd.measure": ({"mlxd_client", "mlxd.core"}, {"psutil"}),
     "mlxd.store": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.promptfiles": ({"mlxd.stateversion", "mlxd.store", "mlxd.wholefiles"}, {"msgspec"}),
     "mlxd.childside": ({"mlxd_client", "mlxd.childwire"}, {"msgspec"}),
@@ -66,14 +67,15 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     ),
     "mlxd.runtime": (
         {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.generation",
-         "mlxd.library", "mlxd.logs", "mlxd.personas", "mlxd.prompts", "mlxd.server", "mlxd.settings", "mlxd.stats",
-         "mlxd.store", "mlxd.texts", "mlxd.workers"},
+         "mlxd.library", "mlxd.logs", "mlxd.measure", "mlxd.personas", "mlxd.prompts", "mlxd.server", "mlxd.settings",
+         "mlxd.stats", "mlxd.store", "mlxd.texts", "mlxd.workers"},
         {"msgspec", "psutil"},
     ),
     "mlxd.notify": (set(), set()),
     "mlxd.sidecar": (set(), set()),
     "mlxd.service": ({"mlxd_client", "mlxd.settings", "mlxd.server", "mlxd.wholefiles"}, {"msgspec"}),
-    "mlxd.configfile": ({"mlxd.settings", "mlxd.wholefiles"}, {"tomlkit"}),
+    "mlxd.tomledit": (set(), {"tomlkit"}),
+    "mlxd.configfile": ({"mlxd.settings", "mlxd.tomledit", "mlxd.wholefiles"}, set()),
     "mlxd.configuration": ({"mlxd_client", "mlxd.configfile", "mlxd.logs", "mlxd.settings"}, {"msgspec"}),
     "mlxd.live": ({"mlxd.children", "mlxd.logs", "mlxd.runtime", "mlxd.server", "mlxd.settings"}, set()),
     "mlxd.app": (
@@ -209,5 +211,6 @@ def test_the_daemon_loads_nothing_heavy() -> None:
         "httpx",
         "httpx2",
         "yaml",
+        "tomlkit",
     }
     assert heavy.isdisjoint(done.stdout.split())
