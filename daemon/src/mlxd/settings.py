@@ -154,7 +154,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         catalog: further recommended models, by id, with the fields that the built-in catalog has.
         log_level: what the log holds.
         log_prompts: whether prompts and answers may be logged.
-        slow_request_s: a request that takes so long gets a line in the log that says where the time went; 0 none.
+        slow_request_s: an interactive request that takes so long gets a line in the log that says where the time went;
+            0 none.
         slow_first_token_s: the same for one whose answer takes so long to begin.
     """
 
