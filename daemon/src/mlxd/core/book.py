@@ -14,7 +14,7 @@ from mlxd_client.types import ErrorObject
 
 from . import actions as do
 from .events import Found
-from .jobs import DownloadJob, Fetcher, LoadJob
+from .jobs import BatchJob, DownloadJob, Fetcher, LoadJob
 from .lifecycle import Lifecycle
 from .records import Goal, ModelRecord, Request
 
@@ -29,7 +29,9 @@ JobEnd = Literal["done", "failed", "cancelled"]
 class Limits:
     """`budget_bytes` bounds all models together; `queue` all waiting requests; `max_batch` one model's running ones;
     `downloads` all that move bytes at a time, `fetcher_starts` how often a fetcher that dies is started anew for one
-    download: after `fetcher_backoff_s`, doubled each time."""
+    download: after `fetcher_backoff_s`, doubled each time. `batch_slots` bounds the items of batch jobs that run at a
+    time, `batch_tries` how often one is tried that may have killed its worker, `batch_retry_s` is how long the last
+    tries wait; ended batch jobs are kept for `batch_keep_s`."""
 
     budget_bytes: int
     queue: int = 512
@@ -38,6 +40,10 @@ class Limits:
     downloads: int = 2
     fetcher_starts: int = 3
     fetcher_backoff_s: float = 1.0
+    batch_slots: int = 8
+    batch_tries: int = 3
+    batch_retry_s: float = 60.0
+    batch_keep_s: float = 2_592_000.0
 
 
 class Book:
@@ -57,7 +63,7 @@ class Book:
         self.models: dict[str, ModelRecord] = {}
         self.requests: dict[int, Request] = {}
         self.goals: dict[int, str] = {}  # rid → model
-        self.jobs: dict[str, LoadJob | DownloadJob] = {}
+        self.jobs: dict[str, LoadJob | DownloadJob | BatchJob] = {}
         self.pending: dict[str, None] = {}
         self.by_worker: dict[int, ModelRecord] = {}
         self.downloads: dict[str, DownloadJob] = {}

@@ -13,7 +13,8 @@ How a request runs, decided by `_settle` after every event:
        that needs the room, and when the daemon stops.
     5. A model that was idle for its keep_alive goes.
 
-How models come to the disk and leave it is decided in downloads.py and deletes.py.
+How models come to the disk and leave it is decided in downloads.py and deletes.py, which items of batch jobs run next
+in batches.py.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from mlxd_client.errors import RpcError
 
 from . import actions as do
 from . import events as ev
+from .batches import BatchLine
 from .book import Book, Limits
 from .breaker import BreakerState
 from .deletes import Deletes
 from .downloads import DownloadLine
 from .drafts import Drafts
-from .jobs import DownloadJob
+from .jobs import BatchJob, DownloadJob
 from .line import LoadLine
 from .records import Goal, ModelRecord, Request
 from .room import room_for, shares
@@ -54,6 +56,7 @@ class Core:
         self._downloads = downloads = DownloadLine(book)
         self._deletes = deletes = Deletes(book, line)
         self._drafts = drafts = Drafts(book, line)
+        self._batches = batches = BatchLine(book)
         self.limits, self.wall = limits, wall
         self.models, self.requests, self.goals, self.jobs = book.models, book.requests, book.goals, book.jobs
         self.breakers, self.deaths = self._line.breakers, self._line.deaths
@@ -69,6 +72,10 @@ class Core:
             ev.Fetched: downloads.fetched, ev.FetchFailed: downloads.fetch_failed,
             ev.FetcherExited: downloads.fetcher_exited, ev.Newest: downloads.newest, ev.Delete: deletes.delete,
             ev.FilesDeleted: deletes.files_deleted, ev.Attach: drafts.attach, ev.Attached: drafts.attached,
+            ev.BatchFound: batches.found, ev.BatchGrew: batches.grew, ev.BatchStarted: batches.started,
+            ev.BatchItems: batches.items, ev.BatchItemEnded: batches.ended, ev.BatchRecorded: batches.recorded,
+            ev.BatchGone: batches.gone, ev.BatchStoreFailed: batches.store_failed,
+            ev.BatchStoreWorks: batches.store_works, ev.BatchLost: batches.lost,
         }  # fmt: skip
 
     # --- what the runtime asks ------------------------------------------------------------------------------------
@@ -86,9 +93,7 @@ class Core:
             heapq.heappop(self._deadlines)
         times = (m.idle_deadline for m in self._book.by_worker.values())
         due = [t for t in times if t is not None]
-        retry_at = self._downloads.next_deadline()
-        if retry_at is not None:
-            due.append(retry_at)
+        due += [t for t in (self._downloads.next_deadline(), self._batches.next_deadline()) if t is not None]
         if self._deadlines:
             due.append(self._deadlines[0][0])
         return min(due, default=None)
@@ -298,6 +303,9 @@ class Core:
         if isinstance(job, DownloadJob):
             self._downloads.cancel(job, event.discard, now)
             return
+        if isinstance(job, BatchJob):
+            self._batches.cancel(job, now)
+            return
         if job is None or job.ended_at is not None:
             return
         record = self.models[job.model]
@@ -382,6 +390,7 @@ class Core:
         if self._book.deleting:
             self._deletes.settle()
         self._downloads.settle(now)
+        self._batches.settle(now)
         for name in self._book.touched:
             record = self.models[name]
             activity = record.activity()
