@@ -6,7 +6,8 @@
     exec CMD [ARG...]  run any command inside the environment, e.g. `exec mlxd status`
     bench [ARG...]   speed and size against mlx_lm, as ratios in one run
     soak [ARG...]    downloads that are killed again and again, and very large ones
-    fuzz [ARG...]    broken frames for the codec; with --engine, requests of every kind mixed on a tiny model
+    faults WHAT      what docs/guarantees.md promises, while workers and daemons are killed
+    fuzz [ARG...]    broken frames for the codec; --session, a daemon's conversations; --engine, requests mixed
     lint [--fix]     style and types alone
     draw [--check]   everything that is made from the code: references, man pages, types, service files
     setup            only see to the environment
@@ -303,6 +304,10 @@ def run_soak(arguments: "list[str]") -> int:
     return become([PYTHON, os.path.join(ROOT, "tools", "soak.py"), *arguments])
 
 
+def run_faults(arguments: "list[str]") -> int:
+    return become([PYTHON, os.path.join(ROOT, "tools", "faults.py"), *arguments])
+
+
 def run_draw(arguments: "list[str]") -> int:
     return become([PYTHON, os.path.join(ROOT, "tools", "draw.py"), *arguments])
 
@@ -317,6 +322,7 @@ COMMANDS = {
     "exec": run_exec,
     "bench": run_bench,
     "soak": run_soak,
+    "faults": run_faults,
     "fuzz": run_fuzz,
     "lint": run_lint,
     "draw": run_draw,

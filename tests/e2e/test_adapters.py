@@ -79,6 +79,8 @@ def test_a_load_brings_the_adapter_of_those_who_name_none(client: Client, world:
     model = client.load(world.base, adapter=world.adapters[0])
     assert model.state == "Ready"
     assert model.leases == 0
+    assert model.adapter == world.adapters[0]
+    assert {"process", "adapters"} <= set(model.capabilities or ())
     assert say(client, world).adapter == world.adapters[0]
     assert say(client, world).text == say(client, world, world.adapters[0]).text != plain.text
     assert say(client, world, world.adapters[1]).adapter == world.adapters[1]
@@ -86,7 +88,7 @@ def test_a_load_brings_the_adapter_of_those_who_name_none(client: Client, world:
     assert say(client, world, "none").adapter is None
     client.load(world.base)  # says nothing of adapters
     assert say(client, world).adapter == world.adapters[0]
-    client.load(world.base, adapter="none")
+    assert client.load(world.base, adapter="none").adapter is None
     assert say(client, world).text == plain.text
     assert world.daemon.worker().pid == pid
     client.load(world.base, adapter=world.adapters[1])

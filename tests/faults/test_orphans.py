@@ -18,6 +18,8 @@ import pytest
 
 from mlxd.children.records import ChildRecord, Records, command_line, start_token
 from support.children import QuietLog, Recorder, bad, supervise
+from support.household import LIMIT_S, Household
+from support.hub import Hub
 from support.loops import run
 
 FAKE_DAEMON = Path(__file__).parents[1] / "support" / "fake_daemon.py"
@@ -77,6 +79,21 @@ def test_children_of_a_killed_daemon_end_by_themselves(start: Start) -> None:
     daemon = start("worker", "flood", "late:0.1", "deaf")
     daemon.end(signal.SIGKILL)
     wait_gone(daemon.pids, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_real_children_of_a_killed_daemon_end_whatever_they_do(tmp_path: Path) -> None:
+    """Where the kernel does not tell them of it, those that cannot see to it themselves are the next start's."""
+    with Hub() as hub, Household.daemon_of(hub) as daemon:
+        house = Household(daemon, hub, tmp_path.resolve())
+        lived = house.bury(house.fill(small=True))
+        if sys.platform != "linux":
+            lived = {name: s for name, s in lived.items() if "stopped" not in name and "locked" not in name}
+        assert len(lived) > 3
+        assert max(lived.values()) < LIMIT_S, lived
+        if sys.platform == "linux":  # not when its time is up
+            assert lived["compiling in a grandchild"] < 2.0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")

@@ -14,6 +14,7 @@ from mlxd.core import actions as do
 from mlxd.core import events as ev
 from mlxd.core.core import Core, Limits
 from mlxd.core.invariants import check
+from mlxd.core.limits import Rules
 from mlxd_client.errors import DownloadFailed, LoadFailed, PermissionDenied, WorkerDied
 from mlxd_client.mirror import Mirror
 from mlxd_client.types import EVENT_TOPICS, Event, Snapshot
@@ -97,6 +98,7 @@ class World(RuleBasedStateMachine):
                 assert worker in self.slots, "never started"
                 assert worker not in self.stopping, "stopped twice"
                 self.stopping.add(worker)
+                self.check_pin(worker)
             case do.Dispatch(rid, worker):
                 assert rid in self.open
                 assert worker in self.ready
@@ -115,6 +117,17 @@ class World(RuleBasedStateMachine):
                     assert self.core.jobs[action.job].ended_at is None
             case _:
                 self.perform_on_disk(action)
+
+    def check_pin(self, worker: int) -> None:
+        """A pinned model goes where somebody says so, for another pinned one, and where the budget was lowered."""
+        book = self.core._book
+        record = book.by_worker[worker]
+        if not record.pinned or record.stopping != "unloaded" or book.draining:
+            return
+        said = record.deleting or any(goal.kind == "unload" for goal in record.goals.values())
+        for_another = any(self.core.models[name].pinned for name in book.pending)
+        lowered = sum(m.wanted_bytes for m in book.by_worker.values()) > self.core.limits.budget_bytes
+        assert said or for_another or lowered, "a pin did not hold"
 
     def perform_on_disk(self, action: do.Action) -> None:
         match action:
@@ -362,6 +375,35 @@ class World(RuleBasedStateMachine):
         self.tell(ev.Newest(model, revision))
         known = self.core.models.get(model)
         assert known is None or known.latest_revision is None or known.latest_revision != known.revision
+
+    @rule(
+        bounds=st.builds(
+            Limits, budget_bytes=st.sampled_from([10, 10, 12, 7, 3]), queue=st.sampled_from([12, 2]),
+            max_batch=st.sampled_from([3, 1]), keep_alive_s=st.sampled_from([30.0, 0.0, -1.0]),
+            downloads=st.sampled_from([2, 1]),
+        ),
+        keep_alive=st.dictionaries(NAMES, st.sampled_from([0.0, 5.0, -1.0]), max_size=2),
+        pinned=st.frozensets(NAMES, max_size=2),
+        preload=st.lists(NAMES, max_size=3, unique=True),
+    )  # fmt: skip
+    def configure(
+        self, bounds: Limits, keep_alive: dict[str, float], pinned: frozenset[str], preload: list[str]
+    ) -> None:
+        self.tell(ev.Configure(bounds, Rules(keep_alive, pinned, tuple(preload))))
+
+    @rule(model=NAMES)
+    def preload(self, model: str) -> None:
+        """Nobody goes for it, unless it is pinned."""
+        idle = self.core._book.pending == {}
+        actions = self.tell(ev.Preload(model))
+        known = self.core.models.get(model)
+        if idle and known is not None and known.preload and not known.pinned:
+            assert not [action for action in actions if isinstance(action, do.StopWorker)]
+
+    @precondition(lambda self: self.ready)
+    @rule(data=st.data(), adapter=st.sampled_from([None, "org/adapter"]))
+    def adapted(self, data: st.DataObject, adapter: str | None) -> None:
+        self.tell(ev.Adapted(data.draw(st.sampled_from(sorted(self.ready))), adapter))
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 5.0, 31.0, 400.0]))
     def time_passes(self, seconds: float) -> None:

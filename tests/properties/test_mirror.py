@@ -29,7 +29,8 @@ CHANGES = st.one_of(
     st.tuples(st.sampled_from(["loading_started", "unloaded", "queue", "error", "deleted", "model_found"]), MODELS),
     st.tuples(st.just("model_lost"), IDS),
     st.tuples(st.just("job"), JOBS),
-    st.tuples(st.sampled_from(["lagged", "resync", "daemon_stopping", "memory_pressure", "of_the_future"]), st.none()),
+    st.tuples(st.sampled_from(["lagged", "resync", "daemon_stopping", "of_the_future"]), st.none()),
+    st.tuples(st.just("memory_pressure"), st.sampled_from(["normal", "warning", "critical"])),
 )
 
 
@@ -40,6 +41,7 @@ class Source:
         self.models: dict[str, Model] = {}
         self.jobs: dict[str, Job] = {}
         self.stopping = False
+        self.pressure = "normal"
         self.rev = 0
 
     def snapshot(self) -> Snapshot:
@@ -48,6 +50,7 @@ class Source:
             models=sorted(self.models.values(), key=lambda model: model.id),
             jobs=sorted(live, key=lambda job: job.job),
             stopping=self.stopping,
+            memory_pressure=self.pressure,
         )
 
     def change(self, name: str, what: Any) -> Event:
@@ -63,6 +66,9 @@ class Source:
             fields = {"model_id": what}
         elif name == "daemon_stopping":
             self.stopping = True
+        elif name == "memory_pressure":
+            self.pressure = what
+            fields = {"details": {"level": what}}
         elif name in ("lagged", "resync"):
             fields = {"snapshot": self.snapshot(), "dropped": 2}
         self.rev += 1

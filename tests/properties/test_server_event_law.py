@@ -19,7 +19,6 @@ from mlxd_client import codec
 from mlxd_client.codec import Encoding
 from mlxd_client.mirror import Mirror
 from mlxd_client.types import (
-    ACTIVITY_FIELDS,
     UNSET,
     ErrorObject,
     Event,
@@ -30,6 +29,7 @@ from mlxd_client.types import (
     SubscribeParams,
     SubscribeResult,
 )
+from support.mirrors import may_see
 
 LIMITS = ServerLimits(subscriber_events=6, subscriber_bytes=4000, ring_events=12)
 MODELS = ("a", "b", "c")
@@ -91,22 +91,7 @@ class Follower:
             self.mirror.apply(event)
 
     def may_see(self, state: Snapshot) -> Snapshot:
-        """The oracle: written from the documented rule, not from the log's code."""
-        topics = set(self.topics or ["models", "queue", "jobs", "generation", "system"])
-        shown = state.models if "models" in topics else []
-        if "queue" not in topics:
-            shown = [_without_activity(model) for model in shown]
-        wanted = self.models
-        return Snapshot(
-            models=[model for model in shown if wanted is None or model.id in wanted],
-            jobs=[job for job in state.jobs if "jobs" in topics and (wanted is None or job.model in wanted)],
-            stopping=state.stopping and "system" in topics,
-        )
-
-
-def _without_activity(model: Model) -> Model:
-    plain = {name: value for name, value in msgspec.to_builtins(model).items() if name not in ACTIVITY_FIELDS}
-    return msgspec.convert(plain, Model)
+        return may_see(state, self.topics, self.models)
 
 
 class EventLaw(RuleBasedStateMachine):
@@ -118,6 +103,7 @@ class EventLaw(RuleBasedStateMachine):
         self.models = {"a": Model(id="a", state="Downloaded", source="hub")}
         self.jobs: dict[str, Job] = {}
         self.stopping = False
+        self.pressure: Any = "normal"
         self.log = EventLog("e", self.state, clock=lambda: 0.0, limits=LIMITS)
         self.connected: list[Follower] = []
 
@@ -126,6 +112,7 @@ class EventLaw(RuleBasedStateMachine):
             models=[self.models[id] for id in sorted(self.models)],
             jobs=[self.jobs[id] for id in sorted(self.jobs)],
             stopping=self.stopping,
+            memory_pressure=self.pressure,
         )
 
     # --- the daemon -----------------------------------------------------------------------------------------------
@@ -171,10 +158,14 @@ class EventLaw(RuleBasedStateMachine):
     def something_without_state_happens(self) -> None:
         self.log.publish("generation_finished", model_id="a", request="c1:1")
 
-    @rule(pressure=st.booleans())
-    def the_system_speaks(self, pressure: bool) -> None:
-        self.stopping = self.stopping or not pressure
-        self.log.publish("memory_pressure" if pressure else "daemon_stopping")
+    @rule(pressure=st.sampled_from([None, "normal", "warning", "critical"]))
+    def the_system_speaks(self, pressure: str | None) -> None:
+        if pressure is None:
+            self.stopping = True
+            self.log.publish("daemon_stopping")
+        else:
+            self.pressure = pressure
+            self.log.publish("memory_pressure", details={"level": pressure})
 
     # --- the clients ----------------------------------------------------------------------------------------------
 

@@ -24,8 +24,8 @@ Modes (default: `worker`):
     deaf                ready and heartbeats, but reads nothing
     late:SECONDS        a worker that gets ready late
 
-A worker answers `load`, `count` and `generate`; the last echoes the prompt, a word a step. A prompt (the last
-message's text), or a path given to `load`, that contains one of these words makes it act on that instead:
+A worker answers all requests; `generate` echoes the prompt, a word a step, and tokens are characters. A prompt (the
+last message's text), or a path given to `load`, that contains one of these words makes it act on that instead:
     !segfault  !abort  !exit N  !hang  !spin  !garbage  !error
     !sleep SECONDS      neither reads nor beats for that long, then goes on as if nothing had been
     !mute N             silent for N seconds, then the answer
@@ -41,12 +41,14 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from mlxd_client.codec import Decoder, Encoding, encode
 
 HEARTBEAT_S = float(os.environ.get("BAD_CHILD_HEARTBEAT_S", "0.2"))
+LIFE_S = int(os.environ.get("BAD_CHILD_LIFE_S", "120"))
 
 
 class Pipe:
@@ -146,6 +148,7 @@ class Worker:
         self.running: dict[int, Generation] = {}
         self.steps_folder = os.environ.get("BAD_CHILD_STEPS")
         self.last_beat = 0.0
+        self.made_tokens = 0
 
     def serve(self) -> None:
         open_input = True
@@ -166,7 +169,9 @@ class Worker:
                 self.handle(message)
             self.step()
             if time.monotonic() - self.last_beat >= HEARTBEAT_S and (open_input or self.obedient):
-                self.pipe.notify("heartbeat", {"active": len(self.running), "memory_bytes": 1000})
+                made = self.made_tokens + sum(generation.made for generation in self.running.values())
+                beat = {"active": len(self.running), "memory_bytes": 1000, "made_tokens": made}
+                self.pipe.notify("heartbeat", beat)
                 self.last_beat = time.monotonic()
 
     def handle(self, message: dict[str, Any]) -> None:
@@ -177,7 +182,7 @@ class Worker:
             loaded = {"context_length": 4096, "memory_bytes": 1000, "load_s": 0.001, "capabilities": []}
             self.pipe.answer(message["id"], loaded)
         elif method == "count":
-            text = params.get("text") or " ".join(turn["content"] for turn in params.get("messages", []))
+            text = params.get("text") or " ".join(text_of(turn) for turn in params.get("messages", []))
             if self.act_on(text, message["id"]):
                 return
             self.pipe.answer(message["id"], {"tokens": len(text.split())})
@@ -185,9 +190,11 @@ class Worker:
             if params["id"] in self.running:
                 self.finish(params["id"], "cancelled")
         elif method == "generate":
-            prompt = params["messages"][-1]["content"]
+            prompt = text_of(params["messages"][-1])
             if not self.act_on(prompt, message["id"]):
                 self.running[message["id"]] = Generation(prompt, params, self.steps_folder)
+        elif method in SIMPLE:
+            self.pipe.answer(message["id"], SIMPLE[method](params))
 
     def act_on(self, text: str, request_id: int) -> bool:
         """Do what a command in the text says. Returns: whether the request is thereby answered."""
@@ -223,6 +230,7 @@ class Worker:
 
     def finish(self, request_id: int, reason: str) -> None:
         generation = self.running.pop(request_id)
+        self.made_tokens += generation.made
         self.pipe.answer(
             request_id,
             {
@@ -230,9 +238,40 @@ class Worker:
                 "finish_reason": reason,
                 "prompt_tokens": len(generation.words),
                 "completion_tokens": generation.made,
-                "timings": {"prompt_s": 0.0, "first_token_s": 0.0, "decode_s": 0.0},
+                "timings": generation.timings(),
             },
         )
+
+
+def text_of(turn: dict[str, Any]) -> str:
+    """A turn's text; of one with images, what is said around them."""
+    content = turn.get("content", "")
+    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
+
+
+def packed_tokens(params: dict[str, Any]) -> dict[str, Any]:
+    made: dict[str, Any] = {"tokens": [ord(letter) for letter in params["text"]]}
+    if params.get("pieces"):
+        made["pieces"] = list(params["text"])
+    return {"packed": encode(made)[4:]}
+
+
+def vectors(params: dict[str, Any]) -> dict[str, Any]:
+    return {"vectors": bytes(4) * len(params["input"]), "dimensions": 1, "prompt_tokens": len(params["input"])}
+
+
+NOTHING_MADE = {"text": "", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 0}
+# What is answered at once, whatever was asked before.
+SIMPLE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "encode": packed_tokens,
+    "decode": lambda params: {"text": "".join(chr(token % 0xD800) for token in params["tokens"])},
+    "embed": vectors,
+    "prewarm": lambda _: NOTHING_MADE,
+    "attach": lambda _: {"memory_bytes": 1000},
+    "adapt": lambda _: {},
+    "cache": lambda _: {},
+    "clear": lambda _: {},
+}
 
 
 class Generation:
@@ -247,7 +286,14 @@ class Generation:
         self.steps_folder = steps_folder
         self.made = 0
         self.text = ""
-        self.due = time.monotonic()
+        self.due = self.began = time.monotonic()
+        self.first_at = 0.0
+
+    def timings(self) -> dict[str, float]:
+        first_at = self.first_at or time.monotonic()
+        first_s = first_at - self.began
+        decode_s = time.monotonic() - first_at
+        return {"prompt_s": first_s, "first_token_s": first_s if self.first_at else 0.0, "decode_s": decode_s}
 
     @property
     def done(self) -> str:
@@ -258,6 +304,7 @@ class Generation:
             return ""
         piece = ("" if self.made == 0 else " ") + self.words[self.made]
         self.made += 1
+        self.first_at = self.first_at or time.monotonic()
         self.text += piece
         return piece
 
@@ -273,7 +320,7 @@ class Generation:
 def main(argv: list[str]) -> None:
     mode = argv[argv.index("--mode") + 1] if "--mode" in argv else "worker"
     mode, _, value = mode.partition(":")
-    signal.alarm(120)  # by its default action: no test leaves one behind for long, not even one that spins
+    signal.alarm(LIFE_S)  # by its default action: no test leaves one behind for long, not even one that spins
     pipe = Pipe(int(argv[argv.index("--fd") + 1]))
     if mode == "never-ready":
         hang()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mlxd.core import actions as do
 from mlxd.core import events as ev
 from mlxd.core.core import Core, Limits
 from mlxd.core.invariants import check
+from mlxd.core.limits import Rules
 from mlxd_client import errors, types
 
 T = TypeVar("T")
@@ -38,6 +40,12 @@ class Bench:
 
     def have(self, model: str = MODEL, *, revision: str = "r0", need: int = 10) -> None:
         self.tell(ev.Found(model, "hub", need, revision, 1000, 2048))
+
+    def configure(self, *, pinned: tuple[str, ...] = (), preload: tuple[str, ...] = (), **changes: Any) -> None:
+        """New settings: `changes` are those of Limits, and keep_alive by model."""
+        keep_alive = changes.pop("keep_alive", {})
+        limits = dataclasses.replace(self.core.limits, **changes)
+        self.tell(ev.Configure(limits, Rules(keep_alive, frozenset(pinned), preload)))
 
     def load(self, model: str = MODEL, lease: str | None = None) -> int:
         self.ask(lambda rid: ev.Ensure(rid, 1, model, lease))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +43,7 @@ class Daemon:
         bad_child: workers are tests/support/bad_child.py instead of real ones, in this mode.
         files: how many descriptors it may have.
         steps: a bad_child's `!slow` generations take no step before `step` lets them.
+        program: what is run, before `serve`, in place of `python -m mlxd`.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Daemon:
         bad_child: str | None = None,
         steps: bool = False,
         files: int | None = None,
+        program: Sequence[str] = (sys.executable, "-m", "mlxd"),
         env: dict[str, str] | None = None,
         **settings: Any,
     ) -> None:
@@ -67,12 +70,13 @@ class Daemon:
             (self.home / "steps").mkdir()
             self.env["BAD_CHILD_STEPS"] = str(self.home / "steps")
         self.files = files
+        self.program = list(program)
         self.process: subprocess.Popen[str] | None = None
         self.expect_exit: int | None = 0
 
     def start(self) -> Self:
         """Start it, and wait until it serves."""
-        command = [sys.executable, "-m", "mlxd", "serve"]
+        command = [*self.program, "serve"]
         if self.files is not None:
             command = ["/bin/sh", "-c", f'ulimit -n {self.files} && exec "$@"', "sh", *command]
         self.process = subprocess.Popen(

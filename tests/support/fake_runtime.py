@@ -111,6 +111,18 @@ class FakeRuntime:
 
     # --- Runtime --------------------------------------------------------------------------------------------------
 
+    async def stats(self, ref: str | None, clients: types.ClientTotals) -> types.Stats:
+        figures = types.Distribution(
+            count=1, mean=1.0, stddev=0.0, least=1.0, most=1.0, p50=1.0, p90=1.0, p95=1.0, p99=1.0
+        )
+        made = types.ModelStats(model=ref or "", requests={"chat": {"stop": 1}}, total_s=figures, deaths={"SIGABRT": 1})
+        events = types.EventTotals(published=0, dropped=0, lagged=0)
+        downloads = types.DownloadTotals(ended={"done": 1})
+        return types.Stats(since_at=1.0, models=[made], clients=clients, events=events, downloads=downloads)
+
+    def metrics(self, clients: types.ClientTotals) -> types.MetricsResult:
+        return types.MetricsResult(content_type="text/plain", text=f"mlxd_clients {clients.open}\n")
+
     def status(self, *, clients: int, subscribers: int) -> types.Status:
         return types.Status(
             version=self.version,

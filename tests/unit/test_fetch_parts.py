@@ -187,3 +187,16 @@ def test_errors_of_the_disk_say_what_to_do(cache: RepoCache) -> None:
     assert refused.details["folder"] == str(cache.folder)
     other = disk_error(OSError(errno.EIO, "x"), cache, [])
     assert isinstance(other, DownloadFailed)
+
+
+def test_a_part_that_a_newer_mlxd_began_is_left_as_it_is(cache: RepoCache) -> None:
+    part = opened(cache)
+    part.write([b"x" * CHUNK_BYTES], 0)
+    part.mark(range(1))
+    part.close()
+    path = cache.part_map(OID)
+    path.write_bytes(newer := path.read_bytes().replace(b"mlxdmap1", b"mlxdmap2", 1))
+    with pytest.raises(DownloadFailed, match="was written by a newer mlxd: it has version 2"):
+        Part.open(cache, OID, SIZE)
+    assert path.read_bytes() == newer
+    assert cache.part(OID).stat().st_size == SIZE

@@ -19,6 +19,7 @@ TREES = {"mlxd_client": ROOT / "client/src/mlxd_client", "mlxd": ROOT / "daemon/
 STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd_client": (set(), {"msgspec"}),
     "mlxd": (set(), set()),
+    "mlxd.stateversion": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.childwire": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.fidelity": (set(), set()),
     "mlxd.wholefiles": (set(), set()),
@@ -27,26 +28,29 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.settings": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.core": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.store": ({"mlxd_client"}, {"msgspec"}),
-    "mlxd.promptfiles": ({"mlxd.store"}, {"msgspec"}),
+    "mlxd.promptfiles": ({"mlxd.stateversion", "mlxd.store", "mlxd.wholefiles"}, {"msgspec"}),
     "mlxd.childside": ({"mlxd_client", "mlxd.childwire"}, {"msgspec"}),
-    "mlxd.children": ({"mlxd_client", "mlxd.childwire", "mlxd.wholefiles"}, {"msgspec", "psutil"}),
+    "mlxd.children": (
+        {"mlxd_client", "mlxd.childwire", "mlxd.stateversion", "mlxd.wholefiles"}, {"msgspec", "psutil"},
+    ),
     "mlxd.worker": (
         {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.fidelity", "mlxd.promptfiles", "mlxd.store"},
         {"msgspec", "mlx", "mlx_lm", "numpy", "transformers", "tokenizers", "jinja2", "llguidance", "PIL", "jsonschema",
          "referencing"},
     ),
     "mlxd.fetch": (
-        {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.store"},
+        {"mlxd_client", "mlxd.childwire", "mlxd.childside", "mlxd.stateversion", "mlxd.store"},
         {"msgspec", "huggingface_hub"},
     ),
     "mlxd.server": ({"mlxd_client", "mlxd.logs"}, {"msgspec", "psutil"}),
     "mlxd.workers": ({"mlxd_client", "mlxd.childwire", "mlxd.children"}, {"msgspec"}),
     "mlxd.generation": ({"mlxd_client", "mlxd.childwire", "mlxd.core", "mlxd.server"}, {"msgspec"}),
+    "mlxd.stats": ({"mlxd_client", "mlxd.childwire"}, set()),
     "mlxd.texts": ({"mlxd_client", "mlxd.childwire"}, {"msgspec"}),
     "mlxd.fetchers": ({"mlxd_client", "mlxd.childwire", "mlxd.children"}, {"msgspec"}),
     "mlxd.downloads": (
         {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.server",
-         "mlxd.settings", "mlxd.store", "mlxd.wholefiles"},
+         "mlxd.settings", "mlxd.stateversion", "mlxd.store", "mlxd.wholefiles"},
         {"msgspec"},
     ),
     "mlxd.library": (
@@ -61,7 +65,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.batch": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.runtime": (
         {"mlxd_client", "mlxd.batch", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers",
-         "mlxd.generation", "mlxd.library", "mlxd.logs", "mlxd.prompts", "mlxd.server", "mlxd.settings", "mlxd.store",
+         "mlxd.generation", "mlxd.library", "mlxd.logs", "mlxd.prompts", "mlxd.server", "mlxd.settings", "mlxd.stats",
+         "mlxd.store",
          "mlxd.texts", "mlxd.workers"},
         {"msgspec", "psutil"},
     ),
@@ -70,7 +75,7 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.service": ({"mlxd_client", "mlxd.settings", "mlxd.server", "mlxd.wholefiles"}, {"msgspec"}),
     "mlxd.app": (
         {"mlxd_client", "mlxd.children", "mlxd.logs", "mlxd.notify", "mlxd.runtime", "mlxd.server", "mlxd.settings",
-         "mlxd.sidecar", "mlxd.store"},
+         "mlxd.sidecar", "mlxd.stateversion", "mlxd.store"},
         {"uvloop", "msgspec"},
     ),
     "mlxd.cli": (

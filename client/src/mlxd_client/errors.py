@@ -13,7 +13,7 @@
     │   ├── ModelBusy           -32003
     │   ├── QueueFull           -32004  details.retry_after_s hints when to come back
     │   ├── InsufficientDisk    -32005
-    │   ├── InsufficientMemory  -32006  details: needed_bytes, available_bytes
+    │   ├── InsufficientMemory  -32006  details: needed_bytes, available_bytes, and who holds the rest
     │   ├── WorkerDied          -32007  details: cause, exit_code or signal, last_words
     │   ├── DeadlineExceeded    -32008  details.phase says where the time went
     │   ├── Unsupported         -32009  details.option: asked for, and cannot be honoured
@@ -24,7 +24,8 @@
     │   ├── ShuttingDown        -32014  the daemon drains; it takes no new work
     │   ├── NotFound            -32015  no such job, lease or subscription
     │   ├── PermissionDenied    -32016
-    │   └── ModelNotDownloaded  -32017  the hub has it; details.plan says what fetching it would take
+    │   ├── ModelNotDownloaded  -32017  the hub has it; details.plan says what fetching it would take
+    │   └── MemoryPressure      -32018  the machine is short of memory; batch work is to come again, see retry_after_s
     └── ClientError                   raised on this side of the socket
         ├── ConnectFailed               nobody listens there, and nothing could be started
         ├── ConnectionLost              the connection ended while a reply was awaited
@@ -55,6 +56,7 @@ __all__ = [
     "InvalidParams",
     "InvalidRequest",
     "LoadFailed",
+    "MemoryPressure",
     "MethodNotFound",
     "MlxdError",
     "ModelBusy",
@@ -200,6 +202,10 @@ class PermissionDenied(RpcError):
 
 class ModelNotDownloaded(RpcError):
     code, kind = -32017, "model_not_downloaded"
+
+
+class MemoryPressure(RpcError):
+    code, kind = -32018, "memory_pressure"
 
 
 class ClientError(MlxdError):

@@ -53,12 +53,15 @@ from .types import (
     ListParams,
     LoadParams,
     Message,
+    MetricsResult,
     Model,
     ModelParams,
     ModelsResult,
     Plan,
     PlanParams,
     ProcessParams,
+    Stats,
+    StatsParams,
     Status,
     TextPart,
     TokensParams,
@@ -273,6 +276,16 @@ class Methods:
     def status(self, *, wait_s: Wait = UNSET) -> Request[Status]:
         """The daemon's version, age, memory, queue and workers."""
         return Request("status", None, Status, wait_s)
+
+    @remote
+    def stats(self, model: str | None = None, *, wait_s: Wait = UNSET) -> Request[Stats]:
+        """What was counted and measured since the daemon began, of all models or one. Raises ModelNotFound."""
+        return Request("stats", None if model is None else StatsParams(model=model), Stats, wait_s)
+
+    @remote
+    def metrics(self, *, wait_s: Wait = UNSET) -> Request[str]:
+        """The same, and how things stand, as text for Prometheus (exposition format 0.0.4)."""
+        return Request("metrics", None, MetricsResult, wait_s, pick=_exposition)
 
     @remote
     def shutdown(self, *, wait_s: Wait = UNSET) -> Request[None]:
@@ -634,6 +647,10 @@ def _items(items: Items) -> list[BatchItem]:
 
 def _nothing(result: Any) -> None:
     return None
+
+
+def _exposition(result: MetricsResult) -> str:
+    return result.text
 
 
 def _models(result: ModelsResult) -> list[Model]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .types import Event, Job, Model, Snapshot
+from .types import Event, Job, Model, PressureLevel, Snapshot
 
 __all__ = ["Mirror"]
 
@@ -24,12 +24,14 @@ class Mirror:
         models: by id.
         jobs: by id, those that have not ended.
         stopping: whether the daemon drains and takes no new work.
+        memory_pressure: how short of memory the machine is.
     """
 
     def __init__(self, snapshot: Snapshot | None = None) -> None:
         self.models: dict[str, Model] = {}
         self.jobs: dict[str, Job] = {}
         self.stopping = False
+        self.memory_pressure: PressureLevel = "normal"
         if snapshot is not None:
             self.replace(snapshot)
 
@@ -38,6 +40,7 @@ class Mirror:
         self.models = {model.id: model for model in snapshot.models}
         self.jobs = {job.job: job for job in snapshot.jobs}
         self.stopping = snapshot.stopping
+        self.memory_pressure = snapshot.memory_pressure
 
     def apply(self, event: Event) -> None:
         """Take one event, in order of arrival. A snapshot (`lagged`, `resync`) replaces everything."""
@@ -56,6 +59,8 @@ class Mirror:
                 self.jobs[event.job.job] = event.job
         if event.name == "daemon_stopping":
             self.stopping = True
+        if event.name == "memory_pressure" and event.details is not None:
+            self.memory_pressure = event.details.get("level", self.memory_pressure)
 
     def snapshot(self) -> Snapshot:
         """The state held, in the order of ids."""
@@ -63,4 +68,5 @@ class Mirror:
             models=[self.models[id] for id in sorted(self.models)],
             jobs=[self.jobs[id] for id in sorted(self.jobs)],
             stopping=self.stopping,
+            memory_pressure=self.memory_pressure,
         )

@@ -120,6 +120,13 @@ export interface ClientInfo {
   version?: string;
 }
 
+export interface ClientTotals {
+  open: number;
+  subscribers: number;
+  accepted: number;
+  refused: number;
+}
+
 export interface Completion {
   model: string;
   text: string;
@@ -152,6 +159,18 @@ export interface DeleteResult {
   freed_bytes: number;
 }
 
+export interface Distribution {
+  count: number;
+  mean: number;
+  stddev: number;
+  least: number;
+  most: number;
+  p50: number;
+  p90: number;
+  p95: number;
+  p99: number;
+}
+
 export interface DownloadParams {
   model: string;
   revision?: string;
@@ -160,6 +179,11 @@ export interface DownloadParams {
 
 export interface DownloadResult {
   job: string;
+}
+
+export interface DownloadTotals {
+  ended?: Record<string, number>;
+  fetched_bytes?: number;
 }
 
 export interface EmbedParams {
@@ -219,6 +243,12 @@ export interface Event {
   details?: Record<string, unknown>;
   dropped?: number;
   snapshot?: Snapshot;
+}
+
+export interface EventTotals {
+  published: number;
+  dropped: number;
+  lagged: number;
 }
 
 export interface HelloParams {
@@ -314,6 +344,20 @@ export interface MalformedToolCall {
 export interface Memory {
   budget_bytes: number;
   used_bytes: number;
+  footprint_bytes?: number;
+  reserve_bytes?: number;
+  capacity_bytes?: number;
+  available_bytes?: number;
+  measured_at?: number;
+  pressure?: Pressure;
+  models?: MemoryHolder[];
+}
+
+export interface MemoryHolder {
+  model: string;
+  reserved_bytes: number;
+  footprint_bytes?: number;
+  share_bytes?: number;
 }
 
 export interface Message {
@@ -322,6 +366,11 @@ export interface Message {
   name?: string;
   tool_calls?: Record<string, unknown>[];
   tool_call_id?: string;
+}
+
+export interface MetricsResult {
+  content_type: string;
+  text: string;
 }
 
 export interface Model {
@@ -336,12 +385,17 @@ export interface Model {
   error?: ErrorObject;
   context_length?: number;
   memory_bytes?: number;
+  footprint_bytes?: number;
   active?: number;
   waiting?: number;
   leases?: number;
   idle_unload_at?: number;
   draft_model?: string;
   kind?: "adapter" | "model";
+  pinned?: boolean;
+  preload?: boolean;
+  adapter?: string;
+  capabilities?: string[];
 }
 
 export interface ModelCache {
@@ -352,6 +406,27 @@ export interface ModelCache {
 
 export interface ModelParams {
   model: string;
+}
+
+export interface ModelStats {
+  model: string;
+  requests?: Record<string, Record<string, number>>;
+  slow_requests?: number;
+  prompt_tokens?: number;
+  cached_tokens?: number;
+  completion_tokens?: number;
+  now_tokens_per_s?: number;
+  recent_tokens_per_s?: number;
+  queue_s?: Distribution;
+  load_s?: Distribution;
+  first_token_s?: Distribution;
+  total_s?: Distribution;
+  tokens_per_s?: Distribution;
+  load_failures?: Record<string, number>;
+  unloads?: Record<string, number>;
+  deaths?: Record<string, number>;
+  prompt_cache?: PromptCacheTotals;
+  speculation?: SpeculationTotals;
 }
 
 export interface ModelsResult {
@@ -377,6 +452,12 @@ export interface PlanParams {
   model: string;
   revision?: string;
   context_length?: number;
+}
+
+export interface Pressure {
+  level?: "critical" | "normal" | "warning";
+  source?: string;
+  since_at?: number;
 }
 
 export interface ProcessParams {
@@ -414,6 +495,15 @@ export interface ProcessParams {
   system?: string;
 }
 
+export interface PromptCacheTotals {
+  hits?: number;
+  misses?: number;
+  saved_tokens?: number;
+  disk_hits?: number;
+  disk_tokens?: number;
+  disk_failures?: number;
+}
+
 export interface ServerInfo {
   name: string;
   version: string;
@@ -429,12 +519,31 @@ export interface Snapshot {
   models?: Model[];
   jobs?: Job[];
   stopping?: boolean;
+  memory_pressure?: "critical" | "normal" | "warning";
 }
 
 export interface Speculation {
   kind: "draft" | "lookup";
   drafted_tokens: number;
   accepted_tokens: number;
+}
+
+export interface SpeculationTotals {
+  drafted_tokens?: number;
+  accepted_tokens?: number;
+}
+
+export interface Stats {
+  since_at: number;
+  models: ModelStats[];
+  clients: ClientTotals;
+  events: EventTotals;
+  downloads: DownloadTotals;
+  log_lines_dropped?: number;
+}
+
+export interface StatsParams {
+  model?: string;
 }
 
 export interface Status {
@@ -554,6 +663,8 @@ export interface Methods {
   "hello": { params: { protocol: [number, number]; client: ClientInfo }; result: HelloResult };
   "ping": { params: Record<string, never>; result: Empty };
   "status": { params: Record<string, never>; result: Status };
+  "stats": { params: { model?: string }; result: Stats };
+  "metrics": { params: Record<string, never>; result: MetricsResult };
   "shutdown": { params: Record<string, never>; result: Empty };
   "rpc.discover": { params: Record<string, never>; result: Record<string, unknown> };
   "models.list": { params: { updates?: boolean }; result: ModelsResult };
@@ -585,4 +696,4 @@ export interface Methods {
 }
 
 /** The stable names of failures. */
-export type ErrorKind = "parse_error" | "invalid_request" | "method_not_found" | "invalid_params" | "internal_error" | "cancelled" | "model_not_found" | "model_invalid" | "model_busy" | "queue_full" | "insufficient_disk" | "insufficient_memory" | "worker_died" | "deadline_exceeded" | "unsupported" | "context_exceeded" | "load_failed" | "download_failed" | "verification_failed" | "shutting_down" | "not_found" | "permission_denied" | "model_not_downloaded";
+export type ErrorKind = "parse_error" | "invalid_request" | "method_not_found" | "invalid_params" | "internal_error" | "cancelled" | "model_not_found" | "model_invalid" | "model_busy" | "queue_full" | "insufficient_disk" | "insufficient_memory" | "worker_died" | "deadline_exceeded" | "unsupported" | "context_exceeded" | "load_failed" | "download_failed" | "verification_failed" | "shutting_down" | "not_found" | "permission_denied" | "model_not_downloaded" | "memory_pressure";

@@ -27,6 +27,7 @@ from .server.listen import AlreadyRunning, Listener, ListenError, adopt, listen
 from .server.server import Server
 from .settings import Settings
 from .sidecar import Bridge
+from .stateversion import StateTooNew
 from .store import Store
 
 EXIT_OK = 0
@@ -81,7 +82,13 @@ def serve(settings: Settings, launch: Launch | None = None) -> int:
     installed = logs.configure(settings.log_file, level=settings.log_level, prompts=settings.log_prompts)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Daemon(settings, limits, listener, notifier, launch).run())
+            runner.run(_Daemon(settings, limits, listener, notifier, launch, installed).run())
+    except StateTooNew as error:
+        logs.get("mlxd").error("state is too new", path=str(error.path), reason=str(error))
+        if launch.managed:
+            return give_up(str(error), notifier, listener.sock)
+        print(f"mlxd: {error}", file=sys.stderr)
+        return EXIT_FAILED
     finally:
         listener.close()
         installed.close()
@@ -135,10 +142,17 @@ class _Daemon:
     """The parts of one running daemon."""
 
     def __init__(
-        self, settings: Settings, limits: ServerLimits, listener: Listener, notifier: Notifier, launch: Launch
+        self,
+        settings: Settings,
+        limits: ServerLimits,
+        listener: Listener,
+        notifier: Notifier,
+        launch: Launch,
+        installed: logs.Logs,
     ) -> None:
         self._settings = settings
         self._launch = launch
+        self._installed = installed
         self._limits = limits
         self._listener = listener
         self._notifier = notifier
@@ -161,9 +175,11 @@ class _Daemon:
             settings, Store(settings.aliases), supervisor, logs.get("mlxd.runtime"), limits=limits, loop=loop
         )
         runtime.on_shutdown = self._stop.set
+        runtime.log_lines_dropped = lambda: self._installed.dropped
         server = Server(runtime, runtime.events, log=logs.get("mlxd.server"), limits=limits)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
+        runtime.refuse_newer_state()
         await supervisor.sweep()
         await runtime.begin()
         await server.start(self._listener)

@@ -78,11 +78,12 @@ class PromptCacheStats(msgspec.Struct, omit_defaults=True):
 
 class Heartbeat(msgspec.Struct, omit_defaults=True):
     """`memory_bytes` is what the child's model and caches hold now, as MLX counts it. `prompt_cache` is missing where
-    no prefixes are kept."""
+    no prefixes are kept. `made_tokens` is how many it has generated since it began; it never falls."""
 
     active: int = 0
     waiting: int = 0
     memory_bytes: int = 0
+    made_tokens: int = 0
     prompt_cache: PromptCacheStats | None = None
 
 

@@ -21,6 +21,7 @@ from .children.death import Death
 from .core import actions as do
 from .core import events as ev
 from .fetchers import FetcherLink, Fetchers
+from .stateversion import json_version, refuse_newer
 from .store import hub, remove
 from .wholefiles import write_whole
 
@@ -55,6 +56,16 @@ class OpenJob(msgspec.Struct, frozen=True, kw_only=True):
     repair: bool = False
 
 
+class _Open(msgspec.Struct, frozen=True, kw_only=True):
+    """The file of open downloads. Version 1 was the bare list."""
+
+    version: int = 2
+    downloads: list[OpenJob]
+
+
+RECORDS_VERSION = 2
+
+
 class Records:
     """The downloads that have not ended, in one small file. Written at once and as a whole: a daemon that is killed
     the moment after has them, and one that is killed meanwhile has those of before."""
@@ -64,10 +75,19 @@ class Records:
         self._log = log
         self._open: dict[str, OpenJob] = {}
 
+    def refuse_newer(self) -> None:
+        """Raises StateTooNew. To be called before anything is written."""
+        refuse_newer(self._path, json_version(self._path), RECORDS_VERSION)
+
     def read(self) -> list[OpenJob]:
-        """What an earlier daemon left open; nothing where the file is not there, or is no such file."""
+        """What an earlier daemon left open; nothing where the file is not there, or is no such file.
+
+        Raises: StateTooNew.
+        """
+        self.refuse_newer()
         try:
-            found = msgspec.json.decode(self._path.read_bytes(), type=list[OpenJob])
+            told = msgspec.json.decode(self._path.read_bytes(), type=_Open | list[OpenJob])
+            found = told.downloads if isinstance(told, _Open) else told
         except FileNotFoundError:
             return []
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -96,7 +116,7 @@ class Records:
     def _write(self) -> None:
         try:
             # Not durable: the loop would wait for the disk, and after a power cut a download is asked for again.
-            write_whole(self._path, msgspec.json.encode(list(self._open.values())), durable=False)
+            write_whole(self._path, msgspec.json.encode(_Open(downloads=list(self._open.values()))), durable=False)
         except OSError as error:  # a full disk; the downloads go on, but a next daemon would not know of them
             self._log.warning("open downloads could not be written down", reason=str(error))
 
@@ -106,6 +126,7 @@ class Downloads:
 
     Attributes:
         records: the downloads that have not ended.
+        fetched_bytes: what crossed the network so far, for those that failed, too.
 
     Args:
         store: finds models; asked on `disk`, one question at a time.
@@ -135,6 +156,8 @@ class Downloads:
         self._disk = disk
         self._remover = ThreadPoolExecutor(1, "mlxd-remover")  # unlinking gigabytes takes a while
         self.records = Records(Path(settings.home) / "downloads.json", log)
+        self.fetched_bytes = 0
+        self._coming: dict[int, tuple[int, int]] = {}  # by fetcher: bytes on disk when it began to fetch, and now
         self._links: dict[int, FetcherLink[wire.Fetched]] = {}
         self._asked: dict[tuple[str, int | None], tuple[float, wire.FetchPlan | errors.RpcError]] = {}
         self._asking: dict[tuple[str, int | None], asyncio.Task[wire.FetchPlan | errors.RpcError]] = {}
@@ -240,6 +263,8 @@ class Downloads:
 
     def _progressed(self, fetcher: int, at: wire.Fetching) -> None:
         phase: Any = at.phase
+        if phase in ("downloading", "retrying"):
+            self._coming[fetcher] = self._coming.get(fetcher, (at.done_bytes, 0))[0], at.done_bytes
         self._tell(
             ev.FetchProgress(fetcher, phase, at.done_bytes, at.total_bytes, at.rate_bytes_s, max(1, at.attempts))
         )
@@ -249,6 +274,8 @@ class Downloads:
             self._log.warning("download failed", model=model, kind=answer.kind, reason=answer.message)
             self._tell(ev.FetchFailed(fetcher, answer))
         else:
+            self._coming.pop(fetcher, None)
+            self.fetched_bytes += answer.fetched_bytes
             self._log.info("downloaded", model=model, revision=answer.commit, fetched_bytes=answer.fetched_bytes)
             self._later(self._arrived(fetcher, model))
 
@@ -266,6 +293,8 @@ class Downloads:
 
     def _exited(self, fetcher: int, model: str, death: Death) -> None:
         self._links.pop(fetcher, None)
+        began, came = self._coming.pop(fetcher, (0, 0))
+        self.fetched_bytes += max(0, came - began)
         self.forget_plans(model)  # a part of it may be here by now
         if not death.expected:
             self._log.error("fetcher ended", model=model, cause=death.cause, told=death.describe())

@@ -30,8 +30,8 @@ class Generation:
     """A generation that has had no last word yet. Also its caller's ticket."""
 
     __slots__ = (
-        "accepted_at", "adapter", "client", "dispatched_at", "gave_up", "kind", "model", "outcome", "params",
-        "ready_at", "rid", "sink", "tell", "waiting", "yields",
+        "accepted_at", "adapter", "client", "dispatched_at", "found_at", "gave_up", "kind", "model", "outcome",
+        "params", "ready_at", "rid", "sink", "tell", "waiting", "yields",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +53,7 @@ class Generation:
         self.sink = sink
         self.yields = yields
         self.accepted_at = time.monotonic()  # as fine as a token is short; the loop's own clock counts milliseconds
+        self.found_at: float | None = None  # its model was here
         self.dispatched_at: float | None = None
         self.outcome: wire.Generated | errors.RpcError | None = None
         self.gave_up = False
@@ -69,24 +70,31 @@ class Generation:
         self.tell(ev.Cancel(self.rid))
 
 
-def completion(request: Generation, made: wire.Generated) -> types.Completion:
-    """The wire's answer from the worker's; the daemon's own waiting is counted in."""
+def timings(request: Generation, made: wire.Generated | None) -> types.Timings:
+    """Where its time went up to now, the daemon's own waiting counted in; `made` is what its worker said, if it did."""
     now = time.monotonic()
     dispatched = request.dispatched_at or now
     waited = dispatched - request.accepted_at
     load_s = max(0.0, min(request.ready_at, dispatched) - request.accepted_at)
-    timings = types.Timings(
-        queue_s=waited - load_s, load_s=load_s, prompt_s=made.timings.prompt_s,
-        first_token_s=waited + made.timings.first_token_s, decode_s=made.timings.decode_s,
-        total_s=now - request.accepted_at,
-    )  # fmt: skip
-    usage = types.Usage(
+    spent = types.Timings(queue_s=waited - load_s, load_s=load_s, total_s=now - request.accepted_at)
+    if made is not None:
+        spent.prompt_s, spent.decode_s = made.timings.prompt_s, made.timings.decode_s
+        spent.first_token_s = waited + made.timings.first_token_s
+    return spent
+
+
+def usage(made: wire.Generated) -> types.Usage:
+    return types.Usage(
         prompt_tokens=made.prompt_tokens, completion_tokens=made.completion_tokens, cached_tokens=made.cached_tokens,
         reasoning_tokens=made.reasoning_tokens,
     )  # fmt: skip
+
+
+def completion(request: Generation, made: wire.Generated) -> types.Completion:
+    """The wire's answer from the worker's."""
     return types.Completion(
         model=request.model, text=made.text, finish_reason=cast("types.FinishReason", made.finish_reason),
-        usage=usage, timings=timings, reasoning=made.reasoning, invented=made.invented,
+        usage=usage(made), timings=timings(request, made), reasoning=made.reasoning, invented=made.invented,
         logprobs=_logprobs(made.logprobs), structured=made.structured, dropped_messages=made.dropped_messages,
         alternatives=None if made.alternatives is None else [_alternative(answer) for answer in made.alternatives],
         tool_calls=made.tool_calls, malformed_tool_calls=made.malformed_tool_calls,

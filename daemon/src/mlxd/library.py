@@ -106,8 +106,7 @@ class Library:
         if found.kind == "model":
             context = min(found.context_length, self._settings.context_length.get(found.model, found.context_length))
         return ev.Found(
-            found.model, found.source, need_bytes, found.revision, found.size_bytes, context,
-            self._settings.keep_alive.get(found.model), found.kind,
+            found.model, found.source, need_bytes, found.revision, found.size_bytes, context, found.kind,
         )  # fmt: skip
 
     # --- names ----------------------------------------------------------------------------------------------------
@@ -117,6 +116,11 @@ class Library:
         model = self._ids.get(ref)
         record = None if model is None else self._core.models.get(model)
         return None if record is None or record.worker is None else model
+
+    def id_of(self, ref: str) -> str:
+        """The id that a model has or would have which the settings name so, be it here or not."""
+        name = self._store.aliases.get(ref, ref)
+        return os.path.realpath(name) if name.startswith("/") else name
 
     async def resolve(self, ref: str) -> str:
         """The id of the model that `ref` names, which the disk holds, whole. Raises ModelNotFound, ModelInvalid."""

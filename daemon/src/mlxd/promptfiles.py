@@ -1,6 +1,7 @@
 """The files of prefixes that are kept on disk: whole or not there, private, within a budget. Bytes only: no MLX here.
 
     <root>/.lock                  held by whoever writes; removing needs no lock
+    <root>.version                of all of this, as JSON
     <root>/<model>-<key>/about    which model this is, as JSON
                          NAME.kv  one entry; its modification time is when it was last of use
                          NAME.new being written; whoever has the lock next sweeps it
@@ -28,17 +29,20 @@ from pathlib import Path
 
 import msgspec
 
+from .stateversion import json_version, refuse_newer
 from .store.files import fsync_folder, remove_tree, try_lock
+from .wholefiles import write_whole
 
 __all__ = [
     "SUFFIX", "Damaged", "Header", "Session", "Usage", "clear", "encode", "folder_name", "fsync_folder", "identity",
-    "list_entries", "read", "remove_stale", "session", "touch", "trim", "usage",
+    "list_entries", "read", "refuse_newer_files", "remove_stale", "session", "touch", "trim", "usage",
 ]  # fmt: skip
 
 SUFFIX = ".kv"
 NEW = ".new"
 ABOUT = "about"
 MAGIC = b"mlxdkv1\n"
+VERSION = 1
 MAX_HEADER_BYTES = 64 * 1024
 MAX_ABOUT_BYTES = 16 * 1024
 # Together the entries never take more than this share of what would be free without them.
@@ -279,6 +283,16 @@ class Session:
         return True
 
 
+def refuse_newer_files(root: Path) -> None:
+    """Raises StateTooNew where a newer mlxd keeps prompts there. To be called before anything is removed."""
+    path = version_file(root)
+    refuse_newer(path, json_version(path), VERSION)
+
+
+def version_file(root: Path) -> Path:
+    return root.with_name(f"{root.name}.version")
+
+
 @contextlib.contextmanager
 def session(root: Path, budget_bytes: int) -> Iterator[Session | None]:
     """Hold the lock for some writing; None where somebody else has it. Raises OSError."""
@@ -286,7 +300,10 @@ def session(root: Path, budget_bytes: int) -> Iterator[Session | None]:
     make_private(root)
     fd = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        yield Session(root, budget_bytes) if try_lock(fd) else None
+        locked = try_lock(fd)
+        if locked and not version_file(root).exists():
+            write_whole(version_file(root), msgspec.json.encode({"version": VERSION}), durable=False)
+        yield Session(root, budget_bytes) if locked else None
     finally:
         os.close(fd)
 

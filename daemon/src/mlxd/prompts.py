@@ -51,6 +51,10 @@ class Prompts:
         """For all entries on disk; nothing goes there from where nothing is kept in memory."""
         return self._settings.prompt_disk_cache_bytes if self._settings.prompt_cache_bytes else 0
 
+    def refuse_newer(self) -> None:
+        """Raises StateTooNew where a newer mlxd keeps prompts here."""
+        promptfiles.refuse_newer_files(self.root)
+
     def begin(self) -> None:
         """See to it, some time, that what an earlier daemon has left keeps to the budget of this one."""
         self._later("trim", promptfiles.trim, self.root, self.budget_bytes)

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -30,6 +30,7 @@ Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 KeepAlive = Annotated[float, Meta(ge=-1, le=31_536_000)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Name = Annotated[str, Meta(min_length=1, max_length=4096)]
+Models = Annotated[list[Name], Meta(max_length=256)]
 
 
 class SettingsError(MlxdError):
@@ -73,6 +74,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         aliases: further names for models.
         keep_alive_s: a model that nobody used for so long is unloaded; -1 never, 0 at once.
         keep_alive: the same for single models, by id. Requests may say otherwise.
+        pinned: models that are not unloaded when idle, nor to make room for others that are not pinned. What is asked
+            by name is done all the same, and a pinned model that wants room may take another pinned one's.
+        preload: models that are loaded when the daemon starts, in this order, and again where their worker died; they
+            stay by their keep_alive. None is unloaded for them, but for pinned ones.
         draft_models: a draft model for single models, by id, that guesses for them whenever they are loaded.
         context_length: how many tokens prompt and answer may have together, for single models by id; it shortens what
             a model's own config says, and never lengthens it.
@@ -116,6 +121,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         catalog: further recommended models, by id, with the fields that the built-in catalog has.
         log_level: what the log holds.
         log_prompts: whether prompts and answers may be logged.
+        slow_request_s: a request that takes so long gets a line in the log that says where the time went; 0 none.
+        slow_first_token_s: the same for one whose answer takes so long to begin.
     """
 
     home: Name
@@ -124,6 +131,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     aliases: dict[Name, Name] = {}
     keep_alive_s: KeepAlive = 300.0
     keep_alive: dict[Name, KeepAlive] = {}
+    pinned: Models = []
+    preload: Models = []
     draft_models: dict[Name, Name] = {}
     context_length: dict[Name, Annotated[int, Meta(ge=8, le=16_777_216)]] = {}
     memory_budget_bytes: Annotated[int, Meta(ge=1)] = msgspec.field(default_factory=memory_budget)
@@ -159,6 +168,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     catalog: dict[Name, dict[str, Any]] = {}
     log_level: LogLevel = "info"
     log_prompts: bool = False
+    slow_request_s: Annotated[float, Meta(ge=0, le=86_400)] = 120.0
+    slow_first_token_s: Annotated[float, Meta(ge=0, le=86_400)] = 15.0
 
     @property
     def log_file(self) -> Path:
@@ -230,6 +241,12 @@ def load(env: Mapping[str, str] | None = None, flags: Mapping[str, object] | Non
 
 
 _TYPES: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Settings)}
+# Those that are lists or tables; as one text they are JSON.
+_JSON = frozenset(
+    name
+    for name, kind in _TYPES.items()
+    if get_origin(get_args(kind)[0] if get_origin(kind) is Annotated else kind) in (dict, list)
+)
 
 
 def _checked(name: str, value: object, origin: Origin, *, strict: bool) -> object:
@@ -314,8 +331,7 @@ def _parsed(name: str, text: str, origin: Origin) -> object:
             return shlex.split(text)
         except ValueError as error:
             raise SettingsError(f"{name} cannot be {_short(text)} ({origin}): {error}") from None
-    tables = ("aliases", "keep_alive", "context_length", "draft_models", "kv_bits", "catalog")
-    if name in (*tables, "worker_command", "fetcher_command"):
+    if name in _JSON:
         try:
             return msgspec.json.decode(text)
         except msgspec.DecodeError as error:

@@ -13,6 +13,7 @@ MAX_DEPTH = 64
 MAX_INTEGER = 2**53
 
 ModelState = Literal["NotDownloaded", "Downloading", "Downloaded", "Loading", "Ready"]
+PressureLevel = Literal["normal", "warning", "critical"]
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 FINISH_REASONS: tuple[str, ...] = ("stop", "length", "tool_calls", "cancelled")
 

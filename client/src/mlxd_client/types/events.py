@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, UnsetType
 
-from .base import ErrorObject, ModelRef, Params, Result
+from .base import ErrorObject, ModelRef, Params, PressureLevel, Result
 from .jobs import Job
 from .models import Model
 
@@ -24,18 +24,21 @@ EVENT_TOPICS: dict[str, str] = {
     "loading_progress": "models",
     "loading_completed": "models",
     "draft_attached": "models",
+    "model_changed": "models",
     "unloading_started": "models",
     "unloaded": "models",
     "deleting_started": "models",
     "deleted": "models",
     "error": "models",
     "worker_died": "models",
+    "memory_exceeded": "models",
     "job": "jobs",
     "queue": "queue",
     "generation_started": "generation",
     "generation_finished": "generation",
     "memory_pressure": "system",
     "config_changed": "system",
+    "config_failed": "system",
     "daemon_stopping": "system",
 }
 TOPICS: frozenset[str] = frozenset(EVENT_TOPICS.values())
@@ -57,11 +60,13 @@ class SubscribeParams(Params, kw_only=True):
 
 
 class Snapshot(Result, kw_only=True):
-    """All state that a subscription's deltas change: every matching model and every job that has not ended."""
+    """All state that a subscription's deltas change: every matching model, every job that has not ended, and whether
+    the machine is short of memory."""
 
     models: list[Model] = []
     jobs: list[Job] = []
     stopping: bool = False
+    memory_pressure: PressureLevel = "normal"
 
 
 class SubscribeResult(Result, kw_only=True):

@@ -12,13 +12,18 @@ from .base import ErrorObject, KeepAlive, ModelRef, ModelState, Name, Params, Re
 class Model(Result, kw_only=True):
     """One model as the daemon sees it.
 
-    Lifecycle fields change with events of topic `models`; the activity fields (from `memory_bytes` on) with `queue`.
-    `phase` details a state: `queued` (a load that waits for memory, or a download for its turn), `loading`,
-    `unloading`, `deleting`; of a download `planning`, `downloading`, `verifying`, `retrying`. An update is downloaded
-    beside what is there: the state stays, `progress` is then the download's. `latest_revision` is set where the hub is
-    known to have a newer one than `revision`. `draft_model` is the one that guesses for it, where its worker has one.
-    An `adapter` is on the disk, and never loaded by itself: requests name it beside a model. Its `kind` is known once
-    it is here.
+    Lifecycle fields change with events of topic `models`; the activity fields (from `memory_bytes` on) with
+    `queue`. `memory_bytes` is what its weights and caches hold by MLX's count, `footprint_bytes` all that its
+    worker holds, by the system's. `phase` details a state: `queued` (a load that waits for memory, or a download
+    for its turn), `loading`, `unloading`, `deleting`; of a download `planning`, `downloading`, `verifying`,
+    `retrying`. An update is downloaded beside what is there: the state stays, `progress` is then the download's.
+    `latest_revision` is set where the hub is known to have a newer one than `revision`. `draft_model` is the one
+    that guesses for it, where its worker has one. An `adapter` is on the disk, and never loaded by itself: requests
+    name it beside a model. Its `kind` is known once it is here.
+
+    `pinned` and `preload` are what the settings say of it. While it is loaded, `adapter` is the id of the one that
+    requests get that name none, and `capabilities` is what it can do: `process`, `chat` (it has a template for turns),
+    `thinking`, `tools`, `vision`, `embed`, `structured` and `grammar`, `adapters`, `logprobs`, `seed`, `faithful`.
     """
 
     id: str
@@ -32,15 +37,22 @@ class Model(Result, kw_only=True):
     error: ErrorObject | None = None
     context_length: int | None = None
     memory_bytes: int | None = None
+    footprint_bytes: int | None = None
     active: int = 0
     waiting: int = 0
     leases: int = 0
     idle_unload_at: float | None = None
     draft_model: str | None = None
     kind: Literal["model", "adapter"] = "model"
+    pinned: bool = False
+    preload: bool = False
+    adapter: str | None = None
+    capabilities: list[str] | None = None
 
 
-ACTIVITY_FIELDS: tuple[str, ...] = ("memory_bytes", "active", "waiting", "leases", "idle_unload_at")
+ACTIVITY_FIELDS: tuple[str, ...] = (
+    "memory_bytes", "footprint_bytes", "active", "waiting", "leases", "idle_unload_at",
+)  # fmt: skip
 
 
 class ModelParams(Params, kw_only=True):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .base import ErrorObject, Result
+import msgspec
+
+from .base import ErrorObject, PressureLevel, Result
 
 
 class StatusModels(Result, kw_only=True):
@@ -17,11 +19,38 @@ class StatusQueue(Result, kw_only=True):
     running: int
 
 
+class MemoryHolder(Result, kw_only=True):
+    """What one loaded model is counted with, what its worker holds by the system's count, and what it may hold."""
+
+    model: str
+    reserved_bytes: int
+    footprint_bytes: int | None = None
+    share_bytes: int | None = None
+
+
+class Pressure(Result, kw_only=True):
+    """How short of memory the machine is. `source` says by what: `kernel` (macOS), `psi` or `cgroup` (stalls), `oom` (a
+    process was killed for lack of memory), `available` (next to none is left); `since_at` since when."""
+
+    level: PressureLevel = "normal"
+    source: str | None = None
+    since_at: float | None = None
+
+
 class Memory(Result, kw_only=True):
-    """`budget_bytes` bounds the models together; `used_bytes` is what they are counted with."""
+    """`budget_bytes` bounds the models together; `used_bytes` is what they are counted with, of which `footprint_bytes`
+    are in use by the system's count. `available_bytes` of `capacity_bytes` are what the system, or the container, has
+    for new users; loads leave `reserve_bytes` of them. What is not known is absent."""
 
     budget_bytes: int
     used_bytes: int
+    footprint_bytes: int = 0
+    reserve_bytes: int = 0
+    capacity_bytes: int | None = None
+    available_bytes: int | None = None
+    measured_at: float | None = None
+    pressure: Pressure = msgspec.field(default_factory=Pressure)
+    models: list[MemoryHolder] = []
 
 
 class WorkerHealth(Result, kw_only=True):

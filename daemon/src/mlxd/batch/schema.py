@@ -14,10 +14,10 @@ import sqlite3
 import time
 from pathlib import Path
 
-__all__ = ["APPLICATION_ID", "VERSION", "Damaged", "Newer", "connect", "header"]
+from .header import APPLICATION_ID, VERSION
 
-APPLICATION_ID = 0x6D6C7864  # "mlxd"
-VERSION = 2
+__all__ = ["Damaged", "Newer", "connect", "set_aside"]
+
 PAGE_BYTES = 4096
 # A file up to this size is checked whole when it is opened; a larger one would take seconds, and is found out as it is
 # read.
@@ -176,16 +176,6 @@ def _bring_forward(db: sqlite3.Connection, version: int) -> None:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
-
-
-def header(path: Path) -> tuple[int, int] | None:
-    """The version and the application of a file that another process may have open, from its first bytes; None where
-    it is no database. See the file format of SQLite, section 1.3."""
-    with open(path, "rb") as file:
-        first = file.read(100)
-    if len(first) < 100 or not first.startswith(b"SQLite format 3\0"):
-        return None
-    return int.from_bytes(first[60:64], "big"), int.from_bytes(first[68:72], "big")
 
 
 def set_aside(path: Path) -> Path:

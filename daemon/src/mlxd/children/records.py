@@ -16,10 +16,12 @@ from pathlib import Path
 
 import msgspec
 
+from ..stateversion import json_version, refuse_newer
 from ..wholefiles import write_whole
 
 __all__ = ["ChildRecord", "Records", "command_line", "kill", "matches", "start_token"]
 
+VERSION = 1
 _MAX_BYTES = 65_536
 
 
@@ -32,6 +34,7 @@ class ChildRecord(msgspec.Struct, frozen=True):
     name: str
     daemon_pid: int
     argv: list[str]
+    version: int = VERSION
 
 
 class Records:
@@ -47,6 +50,11 @@ class Records:
 
     def remove(self, pid: int) -> None:
         (self.folder / f"{pid}.json").unlink(missing_ok=True)
+
+    def refuse_newer(self) -> None:
+        """Raises StateTooNew where a newer daemon left a record. To be called before anything is written."""
+        for path in self.entries():
+            refuse_newer(path, json_version(path), VERSION)
 
     def entries(self) -> list[Path]:
         """Whatever lies in the folder, records or not; nothing where it is no folder or cannot be read."""

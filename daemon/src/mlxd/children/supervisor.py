@@ -99,6 +99,10 @@ class Supervisor:
         self._log.info("child spawned", kind=child.kind, name=child.name, pid=child.pid)
         return child
 
+    def refuse_newer(self) -> None:
+        """Raises StateTooNew where the records of children are a newer daemon's."""
+        self._records.refuse_newer()
+
     async def sweep(self) -> list[int]:
         """End what an earlier daemon of this folder left behind. To be called at start, with the daemon's lock held.
 

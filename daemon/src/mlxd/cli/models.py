@@ -71,6 +71,8 @@ def _show_list(models: list[Model], output: Output) -> None:
         ("CONTEXT", [_count(model.context_length) for model in models]),
         ("SOURCE", [model.source + (", adapter" if model.kind == "adapter" else "") for model in models]),
     ]
+    if any(model.pinned or model.preload for model in models):
+        columns.append(("KEPT", [_kept(model) for model in models]))
     if any(model.latest_revision for model in models):
         columns.append(("UPDATE", [_update(model) for model in models]))
     if any(model.error for model in models):
@@ -86,6 +88,11 @@ def _far(model: Model) -> str:
     if model.state in ("Downloaded", "Ready") and model.phase in ("planning", "downloading", "verifying", "retrying"):
         return f"{model.state}, update {model.progress or 0:.0%}"
     return model.state
+
+
+def _kept(model: Model) -> str:
+    """What the settings say of it."""
+    return ", ".join(name for name, said in (("pinned", model.pinned), ("preload", model.preload)) if said)
 
 
 def _update(model: Model) -> str:
@@ -136,7 +143,9 @@ def _stays(model: Model) -> str:
         return "-"
     if model.active or model.waiting:
         return "in use"
-    return "leased" if model.leases else "never"
+    if model.leases:
+        return "leased"
+    return "pinned" if model.pinned else "never"
 
 
 def load(args: argparse.Namespace, output: Output) -> int:

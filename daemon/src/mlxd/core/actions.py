@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mlxd_client.errors import RpcError
@@ -19,9 +19,11 @@ class StartWorker:
 
 @dataclass(frozen=True, slots=True)
 class StopWorker:
-    """Ask the worker to go, and see to it; WorkerExited will follow. Said once per worker."""
+    """Ask the worker to go, and see to it; WorkerExited will follow. Said once per worker. `why` is for the statistics:
+    `asked`, `idle`, `room` (another model needs it), `cancelled`, `load_failed`, `stopping`."""
 
     worker: int
+    why: str = field(default="asked", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

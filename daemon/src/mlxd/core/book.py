@@ -6,7 +6,6 @@ Each change keeps the books true in themselves; what follows from it for others 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import Literal
 
 from mlxd_client.errors import ModelBusy, RpcError
@@ -16,6 +15,7 @@ from . import actions as do
 from .events import Found
 from .jobs import BatchJob, DownloadJob, Fetcher, LoadJob
 from .lifecycle import Lifecycle
+from .limits import Limits, Rules
 from .records import Goal, ModelRecord, Request
 
 ENDED_JOBS_KEPT = 64
@@ -23,27 +23,6 @@ ENDED_JOBS_KEPT = 64
 REMAINS_KEPT = 64
 REMAINS_S = 600.0
 JobEnd = Literal["done", "failed", "cancelled"]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """`budget_bytes` bounds all models together; `queue` all waiting requests; `max_batch` one model's running ones;
-    `downloads` all that move bytes at a time, `fetcher_starts` how often a fetcher that dies is started anew for one
-    download: after `fetcher_backoff_s`, doubled each time. `batch_slots` bounds the items of batch jobs that run at a
-    time, `batch_tries` how often one is tried that may have killed its worker, `batch_retry_s` is how long the last
-    tries wait; ended batch jobs are kept for `batch_keep_s`."""
-
-    budget_bytes: int
-    queue: int = 512
-    max_batch: int = 32
-    keep_alive_s: float = 300.0
-    downloads: int = 2
-    fetcher_starts: int = 3
-    fetcher_backoff_s: float = 1.0
-    batch_slots: int = 8
-    batch_tries: int = 3
-    batch_retry_s: float = 60.0
-    batch_keep_s: float = 2_592_000.0
 
 
 class Book:
@@ -54,11 +33,14 @@ class Book:
 
     `downloads` are the open downloads by model, `by_fetcher` the processes that fetch; `deleting` the models that are
     about to go, and whether DeleteFiles was said; `outdated` those that old revisions lie beside. `remains` are the
-    models that are not here and that nothing happens to, with the time since which.
+    models that are not here and that nothing happens to, with the time since which. `overhang` is how many requests
+    waited and how many fetchers there were when the limits changed last: no more may come, but none has to go.
     """
 
     def __init__(self, limits: Limits, wall: float, job_prefix: str) -> None:
         self.limits = limits
+        self.rules = Rules()
+        self.overhang = (0, 0)
         self.wall = wall
         self.models: dict[str, ModelRecord] = {}
         self.requests: dict[int, Request] = {}
@@ -85,8 +67,16 @@ class Book:
     def new_model(self, model: str, source: Literal["builtin", "hub", "path"] = "hub") -> ModelRecord:
         """A record of a model that nothing is known of yet."""
         record = self.models[model] = ModelRecord(model, source, Lifecycle(model), 0)
-        record.default_keep_alive_s = record.keep_alive_s = self.limits.keep_alive_s
+        self.apply_rules(record)
         return record
+
+    def apply_rules(self, record: ModelRecord) -> bool:
+        """Take over what the settings say of a model. Returns whether its view shows something new."""
+        rules = self.rules
+        before = (record.pinned, record.preload)
+        record.pinned, record.preload = record.id in rules.pinned, record.id in rules.preload
+        record.default_keep_alive_s = rules.keep_alive_s.get(record.id, self.limits.keep_alive_s)
+        return before != (record.pinned, record.preload)
 
     def learn(self, record: ModelRecord, found: Found) -> bool:
         """Take over what the disk says. Returns whether it is news.
@@ -104,8 +94,6 @@ class Book:
             record.later = needs
         if record.latest_revision == record.revision:
             record.latest_revision = None
-        if found.keep_alive_s is not None and record.lifecycle.state in ("NotDownloaded", "Downloading"):
-            record.default_keep_alive_s = record.keep_alive_s = found.keep_alive_s
         return news
 
     def move(self, record: ModelRecord, cause: str, now: float) -> None:
@@ -214,6 +202,7 @@ class Book:
         for goal in [g for g in record.goals.values() if g.kind == "ensure"]:
             del record.goals[goal.rid], self.goals[goal.rid]
             self.fail(goal.rid, error)
+        record.preloading = False
         self.touch(record)
 
     # --- jobs -----------------------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ How a request runs, decided by `_settle` after every event:
     3. The first pending load starts as soon as it fits into the memory budget. Where it does not:
        a. idle models go, least recently used first; never one that is generating, awaited or leased;
        b. if that is not enough, busy models serve what they had accepted by then, and go;
-       c. if not even that is enough (leases, or it is larger than the budget): insufficient_memory.
+       c. if not even that is enough (leases, pins, or it is larger than the budget): insufficient_memory.
+       Pinned models go for other pinned ones only, and after all that are not.
        What only batch jobs want waits until there is room that nobody else has a use for.
     4. Requests of batch jobs step aside, and are asked for anew later: for one that finds no free slot, for a model
        that needs the room, and when the daemon stops.
-    5. A model that was idle for its keep_alive goes.
+    5. A model that was idle for its keep_alive goes, unless it is pinned.
+    6. Where the budget was lowered below what the models need, they go in the same order.
 
 How models come to the disk and leave it is decided in downloads.py and deletes.py, which items of batch jobs run next
 in batches.py.
@@ -27,13 +29,15 @@ from mlxd_client.errors import RpcError
 from . import actions as do
 from . import events as ev
 from .batches import BatchLine
-from .book import Book, Limits
+from .book import Book
 from .breaker import BreakerState
 from .deletes import Deletes
 from .downloads import DownloadLine
 from .drafts import Drafts
 from .jobs import BatchJob, DownloadJob
+from .limits import Limits
 from .line import LoadLine
+from .preloads import Preloads
 from .records import Goal, ModelRecord, Request
 from .room import room_for, shares
 
@@ -57,7 +61,8 @@ class Core:
         self._deletes = deletes = Deletes(book, line)
         self._drafts = drafts = Drafts(book, line)
         self._batches = batches = BatchLine(book)
-        self.limits, self.wall = limits, wall
+        self._preloads = preloads = Preloads(book, line)
+        self.wall = wall
         self.models, self.requests, self.goals, self.jobs = book.models, book.requests, book.goals, book.jobs
         self.breakers, self.deaths = self._line.breakers, self._line.deaths
         self.last_deaths = self._line.last_deaths
@@ -76,6 +81,7 @@ class Core:
             ev.BatchItems: batches.items, ev.BatchItemEnded: batches.ended, ev.BatchRecorded: batches.recorded,
             ev.BatchGone: batches.gone, ev.BatchStoreFailed: batches.store_failed,
             ev.BatchStoreWorks: batches.store_works, ev.BatchLost: batches.lost,
+            ev.Configure: self._configure, ev.Preload: preloads.preload, ev.Adapted: line.adapted,
         }  # fmt: skip
 
     # --- what the runtime asks ------------------------------------------------------------------------------------
@@ -93,7 +99,8 @@ class Core:
             heapq.heappop(self._deadlines)
         times = (m.idle_deadline for m in self._book.by_worker.values())
         due = [t for t in times if t is not None]
-        due += [t for t in (self._downloads.next_deadline(), self._batches.next_deadline()) if t is not None]
+        parts = (self._downloads, self._preloads, self._batches)
+        due += [t for t in (part.next_deadline() for part in parts) if t is not None]
         if self._deadlines:
             due.append(self._deadlines[0][0])
         return min(due, default=None)
@@ -113,12 +120,19 @@ class Core:
 
     def room_for(self, model: str, need_bytes: int) -> tuple[int, bool, list[str]]:
         """What loading a model would come to; see room.room_for."""
-        return room_for(self._book.by_worker.values(), model, need_bytes, self.limits.budget_bytes)
+        return room_for(
+            self._book.by_worker.values(), model, need_bytes, self.limits.budget_bytes,
+            pinned=model in self._book.rules.pinned,
+        )  # fmt: skip
 
     def load_s(self, model: str) -> float | None:
         """How long the model's last load took, in seconds; None where there was none."""
         record = self.models.get(model)
         return None if record is None else record.load_s
+
+    @property
+    def limits(self) -> Limits:
+        return self._book.limits
 
     @property
     def draining(self) -> bool:
@@ -164,6 +178,20 @@ class Core:
         if record.lifecycle.state in ("NotDownloaded", "Downloaded"):  # a loaded model does not need its files
             self._downloads.lost(record, now)
 
+    # --- the settings ---------------------------------------------------------------------------------------------
+
+    def _configure(self, event: ev.Configure, now: float) -> None:
+        book = self._book
+        book.limits, book.rules = event.limits, event.rules
+        book.overhang = (self.waiting, self._downloads.fetching)
+        for record in self.models.values():
+            if book.apply_rules(record):
+                book.publish("model_changed", record)
+            if record.pinned:
+                record.last_seq = None  # whoever counted on its going must plan anew
+            self._preloads.forget(record)
+            book.touch(record)
+
     # --- wishes ---------------------------------------------------------------------------------------------------
 
     def _submit(self, event: ev.Submit, now: float) -> None:
@@ -188,7 +216,7 @@ class Core:
                 heapq.heapify(self._deadlines)
             heapq.heappush(self._deadlines, (deadline, event.rid))
         if event.keep_alive_s is not None:
-            record.keep_alive_s = event.keep_alive_s
+            record.keep_alive_wish = event.keep_alive_s
         record.needed = record.needed or not event.yields
         self._book.used(record, now)
 
@@ -199,7 +227,7 @@ class Core:
         are greedy, the next client finds a place (dynamic thresholds, Choudhury and Hahne, 1998).
         """
         at_once = record.serving and record.last_seq is None and not record.queue
-        if at_once and len(record.running) < self._book.limits.max_batch:
+        if at_once and len(record.running) < record.max_batch:
             return True
         free = self._book.limits.queue - self.waiting
         mine = sum(m.queue.of_client(client) for m in self.models.values() if m.queue)
@@ -217,7 +245,7 @@ class Core:
         if record is None:
             return
         if event.keep_alive_s is not None:
-            record.keep_alive_s = event.keep_alive_s
+            record.keep_alive_wish = event.keep_alive_s
         record.needed = True
         goal = Goal(event.rid, event.client, "ensure", event.lease)
         self._book.used(record, now)
@@ -236,6 +264,9 @@ class Core:
         if record is None:
             self._book.fail(event.rid, errors.ModelNotFound(f"there is no model {event.model!r}", model=event.model))
             return
+        record.preloading = False  # whoever asks for this wants it more
+        record.preload_at = None
+        self._book.touch(record)
         if record.worker is None and not record.busy:
             self._book.out.append(do.Answer(event.rid, self.view(record.id)))
             return
@@ -377,6 +408,7 @@ class Core:
     # --- settling: what follows from the state as it is now -------------------------------------------------------
 
     def _settle(self, now: float) -> None:
+        self._preloads.settle(now)
         for name in list(self._book.touched):
             record = self.models[name]
             self._dispatch(record, now)
@@ -403,7 +435,7 @@ class Core:
         if not record.serving:
             return
         assert record.worker is not None
-        while len(record.running) < self._book.limits.max_batch:
+        while len(record.running) < record.max_batch:
             request = record.queue.pop(record.running_by_client, record.last_seq)
             if request is None:
                 return

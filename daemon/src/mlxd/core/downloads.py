@@ -263,6 +263,11 @@ class DownloadLine:
 
     # --- time, and the end ----------------------------------------------------------------------------------------
 
+    @property
+    def fetching(self) -> int:
+        """How many fetchers there are, or are about to be again."""
+        return len(self._book.by_fetcher) + len(self._retrying)
+
     def next_deadline(self) -> float | None:
         """When a fetcher has to be started again, on the clock of `now`."""
         if not self._retrying or self._book.draining:
@@ -284,7 +289,7 @@ class DownloadLine:
         for job in [j for j in self._retrying.values() if j.retry_at is not None and j.retry_at <= now]:
             del self._retrying[job.job]
             self._start(job)
-        free = self._book.limits.downloads - len(self._book.by_fetcher) - len(self._retrying)
+        free = self._book.limits.downloads - self.fetching
         for job in list(self._waiting.values()):
             if free <= 0:
                 break

@@ -77,7 +77,7 @@ class Drafts:
             self._refuse(rid, room.refusal or held)
         else:
             for victim in room.stop:
-                self._line.stop(victim, now)
+                self._line.stop(victim, now, why="room")
 
     def _refuse(self, rid: int, why: RpcError) -> None:
         record = self._wishes[rid].record

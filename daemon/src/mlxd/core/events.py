@@ -11,6 +11,8 @@ from typing import Literal
 from mlxd_client.errors import RpcError
 from mlxd_client.types import ErrorObject
 
+from .limits import Limits, Rules
+
 Priority = Literal["interactive", "batch"]
 
 
@@ -25,7 +27,6 @@ class Found:
     revision: str | None = None
     size_bytes: int | None = None
     context_length: int | None = None
-    keep_alive_s: float | None = None
     kind: Literal["model", "adapter"] = "model"
 
 
@@ -206,12 +207,14 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """`draft` is the draft model that was loaded with it: what it takes is part of the model's needs."""
+    """`draft` is the draft model that was loaded with it: what it takes is part of the model's needs. `capabilities`
+    is what the worker says that the model can do; None where it does not."""
 
     worker: int
     memory_bytes: int
     context_length: int
     draft: str | None = None
+    capabilities: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +341,29 @@ class BatchLost:
 
 
 @dataclass(frozen=True, slots=True)
+class Configure:
+    """The settings are these from now on. What is accepted already stays so; models that do not fit any more go."""
+
+    limits: Limits
+    rules: Rules
+
+
+@dataclass(frozen=True, slots=True)
+class Preload:
+    """The wish that a model on this disk be loaded, which nobody waits for: none goes for it, unless it is pinned."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """Requests that name no adapter get this one from the worker now."""
+
+    worker: int
+    adapter: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed: whatever is due is done."""
 
@@ -358,4 +384,5 @@ Event = (
     | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest | Attach | Attached | BatchFound | BatchGrew
     | BatchStarted | BatchItems | BatchItemEnded | BatchRecorded | BatchGone | BatchStoreFailed | BatchStoreWorks
     | BatchLost
+    | Configure | Preload | Adapted
 )  # fmt: skip

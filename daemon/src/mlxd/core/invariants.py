@@ -39,20 +39,24 @@ def _check_model(core: Core, m: ModelRecord) -> None:
     _hold(m.stopping is None or m.worker is not None, f"{m.id} is stopping without a worker")
     _hold(m.worker is not None or m.draft is None, f"{m.id} has a draft model and no worker")
     _hold(m.last_seq is None or m.worker is not None, f"{m.id} makes room without a worker")
-    _hold(len(m.running) <= core.limits.max_batch, f"{m.id} runs more than fits into a batch")
+    _hold(len(m.running) <= m.max_batch, f"{m.id} runs more than fits into a batch")
     _hold(m.running_by_client == Counter(r.client for r in m.running.values()), f"{m.id} miscounts its clients")
     # A leased model may still fail to load again after its worker died; what serves is never taken from a lease.
     _hold(not (m.stopping == "unloaded" and m.leases) or core.draining, f"{m.id} is stopping while leased")
     if m.serving and not m.running and not m.queue:
         _hold(m.idle_since is not None, f"{m.id} rests, but its idle timer does not run")
     if m.serving and m.last_seq is None:
-        _hold(not m.queue or len(m.running) == core.limits.max_batch, f"{m.id} lets requests wait beside free slots")
+        _hold(not m.queue or len(m.running) == m.max_batch, f"{m.id} lets requests wait beside free slots")
         urgent = m.queue.of_priority("interactive")
         stay = [r for r in m.running.values() if r.yields and r.ending is None]
         going = sum(r.ending is not None for r in m.running.values())
         _hold(not stay or urgent <= going, f"{m.id} lets interactive requests wait for batch jobs")
     if m.wanted and m.worker is None:
         _hold(m.id in core._book.pending, f"{m.id} is wanted, but is in no line")
+    rules, preload = core._book.rules, m.id in core._book.rules.preload
+    _hold((m.pinned, m.preload) == (m.id in rules.pinned, preload), f"{m.id} is not as the rules have it")
+    _hold(m.preload or m.preload_at is None, f"{m.id} is to be preloaded, and no rule says so")
+    _hold(not m.pinned or m.idle_deadline is None, f"{m.id} is pinned, and would go when idle")
     live = m.id in core._book.pending or (state == "Loading" and m.stopping is None)
     _hold((m.job is not None) == live, f"{m.id} is {state} with job {m.job}")
 
@@ -63,17 +67,21 @@ def _check_requests(core: Core) -> None:
     _hold(placed == Counter(list(core.requests)), "a request is lost, or in two places")
     goals = Counter(rid for m in core.models.values() for rid in m.goals)
     _hold(goals == Counter(list(core.goals)), "a goal is lost, or in two places")
-    _hold(core.waiting <= core.limits.queue, "more requests wait than are allowed to")
+    _hold(core.waiting <= max(core.limits.queue, core._book.overhang[0]), "more requests wait than are allowed to")
 
 
 def _check_loads(core: Core) -> None:
-    needs = sum(m.wanted_bytes for m in core._book.by_worker.values())
-    _hold(needs <= core.limits.budget_bytes, "the loaded models take more than the budget")
+    loaded = core._book.by_worker.values()
+    lowered = sum(m.wanted_bytes for m in loaded) > core.limits.budget_bytes
+    if lowered:
+        staying = [m for m in loaded if m.stopping is None and m.last_seq is None]
+        enough = sum(m.wanted_bytes for m in staying) <= core.limits.budget_bytes
+        _hold(enough or all(m.leases for m in staying), "the loaded models take more than the budget, and none goes")
     for name in core._book.pending:
         m = core.models[name]
         _hold(m.worker is None and m.job is not None and m.job.state == "queued", f"{name} waits in line wrongly")
     urgent = any(core.models[name].urgent_load for name in core._book.pending)
-    if not urgent:
+    if not (urgent or lowered):
         asked = [m.id for m in core._book.by_worker.values() if m.last_seq is not None]
         _hold(not asked, f"{asked} are to make room, and nobody waits for any")
     if urgent:
@@ -107,7 +115,7 @@ def _check_files(core: Core, m: ModelRecord) -> None:
 def _check_downloads(core: Core) -> None:
     book, line = core._book, core._downloads
     _hold(all(core.models[f.model].fetcher is f for f in book.by_fetcher.values()), "a fetcher belongs to no model")
-    _hold(len(book.by_fetcher) + len(line._retrying) <= core.limits.downloads, "too many fetchers")
+    _hold(line.fetching <= max(core.limits.downloads, book.overhang[1]), "too many fetchers")
     repos = Counter(repo_of(f.model) for f in book.by_fetcher.values())
     repos.update(repo_of(j.model) for j in line._retrying.values())
     _hold(all(n == 1 for n in repos.values()), "two fetchers work on one repository")
@@ -120,7 +128,7 @@ def _check_downloads(core: Core) -> None:
         _hold((job.state == "queued") == (job.job in line._waiting), f"{job.job} is {job.state} in the wrong place")
         _hold((job.retry_at is not None) == (job.job in line._retrying), f"{job.job} is due without waiting")
     _hold({j.job for j in (*line._waiting.values(), *line._retrying.values())} <= set(core.jobs), "a job is unknown")
-    if len(book.by_fetcher) + len(line._retrying) < core.limits.downloads and not core.draining:
+    if line.fetching < core.limits.downloads and not core.draining:
         idle = [job.job for job in line._waiting.values() if not line._in_use(job.model)]
         _hold(not idle, f"{idle} wait beside a free place")
 
@@ -137,7 +145,8 @@ def _check_jobs(core: Core) -> None:
             _hold(job.state in ("done", "failed", "cancelled"), f"{job.job} has ended {job.state}")
             _hold((job.state == "failed") == (job.error is not None), f"{job.job} is {job.state} with {job.error}")
     ended = sum(job.ended_at is not None for job in core.jobs.values() if not isinstance(job, BatchJob))
-    _hold(ended <= ENDED_JOBS_KEPT and len(core._book.remains) <= REMAINS_KEPT + core.limits.downloads, "all is kept")
+    fetching = max(core.limits.downloads, core._book.overhang[1])
+    _hold(ended <= ENDED_JOBS_KEPT and len(core._book.remains) <= REMAINS_KEPT + fetching, "all is kept")
 
 
 def _check_batches(core: Core) -> None:

@@ -16,7 +16,7 @@ from . import events as ev
 from .book import Book, error_object
 from .breaker import Breakers
 from .records import ModelRecord, Request
-from .room import Room, plan_room
+from .room import Room, plan_room, plan_shed
 
 
 class LoadLine:
@@ -57,6 +57,9 @@ class LoadLine:
 
     def make_room(self, now: float) -> None:
         """Serve the line of loads: only its head is considered, so that nobody overtakes it for ever."""
+        over = plan_shed(self._book.by_worker.values(), self._book.limits.budget_bytes)
+        if over is not None:
+            self._clear(over, now)
         while (choice := self._next_load()) is not None:
             record, room = choice
             refusal = room.refusal
@@ -68,14 +71,9 @@ class LoadLine:
             if room.fits:
                 self._start(record, now)
                 continue
-            for victim in room.stop:
-                self.stop(victim, now)
-            for victim in room.serve_out:
-                victim.last_seq = self._book.seq
-                self._book.step_aside(victim, now)
-                self._book.touch(victim)
+            self._clear(room, now)
             break
-        if not any(self._book.models[name].urgent_load for name in self._book.pending):
+        if over is None and not any(self._book.models[name].urgent_load for name in self._book.pending):
             for record in self._book.by_worker.values():
                 record.last_seq = None  # nobody needs the room any more
         for name in self._book.pending:
@@ -84,16 +82,26 @@ class LoadLine:
                 record.job.announced = True
                 self._book.publish("loading_queued", record)
 
+    def _clear(self, room: Room, now: float) -> None:
+        """Have those go that a plan names."""
+        for victim in room.stop:
+            self.stop(victim, now, why="room")
+        for victim in room.serve_out:
+            victim.last_seq = self._book.seq
+            self._book.step_aside(victim, now)
+            self._book.touch(victim)
+
     def _next_load(self) -> tuple[ModelRecord, Room] | None:
         """The load to be decided on, and what room there is for it: the first that anybody waits for; else, of those
-        that only batch jobs want, the first for which something can be done without anybody's noticing."""
+        that only batch jobs or the settings want, the first for which something can be done without anybody's
+        noticing."""
         pending = [self._book.models[name] for name in self._book.pending]
         workers, budget = self._book.by_worker.values(), self._book.limits.budget_bytes
         for record in pending:
             if record.urgent_load:
                 return record, plan_room(workers, record, budget)
         for record in pending:
-            room = plan_room(workers, record, budget, patient=True)
+            room = plan_room(workers, record, budget, "patient" if record.awaited else "modest")
             if room.fits or room.stop or room.refusal is not None:
                 return record, room
         return None
@@ -104,6 +112,7 @@ class LoadLine:
         record.worker = self._workers
         self._book.by_worker[record.worker] = record
         record.error = None
+        record.max_batch = self._book.limits.max_batch
         record.progress = 0.0
         record.load_began = now
         self._book.out.append(do.StartWorker(record.worker, record.id))
@@ -119,18 +128,22 @@ class LoadLine:
                 continue
             deadline = record.idle_deadline
             if deadline is not None and deadline <= now and not record.busy:
-                self.stop(record, now)
+                self.stop(record, now, why="idle")
             elif record.last_seq is not None and not record.running:
-                self.stop(record, now)  # what may still be served was dispatched before this
+                self.stop(record, now, why="room")  # what may still be served was dispatched before this
 
-    def stop(self, record: ModelRecord, now: float, cause: str | None = None) -> None:
-        """Tell the model's worker to go. The model keeps its state, and its memory, until it is gone."""
+    def stop(self, record: ModelRecord, now: float, cause: str | None = None, *, why: str = "asked") -> None:
+        """Tell the model's worker to go. The model keeps its state, and its memory, until it is gone.
+
+        Args:
+            why: see actions.StopWorker.
+        """
         if record.stopping is not None:
             return
         assert record.worker is not None
         loading = record.lifecycle.state == "Loading"
         record.stopping = cause or ("load_cancelled" if loading else "unloaded")
-        self._book.out.append(do.StopWorker(record.worker))
+        self._book.out.append(do.StopWorker(record.worker, why))
         self._book.end_job(record, "cancelled", now)
         self._book.publish("unloading_started", record)
 
@@ -139,7 +152,7 @@ class LoadLine:
         if record.worker is None:
             self.unpend(record, None, now)
         else:
-            self.stop(record, now)
+            self.stop(record, now, why="stopping" if self._book.draining else "cancelled")
 
     def broken(self, record: ModelRecord, now: float) -> RpcError:
         """Why no worker is started for this model at present: its workers kept dying."""
@@ -147,7 +160,7 @@ class LoadLine:
         last = self.last_deaths.get(record.id)
         told = {} if last is None else {"last": last.message}
         return errors.WorkerDied(
-            f"workers of {record.id} kept dying; the next try is in {wait:.0f} s, or now with a load",
+            f"workers of {record.id} kept dying; one is tried in {wait:.0f} s, or at once by `mlxd load {record.id}`",
             cause="crash_loop", model=record.id, retry_after_s=round(wait, 3), **told,
         )  # fmt: skip
 
@@ -170,6 +183,8 @@ class LoadLine:
         record.memory_bytes = event.memory_bytes
         record.context_length = event.context_length
         record.draft = event.draft
+        record.capabilities = event.capabilities
+        record.preloading = False
         record.error = record.progress = None
         record.load_s = now - record.load_began
         self._book.move(record, "loaded", now)
@@ -187,14 +202,14 @@ class LoadLine:
         record.error = error_object(event.error)
         self._book.fail_all(record, event.error, now)
         self._book.end_job(record, "failed", now, record.error)
-        self.stop(record, now, "load_failed")
+        self.stop(record, now, "load_failed", why="load_failed")
 
     def worker_exited(self, event: ev.WorkerExited, now: float) -> None:
         record = self._book.by_worker.pop(event.worker)
         cause = record.stopping
         was_loading = record.lifecycle.state == "Loading"
         record.worker = record.stopping = record.last_seq = record.memory_bytes = record.idle_since = None
-        record.progress = record.draft = None
+        record.progress = record.draft = record.adapter = record.capabilities = None
         record.draft_takes = record.draft_granted = record.draft_promised = 0
         record.needed = record.urgent
         if record.later is not None:
@@ -203,7 +218,7 @@ class LoadLine:
             cause = "worker_died"
             self._mourn(record, event.error, was_loading, now)
         elif cause == "unloaded" and not record.wanted:
-            record.keep_alive_s = record.default_keep_alive_s  # what requests wished was for this stay in memory
+            record.keep_alive_wish = None  # what requests wished was for this stay in memory
         for request in list(record.running.values()):
             self._lose(record, request, event.error)
         self._book.move(record, cause, now)
@@ -217,6 +232,8 @@ class LoadLine:
         record.error = self.last_deaths[record.id] = error_object(death)
         self.deaths[record.id] += 1
         self.breakers.died(record.id, now)
+        if record.preload:  # it is loaded again, as soon as its breaker allows
+            record.preload_at = max(now, self.breakers.retry_at(record.id) or now)
         if was_loading:
             self._book.fail_all(record, death, now)
             self._book.end_job(record, "failed", now, record.error)
@@ -226,6 +243,12 @@ class LoadLine:
         self._book.free_slot(record, request)
         death = error or errors.WorkerDied(f"the worker of {record.id} was stopped", cause="stopped")
         self._book.close(request, request.ending or death)
+
+    def adapted(self, event: ev.Adapted, now: float) -> None:
+        record = self._book.by_worker.get(event.worker)
+        if record is not None and record.adapter != event.adapter and record.lifecycle.state == "Ready":
+            record.adapter = event.adapter
+            self._book.publish("model_changed", record)
 
     def memory_report(self, event: ev.MemoryReport, now: float) -> None:
         record = self._book.by_worker.get(event.worker)

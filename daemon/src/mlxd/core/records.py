@@ -62,7 +62,12 @@ class ModelRecord:
     context_length: int | None = None
     kind: Literal["model", "adapter"] = "model"
     default_keep_alive_s: float = 0.0
-    keep_alive_s: float = 0.0
+    keep_alive_wish: float | None = None  # what a request wished for this stay in memory
+    pinned: bool = False
+    preload: bool = False
+    preloading: bool = False  # it is to be loaded although nobody waits for it
+    preload_at: float | None = None  # when that is tried next
+    max_batch: int = 0  # how many requests its worker runs at a time
     worker: int | None = None
     memory_bytes: int | None = None
     stopping: str | None = None
@@ -87,6 +92,8 @@ class ModelRecord:
     later: tuple[int, int | None] | None = None
     outdated: list[str] = field(default_factory=list)
     deleting: bool = False
+    adapter: str | None = None  # what requests get that name none
+    capabilities: tuple[str, ...] | None = None
     draft: str | None = None  # the draft model that its worker has
     draft_takes: int = 0  # memory for draft models beside what the model needs: that of the one that is there,
     draft_granted: int = 0  # those that its worker loads,
@@ -104,9 +111,18 @@ class ModelRecord:
         return self.need_bytes + self.draft_takes + self.draft_granted + self.draft_promised
 
     @property
-    def wanted(self) -> bool:
+    def keep_alive_s(self) -> float:
+        return self.default_keep_alive_s if self.keep_alive_wish is None else self.keep_alive_wish
+
+    @property
+    def awaited(self) -> bool:
         """Whether anybody waits for this model to be Ready."""
         return bool(self.queue) or any(g.kind == "ensure" for g in self.goals.values())
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it is to be Ready, for somebody who waits or by itself."""
+        return self.preloading or self.awaited
 
     @property
     def urgent(self) -> bool:
@@ -116,7 +132,7 @@ class ModelRecord:
     @property
     def urgent_load(self) -> bool:
         """The same of a load that waits; one that was asked for by name goes on when its caller has gone."""
-        return self.urgent or (self.job is not None and self.job.wanted)
+        return self.urgent or (self.job is not None and self.job.wanted) or (self.preloading and self.pinned)
 
     @property
     def pressing(self) -> bool:
@@ -134,7 +150,7 @@ class ModelRecord:
     @property
     def idle_deadline(self) -> float | None:
         """When the model goes if nothing comes, on the core's clock; None where it stays."""
-        if not self.serving or self.idle_since is None or self.leases or self.keep_alive_s < 0:
+        if not self.serving or self.idle_since is None or self.leases or self.pinned or self.keep_alive_s < 0:
             return None
         return self.idle_since + self.keep_alive_s
 
@@ -174,5 +190,6 @@ class ModelRecord:
             context_length=self.context_length, memory_bytes=self.memory_bytes if loaded else None,
             active=len(self.running), waiting=len(self.queue), leases=len(self.leases),
             idle_unload_at=None if deadline is None else deadline + wall, draft_model=self.draft,
-            kind=self.kind,
+            kind=self.kind, pinned=self.pinned, preload=self.preload, adapter=self.adapter,
+            capabilities=None if self.capabilities is None else list(self.capabilities),
         )  # fmt: skip

@@ -15,11 +15,14 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlxd_client.errors import DownloadFailed
+
+from ..stateversion import too_new
 from ..store.layout import RepoCache
 from .segments import CHUNK_BYTES, chunk_count, held_bytes
 
 _HEADER = struct.Struct(">8sQQ64s")
-_MAGIC = b"mlxdmap1"
+_MAGIC, _VERSION = b"mlxdmap", 1
 _MAX_VECTOR = 512  # pieces in one system call; the system's own limit is 1,024
 
 
@@ -59,7 +62,10 @@ class Part:
 
     @classmethod
     def open(cls, cache: RepoCache, oid: str, size: int) -> Part | None:
-        """Take up the part, or begin one. None while another process works on it. Raises OSError, UnsafeFolder."""
+        """Take up the part, or begin one. None while another process works on it.
+
+        Raises: OSError; UnsafeFolder; DownloadFailed: a newer mlxd began it, and it was left as it is.
+        """
         fd = cache.open_part(oid)
         if fd is None:
             return None
@@ -73,6 +79,8 @@ class Part:
 
     def _take_up(self) -> None:
         path = self._cache.part_map(self._oid)
+        if (version := _map_version(path)) > _VERSION:
+            raise DownloadFailed(too_new(path, version, _VERSION), file=str(path))
         chunks = _read_map(path, self._oid, self.size) if os.fstat(self._fd).st_size == self.size else None
         if chunks is None:
             self._begin()
@@ -155,7 +163,17 @@ class Part:
 
 
 def _header(oid: str, size: int) -> bytes:
-    return _HEADER.pack(_MAGIC, size, CHUNK_BYTES, oid.encode("ascii"))
+    return _HEADER.pack(_MAGIC + b"%d" % _VERSION, size, CHUNK_BYTES, oid.encode("ascii"))
+
+
+def _map_version(path: Path) -> int:
+    """The version of a map; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            magic, digit = (raw := file.read(8))[:7], raw[7:]
+            return int(digit) if magic == _MAGIC and digit.isdigit() else 0
+    return 0
 
 
 def _read_map(path: Path, oid: str, size: int) -> bytearray | None:

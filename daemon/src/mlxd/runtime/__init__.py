@@ -6,10 +6,12 @@
     generations  the generations under way, from admission to their last word
     asking       what a model's worker is asked that is no generation
     holding      models that are to be loaded, for a while or as long as somebody holds them
+    preloads     models that the settings want loaded
     supply       models that are to be here: names, downloads, deletes
     crew         the workers, and what each may take of the memory
     jobs         what outlives a request: told, awaited, watched
     goals        what callers wait for the core to reach
+    figures      what became of requests: the statistics, and the log of slow ones
 
 Each knows those below it. Nothing here decides.
 """

@@ -12,6 +12,7 @@ import msgspec
 from mlxd_client import errors, types
 from mlxd_client.types import UNSET
 
+from ..batch.header import FILE
 from ..core import actions as do
 from ..core import events as ev
 from ..core.core import Core
@@ -19,7 +20,7 @@ from ..core.jobs import BatchJob
 from ..generation import Generation, refuse_unsupported
 from .generations import Generations
 from .jobs import Jobs
-from .ledger import FILE, Ledger, found
+from .ledger import Ledger, found
 from .supply import NO_ADAPTER, Supply
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from ..core import events as ev
 from ..core.core import Core
 from ..library import Library, draft_bytes
 from ..prompts import Prompts
+from ..stats import Statistics
 from ..workers import AnswerEvents, Attached, WorkerLink
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Crew:
         core: Core,
         supervisor: Supervisor,
         answers: AnswerEvents,
+        statistics: Statistics,
         tell: Callable[[ev.Event], None],
         log: Log,
     ) -> None:
@@ -58,6 +60,7 @@ class Crew:
         self._core = core
         self._supervisor = supervisor
         self._answers = answers
+        self._statistics = statistics
         self._tell = tell
         self._log = log
         self._memory: dict[int, int] = {}  # by worker, as last told to the core
@@ -92,9 +95,10 @@ class Crew:
         self._share_memory()
 
     def stop(self, action: do.StopWorker) -> None:
-        child = self._links[action.worker].child
-        assert child is not None
-        child.stop()
+        link = self._links[action.worker]
+        assert link.child is not None
+        link.child.stop()
+        self._statistics.unloaded(link.model, action.why)
 
     def cancel(self, action: do.CancelOnWorker) -> None:
         self._links[action.worker].cancel(action.rid)
@@ -150,11 +154,19 @@ class Crew:
     def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None:
         self._links[worker].ready_at = time.monotonic()
         self._log.info("loaded", worker=worker, load_s=round(loaded.load_s, 3), memory_bytes=loaded.memory_bytes)
-        self._tell(ev.Loaded(worker, loaded.memory_bytes, loaded.context_length, self._draft_of(worker, loaded)))
+        self._tell(
+            ev.Loaded(
+                worker, loaded.memory_bytes, loaded.context_length, self._draft_of(worker, loaded),
+                tuple(loaded.capabilities) or None,
+            )
+        )  # fmt: skip
+        model = self._links[worker].model
+        self._statistics.loaded(model, self._core.load_s(model) or loaded.load_s)
         self._share_memory()
 
     def worker_load_failed(self, worker: int, error: errors.RpcError) -> None:
         self._log.warning("load failed", worker=worker, kind=error.kind, reason=error.message)
+        self._statistics.load_failed(self._links[worker].model, error.kind)
         self._tell(ev.LoadFailed(worker, error))
 
     def worker_memory(self, worker: int, memory_bytes: int) -> None:
@@ -163,6 +175,9 @@ class Crew:
             self._memory[worker] = memory_bytes
             self._tell(ev.MemoryReport(worker, memory_bytes))
             self._share_memory()
+
+    def worker_beat(self, worker: int, heartbeat: wire.Heartbeat, before: wire.PromptCacheStats | None) -> None:
+        self._statistics.beat(self._links[worker].model, worker, heartbeat, before, time.monotonic())
 
     def worker_cache_failed(self, worker: int, failures: int) -> None:
         model = self._links[worker].model
@@ -173,5 +188,7 @@ class Crew:
         self._memory.pop(worker, None)
         log: Any = self._log.info if death.expected else self._log.error
         log("worker ended", model=link.model, worker=worker, cause=death.cause, told=death.describe())
+        if not death.expected:
+            self._statistics.died(link.model, death.signal or death.cause)
         self._tell(ev.WorkerExited(worker, None if death.expected else death.to_error()))
         self._share_memory()

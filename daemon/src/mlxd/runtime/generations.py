@@ -16,6 +16,7 @@ from ..core import events as ev
 from ..core.core import Core
 from ..generation import Generation, completion, refuse_unsupported, with_text, worker_params
 from ..workers import WorkerLink
+from .figures import Figures
 from .goals import Goals
 from .supply import Supply
 
@@ -38,6 +39,7 @@ class Generations:
         core: Core,
         goals: Goals,
         supply: Supply,
+        figures: Figures,
         tell: Callable[[ev.Event], None],
         log: Log,
         loop: asyncio.AbstractEventLoop,
@@ -47,6 +49,7 @@ class Generations:
         self._core = core
         self._goals = goals
         self._supply = supply
+        self._figures = figures
         self._tell = tell
         self._log = log
         self._loop = loop
@@ -128,7 +131,7 @@ class Generations:
             self._turn_away(request, errors.Cancelled("the request was cancelled"))
             return
         params = request.params
-        request.model = model
+        request.model, request.found_at = model, time.monotonic()
         loading = self._core.models[model].lifecycle.state != "Ready"
         self._tell(
             ev.Submit(
@@ -167,7 +170,7 @@ class Generations:
         request = self._open.pop(action.rid)
         outcome = request.outcome
         if isinstance(outcome, wire.Generated) and outcome.finish_reason != "cancelled":
-            self._finished(request, outcome.finish_reason)
+            self._finished(request, outcome.finish_reason, outcome)
             request.sink.done(completion(request, outcome))
         else:
             error = outcome if isinstance(outcome, errors.RpcError) else errors.Cancelled("the request was cancelled")
@@ -197,10 +200,12 @@ class Generations:
         self._refused(request, error)
 
     def _refused(self, request: Generation, error: errors.RpcError) -> None:
-        self._finished(request, error.kind)
+        made = request.outcome
+        self._finished(request, error.kind, made if isinstance(made, wire.Generated) else None)
         request.sink.fail(error)
 
-    def _finished(self, request: Generation, how: str) -> None:
+    def _finished(self, request: Generation, how: str, made: wire.Generated | None) -> None:
+        self._figures.ended(request, how, made)
         took = round(time.monotonic() - request.accepted_at, 4)
         self._log.info("request ended", request=request.sink.request_name, how=how, took_s=took)
 

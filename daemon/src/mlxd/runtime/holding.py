@@ -91,8 +91,10 @@ class Holding:
     async def _adapt(self, model: str, adapter: wire.Adapter | None) -> None:
         """Have requests of a model that is Ready get an adapter that name none."""
         adapted: asyncio.Future[Any] = self._loop.create_future()
-        self._crew.link(model).adapt(adapter, lambda answer: settle(adapted, answer))
+        link = self._crew.link(model)
+        link.adapt(adapter, lambda answer: settle(adapted, answer))
         await adapted
+        self._tell(ev.Adapted(link.worker, None if adapter is None else adapter.id))
 
     async def _prewarm(self, model: str, system: str) -> None:
         """Have the beginning of prompts with this system turn kept."""

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxd_client import errors
 
+from ..batch.header import VERSION, version_of
 from ..core import events as ev
 from ..core.core import Core
 from ..core.jobs import BatchJob
+from ..stateversion import refuse_newer, too_new
 
 if TYPE_CHECKING:
     from ..batch.store import End, Outcome, Store, Try
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-FILE = "batch.sqlite3"
 # How long until a file is tried again that another process still has, in seconds.
 AGAIN_S = 5.0
 
@@ -54,6 +55,10 @@ class Ledger:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # --- opening --------------------------------------------------------------------------------------------------
+
+    def refuse_newer(self) -> None:
+        """Raises StateTooNew where a newer mlxd wrote the file."""
+        refuse_newer(self.path, version_of(self.path) or 0, VERSION)
 
     async def begin(self) -> None:
         """Tell the core of the jobs that an earlier daemon had. What cannot be read now keeps nobody waiting."""
@@ -106,11 +111,10 @@ class Ledger:
                 store = Store(self.path, self._budget_bytes)
                 return store, store.jobs(), aside
         except schema.Newer as error:
+            found = error.args[0]
             raise errors.Unsupported(
-                f"{self.path} was written by a newer mlxd (its form is {error.args[0]}, this one reads up to "
-                f"{schema.VERSION}): use that one, or move the file away",
-                option="batch", file=str(self.path), found=error.args[0], supported=schema.VERSION,
-            ) from None  # fmt: skip
+                too_new(self.path, found, VERSION), option="batch", file=str(self.path), found=found, supported=VERSION
+            ) from None
 
     async def ask(self, work: Callable[[Store], T]) -> T:
         """What the thread finds. Raises what Store does, and InternalError where the file turns out to be damaged."""

@@ -19,19 +19,23 @@ from .. import __version__
 from ..children.supervisor import Supervisor
 from ..core import actions as do
 from ..core import events as ev
-from ..core.core import Core, Limits
+from ..core.core import Core
+from ..core.limits import Limits, Rules
 from ..fetchers import Fetchers
 from ..library import Library
 from ..prompts import Prompts
 from ..server.events import EventLog
+from ..stats import Gauges, exposition
 from ..workers import WorkerLink
 from .asking import Asking
 from .batches import Batches
 from .crew import Crew
+from .figures import Figures
 from .generations import Generations
 from .goals import Goals
 from .holding import Holding
 from .jobs import Jobs
+from .preloads import Preloads
 from .supply import Supply
 
 if TYPE_CHECKING:
@@ -66,6 +70,7 @@ class Runtime:
         self.loop = loop
         self.epoch = secrets.token_hex(8)
         self.on_shutdown: Callable[[], None] = lambda: None
+        self.log_lines_dropped: Callable[[], int] = lambda: 0
         self.on_settled: Callable[[], None] = lambda: None  # all that followed from an event is done
         self._supervisor = supervisor
         self._log = log
@@ -76,6 +81,7 @@ class Runtime:
         self._quiet: asyncio.Event = asyncio.Event()
         self._inbox: list[ev.Event] = []
         self._performing = False
+        self._settings = settings
         self.core = Core(_bounds(settings), wall=time.time() - loop.time(), job_prefix=f"load-{self.epoch[:6]}")
         self.events = EventLog(self.epoch, self.core.snapshot, limits=limits)
         self._links: dict[int, WorkerLink] = {}
@@ -85,6 +91,7 @@ class Runtime:
     def _equip(self, settings: Settings, store: Store) -> None:
         """Make the parts that actions are done with."""
         core, tell, log, loop, links = self.core, self.tell, self._log, self.loop, self._links
+        self._figures = figures = Figures(settings, log)
         fetchers = Fetchers(self._supervisor, settings.fetcher_command)
         self._library = library = Library(settings, store, fetchers, core, tell, log, loop)
         self._downloads = library.downloads
@@ -92,12 +99,13 @@ class Runtime:
         self._goals = goals = Goals(tell, loop)
         self._jobs = jobs = Jobs(core, tell, loop)
         self._supply = supply = Supply(settings, library, core, goals, jobs, tell, log, adapting=self._adapting)
-        self._generations = Generations(links, settings, core, goals, supply, tell, log, loop)
+        self._generations = Generations(links, settings, core, goals, supply, figures, tell, log, loop)
         self._crew = crew = Crew(
-            links, settings, library, prompts, core, self._supervisor, self._generations, tell, log
+            links, settings, library, prompts, core, self._supervisor, self._generations, figures.statistics, tell, log
         )
         holding = Holding(settings, core, goals, supply, crew, tell, loop, epoch=self.epoch)
-        asking = Asking(settings, holding, crew, tell)
+        self._preloads = Preloads(supply, tell, self.events.publish, log, loop)
+        asking = Asking(settings, holding, crew, figures, tell)
         self.batches = Batches(settings, core, self._generations, supply, jobs, tell, log, loop, epoch=self.epoch)
         self._offer(supply, jobs, holding, asking)
 
@@ -183,7 +191,11 @@ class Runtime:
         if action.job is not None:
             if action.job.kind == "download":
                 self._downloads.remember(action.job)
+                if action.job.ended_at is not None:
+                    self._figures.statistics.downloads[action.job.state] += 1
             self._jobs.changed(action.job)
+        if action.error is not None and action.model is not None and action.model.preload:
+            self._log.warning("preload", model=action.model_id, kind=action.error.kind, reason=action.error.message)
         if action.name in ("loading_started", "loading_progress", "loading_queued"):
             assert action.model_id is not None
             self._generations.loading(action.model_id, action.progress)
@@ -250,6 +262,29 @@ class Runtime:
             draining=core.draining,
         )  # fmt: skip
 
+    async def stats(self, ref: str | None, clients: types.ClientTotals) -> types.Stats:
+        only = None if ref is None else await self._library.resolve(ref)
+        return self._figures.told(self._gauges(clients), only)
+
+    def metrics(self, clients: types.ClientTotals) -> types.MetricsResult:
+        stats = self._figures.told(self._gauges(clients))
+        status = self.status(clients=clients.open, subscribers=clients.subscribers)
+        loaded = [model.view(self.core.wall) for model in self.core.models.values() if model.worker is not None]
+        with self._process.oneshot():
+            spent = self._process.cpu_times()
+            process = exposition.Process(
+                resident_bytes=status.rss_bytes, cpu_s=spent.user + spent.system, open_files=self._process.num_fds()
+            )
+        text = exposition.render(self._figures.statistics.models, stats, status, loaded, process)
+        return types.MetricsResult(content_type=exposition.CONTENT_TYPE, text=text)
+
+    def _gauges(self, clients: types.ClientTotals) -> Gauges:
+        events = types.EventTotals(published=self.events.rev, dropped=self.events.dropped, lagged=self.events.lagged)
+        return Gauges(
+            since_at=self._started_at + self.core.wall, clients=clients, events=events,
+            fetched_bytes=self._downloads.fetched_bytes, log_lines_dropped=self.log_lines_dropped(),
+        )  # fmt: skip
+
     def _health(self, model: str, now: float) -> types.WorkerHealth:
         core = self.core
         retry_at = core.breakers.retry_at(model)
@@ -264,13 +299,32 @@ class Runtime:
         """Nothing is loaded, under way or waited for."""
         return not (self._generations or self._goals or self._links or self._jobs.under_way or self.batches.busy)
 
+    # --- the settings ---------------------------------------------------------------------------------------------
+
+    def _configure_core(self) -> None:
+        settings, id_of = self._settings, self._library.id_of
+        rules = Rules(
+            {id_of(ref): seconds for ref, seconds in settings.keep_alive.items()},
+            frozenset(map(id_of, settings.pinned)), tuple(dict.fromkeys(map(id_of, settings.preload))),
+        )  # fmt: skip
+        self.tell(ev.Configure(_bounds(settings), rules))
+
     # --- from begin to end ----------------------------------------------------------------------------------------
+
+    def refuse_newer_state(self) -> None:
+        """Raises StateTooNew where a newer daemon left state that this one cannot read; nothing is changed then."""
+        self._downloads.records.refuse_newer()
+        self._prompts.refuse_newer()
+        self._supervisor.refuse_newer()
+        self.batches.ledger.refuse_newer()
 
     async def begin(self) -> None:
         """Learn what is there, and go on with what an earlier daemon had begun."""
         self._prompts.begin()
+        self._configure_core()
         await self._supply.begin()
         await self.batches.ledger.begin()
+        self._preloads.begin(self._settings.preload)
 
     def request_shutdown(self) -> None:
         self.on_shutdown()
@@ -287,6 +341,7 @@ class Runtime:
     def abort(self) -> None:
         """Refuse whatever is still open, and stop all workers."""
         self._generations.abort()
+        self._preloads.abort()
         self.tell(ev.Abort())
 
     async def close(self, grace_s: float) -> None:

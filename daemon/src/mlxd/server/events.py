@@ -68,6 +68,7 @@ class _View(NamedTuple):
     activity: bool
     jobs: bool
     stopping: bool
+    pressure: bool
 
     @classmethod
     def of(cls, names: frozenset[str]) -> _View:
@@ -76,6 +77,7 @@ class _View(NamedTuple):
             activity="queue" in names,
             jobs="job" in names,
             stopping="daemon_stopping" in names,
+            pressure="memory_pressure" in names,
         )
 
     def model(self, model: Model | None) -> Model | None:
@@ -175,6 +177,8 @@ class Subscription:
         self._bytes += len(frame)
         if len(self._queue) > limits.subscriber_events or self._bytes > limits.subscriber_bytes:
             self._dropped += len(self._queue)
+            self._log.dropped += len(self._queue)
+            self._log.lagged += 1
             self._clear()
             self._lagging = True
 
@@ -226,6 +230,7 @@ class EventLog:
         self._ring_bytes = 0
         self._readers: dict[str, list[Subscription]] = {name: [] for name in EVENT_TOPICS}
         self._count = 0
+        self.dropped = self.lagged = 0  # events that were lost to full queues, and how often one was full
 
     @property
     def subscribers(self) -> int:
@@ -323,6 +328,7 @@ class EventLog:
                 continue
             if sub._lagging:
                 sub._dropped += 1
+                self.dropped += 1
                 continue
             key = (sub.id, sub.encoding, sub.view)
             frame = frames.get(key)
@@ -336,11 +342,13 @@ class EventLog:
         oldest = self._ring[0].rev if self._ring else self.rev + 1
         if since.epoch != self.epoch or not oldest - 1 <= since.rev <= self.rev:
             return False
+        known = self.dropped, self.lagged
         for record in itertools.islice(self._ring, since.rev + 1 - oldest, None):
             if record.name in sub.names and sub.matches(record):
                 sub._put(record, _encoded(record, sub), self._limits)
         if sub._lagging:
             sub._lagging, sub._dropped = False, 0
+            self.dropped, self.lagged = known  # a resync loses nothing
             return False
         return True
 
@@ -355,6 +363,7 @@ class EventLog:
             ],
             jobs=[job for job in whole.jobs if view.jobs and (models is None or job.model in models)],
             stopping=view.stopping and whole.stopping,
+            memory_pressure=whole.memory_pressure if view.pressure else "normal",
         )
 
     def _lagged_frame(self, sub: Subscription, dropped: int) -> bytes:

@@ -82,6 +82,11 @@ class Runtime(Protocol):
 
     def status(self, *, clients: int, subscribers: int) -> types.Status: ...
 
+    async def stats(self, ref: str | None, clients: types.ClientTotals) -> types.Stats:
+        """What was counted and measured, of one model or of all; `clients` is for the server to say."""
+
+    def metrics(self, clients: types.ClientTotals) -> types.MetricsResult: ...
+
     def snapshot(self) -> types.Snapshot:
         """The state that the events published so far have led to: neither older nor newer."""
 

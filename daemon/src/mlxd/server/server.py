@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 
 from mlxd_client.errors import ShuttingDown
+from mlxd_client.types import ClientTotals
 
 from .events import EventLog
 from .limits import ServerLimits
@@ -50,7 +51,7 @@ class Server:
         self._transports: set[Session] = set()  # also those that are closing, and only write out what is left
         self._deserted = asyncio.Event()
         self._deserted.set()
-        self._last_client = 0
+        self._last_client = self._refused = 0
         self._working = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -61,6 +62,13 @@ class Server:
     def clients(self) -> int:
         """Connections that are served."""
         return len(self._sessions)
+
+    @property
+    def client_totals(self) -> ClientTotals:
+        refused = self._refused
+        return ClientTotals(
+            open=self.clients, subscribers=self.subscribers, accepted=self._last_client - refused, refused=refused
+        )
 
     @property
     def deserted(self) -> bool:
@@ -132,6 +140,9 @@ class Server:
         if len(self._sessions) >= self.limits.connections:
             return f"more than {self.limits.connections} connections"
         return None
+
+    def session_refused(self) -> None:
+        self._refused += 1
 
     def session_opened(self, session: Session) -> None:
         self._sessions[session.client] = session

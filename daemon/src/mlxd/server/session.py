@@ -90,6 +90,7 @@ class Session(asyncio.Protocol):
             refusal = f"no credentials: {error.strerror}"
         refusal = refusal or self.server.refusal(peer)
         if refusal is not None:
+            self.server.session_refused()
             self.server.log.warning("client_refused", client=self.client, reason=refusal, peer=peer)
             self._transport.abort()
             return

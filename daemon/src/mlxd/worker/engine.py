@@ -138,6 +138,11 @@ class Engine:
         return self._generator.waiting + self._arrivals.waiting
 
     @property
+    def made_tokens(self) -> int:
+        """What the requests in the batch have generated so far."""
+        return sum(running.tokens for running in self._running.values())
+
+    @property
     def exact(self) -> bool:
         """A request is here whose answer may depend on nothing else, not even on how many threads compute it."""
         return self._arrivals.exact or self._decoding.exact

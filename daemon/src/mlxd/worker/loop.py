@@ -34,6 +34,7 @@ from ..childwire import (
     EmbedTexts,
     EncodeText,
     Generate,
+    Generated,
     Heartbeat,
     Loaded,
     LoadModel,
@@ -76,6 +77,7 @@ class Worker:
         self._early: list[dict[str, Any]] = []  # messages that came while a model was being loaded
         self._busy_at = time.monotonic()
         self._trimmed = True
+        self._ended_tokens = self._made_tokens = 0
         self._attaches: deque[tuple[int, Attach, Engine]] = deque()
         self._methods: dict[str, Callable[[int, Any], None]] = {
             "load": self._load,
@@ -149,8 +151,14 @@ class Worker:
             active=engine.active,
             waiting=engine.waiting,
             memory_bytes=mx.get_active_memory(),
+            made_tokens=self._count_tokens(engine),
             prompt_cache=engine.cache_stats(),
         )
+
+    def _count_tokens(self, engine: Engine) -> int:
+        """What was generated so far. What a failed request had is lost from the sum, which must not fall for that."""
+        self._made_tokens = max(self._made_tokens, self._ended_tokens + engine.made_tokens)
+        return self._made_tokens
 
     # --- messages
 
@@ -316,6 +324,8 @@ class Worker:
             if isinstance(end, RpcError):
                 self._pipe.fail(request_id, end)
             else:
+                if isinstance(end, Generated):
+                    self._ended_tokens += end.completion_tokens
                 self._pipe.reply(request_id, end)
 
 

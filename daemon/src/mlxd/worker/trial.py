@@ -8,13 +8,18 @@ process can.
 from __future__ import annotations
 
 import resource
+import signal
 import subprocess
 import sys
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from ..childside import PipeClosed, die_with_parent
+
 # What one trial may take: seconds of one core, of the clock, and bytes.
 CPU_S, WALL_S, MEMORY_BYTES = 3, 20.0, 1024**3
+# Where the kernel does not tell of the parent's end, a trial that lost it goes on for so long at most, in seconds.
+ALONE_S = 9
 
 LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
@@ -44,6 +49,12 @@ def ends(source: str) -> bool:
 
 
 def main() -> None:
+    try:
+        die_with_parent()
+    except PipeClosed:
+        return
+    if sys.platform != "linux":
+        signal.alarm(ALONE_S)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

@@ -1,10 +1,10 @@
-"""status, shutdown, rpc.discover: about the daemon itself."""
+"""status, stats, metrics, shutdown, rpc.discover: about the daemon itself."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mlxd_client.types import Empty, Status
+from mlxd_client.types import UNSET, Empty, MetricsResult, Stats, StatsParams, Status
 
 from .connection import EMPTY
 
@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 def status(call: Call, params: Empty) -> Status:
     server = call.session.server
     return call.runtime.status(clients=server.clients, subscribers=server.events.subscribers)
+
+
+async def stats(call: Call, params: StatsParams) -> Stats:
+    model = None if params.model is UNSET else params.model
+    return await call.runtime.stats(model, call.session.server.client_totals)
+
+
+def metrics(call: Call, params: Empty) -> MetricsResult:
+    return call.runtime.metrics(call.session.server.client_totals)
 
 
 def shutdown(call: Call, params: Empty) -> Empty:

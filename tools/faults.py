@@ -1,0 +1,126 @@
+"""Faults, injected into real daemons for as long as one likes, and what docs/guarantees.md promises checked meanwhile.
+
+    python3 tools/dev.py faults answers [--seconds S] [--seed N]    requests, while workers and daemons are killed
+    python3 tools/dev.py faults mirrors [--steps N] [--seed N]      followers of events, while all is restarted
+    python3 tools/dev.py faults deaths [--rounds N]                 real workers that die of each cause, and how soon it
+                                                                    is told
+    python3 tools/dev.py faults orphans [--rounds N]                daemons killed that have a child in every state, and
+                                                                    how long each lives on
+
+The suite has the short forms (tests/faults). Each run has a folder of its own; the first thing that is wrong ends it,
+and it exits with 1 then. The same seed draws the same faults; their moments are the machine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tools/dev.py faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=COMMANDS)
+    parser.add_argument("--seconds", type=_positive, default=60.0, help="how long; 60 where it is not given")
+    parser.add_argument("--steps", type=int, default=10_000, help="how many; 10000 where it is not given")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each; 5 where it is not given")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="drawn where it is not given")
+    options = parser.parse_args(arguments)
+    print(f"{options.what}, seed {options.seed}", flush=True)
+    began = time.monotonic()
+    try:
+        lines = COMMANDS[options.what](options)
+    except AssertionError:
+        sys.stdout.flush()
+        traceback.print_exc()
+        print("WRONG: see above", flush=True)
+        return 1
+    print(*lines, f"all as promised, in {time.monotonic() - began:.0f} s", sep="\n", flush=True)
+    return 0
+
+
+def _positive(text: str) -> float:
+    if float(text) <= 0:
+        raise argparse.ArgumentTypeError("more than 0")
+    return float(text)
+
+
+def _table(tally: Counter[str]) -> list[str]:
+    return [f"{count:9,}  {what}" for what, count in sorted(tally.items())]
+
+
+def answers(options: argparse.Namespace) -> list[str]:
+    from support.daemon import Daemon
+    from support.ledger import SETTINGS, Ledger
+
+    with Daemon(bad_child="worker", **SETTINGS) as daemon:
+        return _table(Ledger(daemon, options.seed).run(options.seconds))
+
+
+def mirrors(options: argparse.Namespace) -> list[str]:
+    from support.daemon import Daemon
+    from support.hub import Hub
+    from support.mirrors import SETTINGS, Followed
+
+    with Hub() as hub, Daemon(bad_child="worker", env=hub.env(), **SETTINGS) as daemon:
+        return _table(Followed(daemon, hub, options.seed).run(options.steps))
+
+
+def deaths(options: argparse.Namespace) -> list[str]:
+    from support import tiny_model
+    from support.deaths import CAUSES, Dying, possible
+
+    lines = [
+        f"{'cause':22} {'median':>8} {'worst':>8}   until two answers in the middle of decoding have ended with it"
+    ]
+    with tempfile.TemporaryDirectory(prefix="mlxd-") as folder, Dying.daemon_of() as daemon:
+        dying = Dying(daemon, str(tiny_model.build(Path(folder).resolve() / "model", context=500_000)))
+        for name, cause in CAUSES.items():
+            if not possible(name):
+                lines.append(f"{name:22} not possible here")
+                continue
+            times = [dying.die(name) for _ in range(options.rounds)]
+            assert max(times) <= cause.within_s, f"{name}: {max(times):.3f} s"
+            lines.append(f"{name:22} {statistics.median(times):6.3f} s {max(times):6.3f} s")
+    return lines
+
+
+def orphans(options: argparse.Namespace) -> list[str]:
+    from support.household import LIMIT_S, Household
+    from support.hub import Hub
+
+    lived: dict[str, list[float]] = {}
+    for _ in range(options.rounds):
+        with (
+            tempfile.TemporaryDirectory(prefix="mlxd-") as folder,
+            Hub() as hub,
+            Household.daemon_of(hub) as daemon,
+        ):
+            house = Household(daemon, hub, Path(folder).resolve())
+            for name, seconds in house.bury(house.fill()).items():
+                lived.setdefault(name if not name.isdigit() else "the grandchild's parent", []).append(seconds)
+    for name, times in lived.items():
+        assert max(times) < LIMIT_S, f"a child {name} lived on for {max(times):.1f} s"
+    lines = [f"{'a child that is':30} {'median':>8} {'worst':>8}   until it is gone"]
+    return lines + [
+        f"{name:30} {statistics.median(times):6.2f} s {max(times):6.2f} s" for name, times in sorted(lived.items())
+    ]
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
+    "answers": answers, "mirrors": mirrors, "deaths": deaths, "orphans": orphans,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Fuzzers that are guided by coverage: of the codec, and of a daemon by whole conversations."""
