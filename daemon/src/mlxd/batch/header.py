@@ -1,4 +1,4 @@
-"""Which form the file has, without SQLite and without opening it: for the start of the daemon, and for `mlxd doctor`."""
+"""Which form the file has, found out without SQLite: for the start of the daemon, and for `mlxd doctor`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ VERSION = 2
 
 
 def version_of(path: Path) -> int | None:
-    """The version of the file; None where it is not there, cannot be read, or is none of ours. See SQLite's file format,
-    section 1.3."""
+    """The version of the file; None where it is not there, cannot be read, or is none of ours. See SQLite's file
+    format, section 1.3."""
     try:
         with open(path, "rb") as file:
             first = file.read(100)

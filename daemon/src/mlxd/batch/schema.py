@@ -14,7 +14,7 @@ import sqlite3
 import time
 from pathlib import Path
 
-from .header import APPLICATION_ID, VERSION
+from .header import APPLICATION_ID, VERSION, version_of
 
 __all__ = ["Damaged", "Newer", "connect", "set_aside"]
 
@@ -102,11 +102,14 @@ def connect(path: Path, *, budget_bytes: int, version: int = VERSION) -> sqlite3
         Newer: see there.
         sqlite3.Error: the disk is full, the file is another process's, or it cannot be opened.
     """
+    if (found := version_of(path) or 0) > version:
+        raise Newer(found)  # before anything of it is touched
     _private(path)
     db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False, cached_statements=64)
     try:
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        _check(db, path, version)  # which only reads: what is not ours stays as it is
         _settle(db, budget_bytes)
-        _check(db, path, version)
         _bring_forward(db, version)
     except sqlite3.DatabaseError as error:
         db.close()
@@ -136,8 +139,7 @@ def _settle(db: sqlite3.Connection, budget_bytes: int) -> None:
     that it takes nothing older and breaks nothing. secure_delete: what is deleted is overwritten.
     """
     for name, value in (
-        ("page_size", PAGE_BYTES), ("auto_vacuum", "INCREMENTAL"), ("locking_mode", "EXCLUSIVE"),
-        ("journal_mode", "WAL"), ("synchronous", "FULL"), ("checkpoint_fullfsync", "ON"), ("secure_delete", "ON"),
+        ("page_size", PAGE_BYTES), ("auto_vacuum", "INCREMENTAL"), ("journal_mode", "WAL"), ("synchronous", "FULL"), ("checkpoint_fullfsync", "ON"), ("secure_delete", "ON"),
         ("foreign_keys", "OFF"), ("cache_size", -256), ("temp_store", "MEMORY"), ("mmap_size", 0),
         ("journal_size_limit", 4 * 1024 * 1024), ("max_page_count", max(16, budget_bytes // PAGE_BYTES)),
     ):  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mlxd import __version__
 
-from . import cache, chat, completion, config, doctor, generate, hub, jobs, manage, models, service, stats, watch
+from . import batch, cache, chat, completion, config, doctor, generate, hub, jobs, manage, models, service, stats, watch
 from .common import HelpFormatter
 from .exits import BROKEN_PIPE, INTERRUPTED, code_of
 from .output import Output
@@ -26,7 +26,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mlxd {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in (generate, chat, models, hub, jobs, cache, watch, stats, service, manage, config, doctor, completion):
+    groups = (
+        generate, chat, models, hub, jobs, batch, cache, watch, stats, service, manage, config, doctor, completion
+    )  # fmt: skip
+    for group in groups:
         group.register(commands)
     return parser
 

@@ -140,6 +140,7 @@ class ReadItems:
     job: str
     after: tuple[int, int]
     count: int
+    run: int
 
 
 @dataclass(frozen=True, slots=True)

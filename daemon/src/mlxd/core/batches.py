@@ -122,7 +122,7 @@ class BatchLine:
         job.open, job.state, job.ended_at, job.error, job.closing = False, "running", None, None, None
         job.started_at = event.started_at - self._book.wall
         job.ready.clear()
-        job.cursor, job.exhausted, job.reading = (0, -1), False, False
+        job.cursor, job.exhausted, job.reading, job.run = (0, -1), False, False, job.run + 1
         job.strikes, job.wait_s, job.retry_at = 0, FIRST_WAIT_S, None
         self._kept.pop(job.job, None)
         self._jobs[job.job] = self._changed[job.job] = job
@@ -162,7 +162,7 @@ class BatchLine:
 
     def items(self, event: ev.BatchItems, now: float) -> None:
         job = self._jobs.get(event.job)
-        if job is None or not job.reading or event.after != job.cursor:
+        if job is None or not job.live or not job.reading or event.run != job.run:
             return  # it ended meanwhile, or began anew
         job.reading = False
         job.cursor, job.exhausted = event.cursor, not event.more
@@ -348,7 +348,7 @@ class BatchLine:
         for job in self._jobs.values():
             if job.live and not job.reading and not job.exhausted and len(job.ready) < slots:
                 job.reading = True
-                self._book.out.append(do.ReadItems(job.job, job.cursor, 2 * slots))
+                self._book.out.append(do.ReadItems(job.job, job.cursor, 2 * slots, job.run))
 
     def _show(self, job: BatchJob, now: float) -> None:
         """Tell subscribers: at once of what they would act on, of mere progress now and then."""

@@ -283,10 +283,10 @@ class BatchStarted:
 
 @dataclass(frozen=True, slots=True)
 class BatchItems:
-    """The answer to a ReadItems that began after `after`: each item's place, and how often it was tried already."""
+    """The answer to a ReadItems of this run: each item's place, and how often it was tried already."""
 
     job: str
-    after: tuple[int, int]
+    run: int
     items: tuple[tuple[int, int], ...]
     cursor: tuple[int, int]
     more: bool

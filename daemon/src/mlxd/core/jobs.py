@@ -114,6 +114,7 @@ class BatchJob:
         strikes: how often in a row its model could not be had.
         retry_at: until when it waits, for the reason in `error`.
         closing: it is to end so, once that is recorded.
+        run: how often it was started again.
         served: its place among the jobs whose items run in turn.
         client: the number that its items are asked under; those of connections are positive.
     """
@@ -140,6 +141,7 @@ class BatchJob:
     wait_s: float = FIRST_WAIT_S
     retry_at: float | None = None
     closing: Literal["cancelled", "failed"] | None = None
+    run: int = 0
     served: int = 0
     client: int = 0
 

@@ -233,7 +233,7 @@ class Batches:
                 self._ahead[action.job, place] = (method, params)
                 self._ahead_bytes += len(params)
         places = tuple((place, tries) for place, tries, _, _ in found.items)
-        self._tell(ev.BatchItems(action.job, action.after, places, found.cursor, found.more))
+        self._tell(ev.BatchItems(action.job, action.run, places, found.cursor, found.more))
 
     def run(self, action: do.RunItem) -> None:
         flight = self._flights[action.ticket] = Flight(self, action)
