@@ -1,5 +1,5 @@
-"""Spares the daemon OpenSSL, which takes nearly five of its megabytes: asyncio and uvloop import it for connections with
-TLS, of which the daemon has none, and hashlib for hashes that the interpreter has, too."""
+"""Spares the daemon OpenSSL, which takes nearly five of its megabytes: asyncio and uvloop import it for connections
+with TLS, of which the daemon has none, and hashlib for hashes that the interpreter has, too."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["without_openssl"]
 def without_openssl() -> None:
     """Import what would load OpenSSL with stand-ins for it, as far as none of that is there yet.
 
-    Of `ssl`, asyncio and uvloop only keep names, to compare with later; whoever asked them for TLS would be refused. What
-    imports `ssl` afterwards gets the real one. Hashes are slower by far than OpenSSL's: whole models are hashed by
+    Of `ssl`, asyncio and uvloop only keep names, to compare with later; whoever asked them for TLS would be refused.
+    What imports `ssl` afterwards gets the real one. Hashes are slower by far than OpenSSL's: whole models are hashed by
     fetchers, and the daemon only small things.
     """
     if not {"ssl", "asyncio", "hashlib"}.isdisjoint(sys.modules):
@@ -33,7 +33,7 @@ def without_openssl() -> None:
 
         import uvloop
 
-        assert hmac and asyncio and uvloop
+        assert (hmac, asyncio, uvloop)
     finally:
         del sys.modules["ssl"], sys.modules["_hashlib"]
 

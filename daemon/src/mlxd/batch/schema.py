@@ -139,9 +139,10 @@ def _settle(db: sqlite3.Connection, budget_bytes: int) -> None:
     that it takes nothing older and breaks nothing. secure_delete: what is deleted is overwritten.
     """
     for name, value in (
-        ("page_size", PAGE_BYTES), ("auto_vacuum", "INCREMENTAL"), ("journal_mode", "WAL"), ("synchronous", "FULL"), ("checkpoint_fullfsync", "ON"), ("secure_delete", "ON"),
-        ("foreign_keys", "OFF"), ("cache_size", -256), ("temp_store", "MEMORY"), ("mmap_size", 0),
-        ("journal_size_limit", 4 * 1024 * 1024), ("max_page_count", max(16, budget_bytes // PAGE_BYTES)),
+        ("page_size", PAGE_BYTES), ("auto_vacuum", "INCREMENTAL"), ("journal_mode", "WAL"), ("synchronous", "FULL"),
+        ("checkpoint_fullfsync", "ON"), ("secure_delete", "ON"), ("foreign_keys", "OFF"), ("cache_size", -256),
+        ("temp_store", "MEMORY"), ("mmap_size", 0), ("journal_size_limit", 4 * 1024 * 1024),
+        ("max_page_count", max(16, budget_bytes // PAGE_BYTES)),
     ):  # fmt: skip
         db.execute(f"PRAGMA {name} = {value}")
 
