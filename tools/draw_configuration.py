@@ -27,6 +27,13 @@ RULES = {
     "worker_command": "this Python with `-m mlxd.worker`",
     "fetcher_command": "this Python with `-m mlxd.fetch`",
 }
+WHEN = {
+    "now": "at once",
+    "connection": "for new connections",
+    "load": "for models that are loaded from then on",
+    "download": "for downloads that begin from then on",
+    "restart": "when the daemon starts next",
+}
 _WORDS = {"str": "text", "int": "whole number", "float": "number", "bool": "`true` or `false`"}
 _BOUNDS = ((("ge", "≥ {}"), ("gt", "> {}")), (("le", "≤ {}"), ("lt", "< {}")))
 
@@ -43,13 +50,11 @@ def page(text: str) -> str:
 def part() -> str:
     """A section for each setting: what it does, then type, default, variable, and when a change takes effect."""
     told = descriptions()
-    live: frozenset[str] | None = getattr(settings, "LIVE", None)
     sections = []
     for field in msgspec.structs.fields(Settings):
         names, text = told[field.name]
         facts = [type_words(field.type), f"default: {default_words(field)}", f"`MLXD_{field.name.upper()}`"]
-        if live is not None:
-            facts.append("a change takes effect at once" if field.name in live else "read when the daemon starts")
+        facts.append(f"a change takes effect {WHEN[settings.APPLIES[field.name]]}")
         together = f"{', '.join(f'`{name}`' for name in names)}: " if names[1:] else ""
         text = together + text if together else text[0].upper() + text[1:]
         sections.append(f"### `{field.name}`\n\n{text}\n\n{' · '.join(facts)}\n")
@@ -82,6 +87,8 @@ def _words(info: Any) -> str:
         return f"list of {_words(info.item_type)}s"
     if name == "LiteralType":
         return _one_of([f"`{value}`" for value in info.values])
+    if name == "StructType":
+        return "a table of its own"
     if name == "AnyType":
         return "any value"
     if name == "StrType":

@@ -6,6 +6,8 @@
                                                                     is told
     python3 tools/dev.py faults orphans [--rounds N]                daemons killed that have a child in every state, and
                                                                     how long each lives on
+    python3 tools/dev.py faults stop [--rounds N]                   daemons told to end under full load, and how long
+                                                                    they take
 
 The suite has the short forms (tests/faults). Each run has a folder of its own; the first thing that is wrong ends it,
 and it exits with 1 then. The same seed draws the same faults; their moments are the machine's.
@@ -118,8 +120,26 @@ def orphans(options: argparse.Namespace) -> list[str]:
     ]
 
 
+def stop(options: argparse.Namespace) -> list[str]:
+    from support.fullload import EXTRA_S, SIGNALS, FullLoad
+    from support.hub import Hub
+
+    lines = [f"{'by':10} {'drain':>8} {'median':>8} {'worst':>8}   until it has ended, with status 0"]
+    for how, signals in SIGNALS.items():
+        drain_s, times = 3600.0 if how == "twice" else 2.0, []
+        for _ in range(options.rounds):
+            with Hub() as hub, FullLoad.daemon_of(hub, drain_s=drain_s) as daemon:
+                load = FullLoad(daemon, hub)
+                load.begin()
+                times.append(load.end(*signals))
+                load.close()
+        assert max(times) < EXTRA_S + (0 if how == "twice" else drain_s), f"{how}: {max(times):.2f} s"
+        lines.append(f"{how:10} {drain_s:6.0f} s {statistics.median(times):6.2f} s {max(times):6.2f} s")
+    return lines
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
-    "answers": answers, "mirrors": mirrors, "deaths": deaths, "orphans": orphans,
+    "answers": answers, "mirrors": mirrors, "deaths": deaths, "orphans": orphans, "stop": stop,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -31,10 +31,12 @@ last message's text), or a path given to `load`, that contains one of these word
     !mute N             silent for N seconds, then the answer
     !slow N             N steps, each of which waits for the file `step-<k>` (k from 0) in the folder named by
                         BAD_CHILD_STEPS, or 20 ms where there is none; `cancel` ends it
+    !asked              answers with what it was asked, as JSON: messages and options
 """
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -283,6 +285,8 @@ class Generation:
         if self.slow:
             count = int(self.words[self.words.index("!slow") + 1])
             self.words = [f"piece{k}" for k in range(count)]
+        if "!asked" in self.words:
+            self.words = [json.dumps({"messages": params["messages"], "options": params.get("options", {})})]
         self.steps_folder = steps_folder
         self.made = 0
         self.text = ""

@@ -332,12 +332,12 @@ def test_a_failed_step_costs_its_own_lane_only(loaded: LoadedModel) -> None:
 
 def test_a_footprint_counts_what_caches_grow_to() -> None:
     plain = Footprint(fixed=0, per_token=10)
-    assert plain.bytes(1, 1) == 10 * (1 + 256)
-    assert plain.bytes(3, 1000) == 3 * 10 * (1000 + 256)
-    assert [plain.most_tokens(limit) for limit in (0, 2569, 2570, 2579, 2580)] == [0, 0, 1, 1, 2]
-    mixed = Footprint(fixed=7, per_token=10, windows=((300, 2),))
-    assert mixed.bytes(1, 10) == 7 + 266 * 10 + 266 * 2
-    assert mixed.bytes(2, 1000) == 2 * (7 + 1256 * 10 + 300 * 2)
+    assert plain.bytes(1, 1) == 10 * (1 + 64 + 256)
+    assert plain.bytes(3, 1000) == 3 * 10 * (1000 + 64 + 256)
+    assert [plain.most_tokens(limit) for limit in (0, 3209, 3210, 3219, 3220)] == [0, 0, 1, 1, 2]
+    mixed = Footprint(fixed=7, per_token=10, windows=((400, 2),))
+    assert mixed.bytes(1, 10) == 7 + 330 * 10 + 330 * 2
+    assert mixed.bytes(2, 1000) == 2 * (7 + 1320 * 10 + 400 * 2)
     state = Footprint(fixed=7, per_token=0)
     assert state.most_tokens(6) == 0
     assert state.most_tokens(7) > 10**9

@@ -61,7 +61,7 @@ def instrument(clock: Clock) -> None:
     import mlx.core as mx
 
     from mlxd.childside import Pipe
-    from mlxd.worker import batch, constraint, engine, kvcache, loop, prompt, sampling, text
+    from mlxd.worker import constraint, engine, kvcache, loop, prompt, rows, sampling, text
 
     wait_for = mx.eval
     mx.async_eval = lambda *arrays: wait_for(*arrays)  # type: ignore[assignment,method-assign]
@@ -71,8 +71,8 @@ def instrument(clock: Clock) -> None:
         (prompt.PromptBuilder, "_cuts", "tokenise"),
         (kvcache.PromptCache, "find", "prefix cache"),
         (kvcache.PromptCache, "settle", "prefix cache"),
-        (batch.RowPrompts, "prompt", "prefill"),
-        (batch.RowBatch, "_step", "sample"),
+        (rows.RowPrompts, "prompt", "prefill"),
+        (rows.RowBatch, "_step", "sample"),
         (sampling.Plan, "__init__", "sample"),
         (constraint.Constraint, "follow", "constrain"),
         (text.TextStream, "add", "detokenise"),

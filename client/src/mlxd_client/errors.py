@@ -25,7 +25,8 @@
     │   ├── NotFound            -32015  no such job, lease or subscription
     │   ├── PermissionDenied    -32016
     │   ├── ModelNotDownloaded  -32017  the hub has it; details.plan says what fetching it would take
-    │   └── MemoryPressure      -32018  the machine is short of memory; batch work is to come again, see retry_after_s
+    │   ├── MemoryPressure      -32018  the machine is short of memory; batch work is to come again, see retry_after_s
+    │   └── InvalidSettings     -32021  config.toml cannot be used; details: setting, place
     └── ClientError                   raised on this side of the socket
         ├── ConnectFailed               nobody listens there, and nothing could be started
         ├── ConnectionLost              the connection ended while a reply was awaited
@@ -55,6 +56,7 @@ __all__ = [
     "InternalError",
     "InvalidParams",
     "InvalidRequest",
+    "InvalidSettings",
     "LoadFailed",
     "MemoryPressure",
     "MethodNotFound",
@@ -206,6 +208,10 @@ class ModelNotDownloaded(RpcError):
 
 class MemoryPressure(RpcError):
     code, kind = -32018, "memory_pressure"
+
+
+class InvalidSettings(RpcError):
+    code, kind = -32021, "invalid_settings"
 
 
 class ClientError(MlxdError):

@@ -37,6 +37,8 @@ from .types import (
     ClearCacheParams,
     ClearCacheResult,
     Completion,
+    ConfigChange,
+    ConfigResult,
     DecodeParams,
     DecodeResult,
     DeleteResult,
@@ -46,6 +48,7 @@ from .types import (
     EmbedResult,
     EncodeParams,
     EncodeResult,
+    GetConfigParams,
     Job,
     JobParams,
     JobsResult,
@@ -57,12 +60,17 @@ from .types import (
     Model,
     ModelParams,
     ModelsResult,
+    ModelStory,
+    OptionalModelParams,
+    PersonasResult,
     Plan,
     PlanParams,
     ProcessParams,
+    SetConfigParams,
     Stats,
     StatsParams,
     Status,
+    StoriesResult,
     TextPart,
     TokensParams,
     TokensResult,
@@ -213,10 +221,13 @@ class GenerateOptions(TypedDict, total=False):
     context_policy: Literal["refuse", "drop_oldest", "rotate"] | None
     kv_bits: Literal[4, 8] | None
     deterministic: bool | None
+    persona: str | None
 
 
 class ProcessOptions(GenerateOptions, total=False):
     system: str | None
+    template: str | None
+    values: dict[str, str] | None
 
 
 class ChatOptions(GenerateOptions, total=False):
@@ -298,9 +309,36 @@ class Methods:
         return Request("rpc.discover", None, dict[str, Any], wait_s)
 
     @remote
-    def config_get(self, *, wait_s: Wait = UNSET) -> Request[dict[str, Any]]:
-        """The effective configuration, each value with where it came from."""
-        return Request("config.get", None, dict[str, Any], wait_s)
+    def personas(self, *, wait_s: Wait = UNSET) -> Request[PersonasResult]:
+        """The personas and prompt templates that requests may name."""
+        return Request("personas.list", None, PersonasResult, wait_s)
+
+    @remote
+    def config_get(self, *names: str, wait_s: Wait = UNSET) -> Request[ConfigResult]:
+        """The settings, or those of these names: what each is, where it came from, when a change takes effect."""
+        params = GetConfigParams(names=list(names)) if names else None
+        return Request("config.get", params, ConfigResult, wait_s)
+
+    @remote
+    def config_set(
+        self, values: Mapping[str, Any] | None = None, *, unset: Sequence[str] = (), wait_s: Wait = UNSET
+    ) -> Request[ConfigChange]:
+        """Change settings: all of them or, where one is wrong, none.
+
+        Args:
+            values: by name, or by `setting.key` for one entry of a table.
+            unset: what is taken out of the file.
+
+        Raises InvalidParams, InvalidSettings, PermissionDenied, InsufficientDisk.
+        """
+        return Request(
+            "config.set", SetConfigParams(values=dict(values or {}), unset=list(unset)), ConfigChange, wait_s
+        )
+
+    @remote
+    def config_reload(self, *, wait_s: Wait = UNSET) -> Request[ConfigChange]:
+        """Have the daemon take over what its file says now. Raises InvalidSettings where that cannot be used."""
+        return Request("config.reload", None, ConfigChange, wait_s)
 
     @remote
     def models(self, *, updates: bool = False, wait_s: Wait = UNSET) -> Request[list[Model]]:
@@ -317,6 +355,12 @@ class Methods:
     def model(self, model: str, *, wait_s: Wait = UNSET) -> Request[Model]:
         """One model, by id, alias or absolute folder. Raises ModelNotFound."""
         return Request("models.get", ModelParams(model=model), Model, wait_s)
+
+    @remote
+    def stories(self, model: str | None = None, *, wait_s: Wait = UNSET) -> Request[list[ModelStory]]:
+        """The last changes of state of a model, or of all, each with its cause. Raises ModelNotFound."""
+        params = None if model is None else OptionalModelParams(model=model)
+        return Request("models.story", params, StoriesResult, wait_s, pick=_stories)
 
     @remote
     def load(
@@ -521,7 +565,7 @@ class Methods:
 
         Args:
             wait_s: the caller's patience in seconds; giving up cancels the request.
-            options: see GenerateParams, and `system`. Raises TypeError for names that are none.
+            options: see GenerateParams, `system`, `template` and `values`. Raises TypeError for names that are none.
         """
         return _generate("process", ProcessParams(prompt=prompt, **_set(options)), wait_s)
 
@@ -647,6 +691,10 @@ def _items(items: Items) -> list[BatchItem]:
 
 def _nothing(result: Any) -> None:
     return None
+
+
+def _stories(result: StoriesResult) -> list[ModelStory]:
+    return result.stories
 
 
 def _exposition(result: MetricsResult) -> str:

@@ -72,7 +72,6 @@ export interface CatalogResult {
 
 export interface ChatParams {
   model?: string;
-  stream?: boolean;
   max_tokens?: number;
   temperature?: number;
   top_p?: number;
@@ -90,7 +89,6 @@ export interface ChatParams {
   thinking?: boolean;
   keep_alive?: number;
   timeout_s?: number;
-  priority?: "batch" | "interactive";
   cache_prompt?: boolean;
   xtc_probability?: number;
   xtc_threshold?: number;
@@ -101,6 +99,9 @@ export interface ChatParams {
   context_policy?: "drop_oldest" | "refuse" | "rotate";
   kv_bits?: 4 | 8;
   deterministic?: boolean;
+  stream?: boolean;
+  priority?: "batch" | "interactive";
+  persona?: string;
   messages: Message[];
   tools?: Record<string, unknown>[];
   tool_choice?: string | Record<string, unknown>;
@@ -144,6 +145,21 @@ export interface Completion {
   alternatives?: Alternative[];
   dropped_messages?: number;
   alone?: boolean;
+}
+
+export interface ConfigChange {
+  path: string;
+  changed?: string[];
+  restart?: string[];
+  overridden?: Record<string, string>;
+}
+
+export interface ConfigResult {
+  path: string;
+  settings: Record<string, SettingValue>;
+  error?: ErrorObject;
+  restart?: string[];
+  warnings?: string[];
 }
 
 export interface DecodeParams {
@@ -249,6 +265,10 @@ export interface EventTotals {
   published: number;
   dropped: number;
   lagged: number;
+}
+
+export interface GetConfigParams {
+  names?: string[];
 }
 
 export interface HelloParams {
@@ -429,8 +449,55 @@ export interface ModelStats {
   speculation?: SpeculationTotals;
 }
 
+export interface ModelStory {
+  model: string;
+  steps: StoryStep[];
+}
+
 export interface ModelsResult {
   models: Model[];
+}
+
+export interface OptionalModelParams {
+  model?: string;
+}
+
+export interface Persona {
+  model?: string;
+  max_tokens?: number;
+  temperature?: number;
+  top_p?: number;
+  top_k?: number;
+  min_p?: number;
+  repetition_penalty?: number;
+  presence_penalty?: number;
+  frequency_penalty?: number;
+  logit_bias?: Record<string, number>;
+  seed?: number;
+  stop?: string[];
+  logprobs?: number;
+  schema?: Record<string, unknown> | boolean;
+  grammar?: string;
+  thinking?: boolean;
+  keep_alive?: number;
+  timeout_s?: number;
+  cache_prompt?: boolean;
+  xtc_probability?: number;
+  xtc_threshold?: number;
+  thinking_budget?: number;
+  n?: number;
+  adapter?: string;
+  speculation?: "auto" | "draft" | "lookup" | "off";
+  context_policy?: "drop_oldest" | "refuse" | "rotate";
+  kv_bits?: 4 | 8;
+  deterministic?: boolean;
+  system?: string;
+  description?: string;
+}
+
+export interface PersonasResult {
+  personas: Record<string, Persona>;
+  templates: Record<string, Template>;
 }
 
 export interface Plan {
@@ -462,7 +529,6 @@ export interface Pressure {
 
 export interface ProcessParams {
   model?: string;
-  stream?: boolean;
   max_tokens?: number;
   temperature?: number;
   top_p?: number;
@@ -480,7 +546,6 @@ export interface ProcessParams {
   thinking?: boolean;
   keep_alive?: number;
   timeout_s?: number;
-  priority?: "batch" | "interactive";
   cache_prompt?: boolean;
   xtc_probability?: number;
   xtc_threshold?: number;
@@ -491,8 +556,13 @@ export interface ProcessParams {
   context_policy?: "drop_oldest" | "refuse" | "rotate";
   kv_bits?: 4 | 8;
   deterministic?: boolean;
+  stream?: boolean;
+  priority?: "batch" | "interactive";
+  persona?: string;
   prompt: string;
   system?: string;
+  template?: string;
+  values?: Record<string, string>;
 }
 
 export interface PromptCacheTotals {
@@ -508,6 +578,19 @@ export interface ServerInfo {
   name: string;
   version: string;
   pid: number;
+}
+
+export interface SetConfigParams {
+  values?: Record<string, unknown>;
+  unset?: string[];
+}
+
+export interface SettingValue {
+  value: unknown;
+  origin: "default" | "environment" | "file" | "flag";
+  applies: "connection" | "download" | "load" | "now" | "restart";
+  place?: string;
+  configured?: unknown;
 }
 
 export interface Since {
@@ -558,6 +641,8 @@ export interface Status {
   memory: Memory;
   workers: WorkerHealth[];
   draining?: boolean;
+  activated?: boolean;
+  config_error?: ErrorObject;
 }
 
 export interface StatusModels {
@@ -568,6 +653,17 @@ export interface StatusModels {
 export interface StatusQueue {
   waiting: number;
   running: number;
+}
+
+export interface StoriesResult {
+  stories: ModelStory[];
+}
+
+export interface StoryStep {
+  at: number;
+  cause: string;
+  source: "Downloaded" | "Downloading" | "Loading" | "NotDownloaded" | "Ready";
+  target: "Downloaded" | "Downloading" | "Loading" | "NotDownloaded" | "Ready";
 }
 
 export interface Stream {
@@ -598,6 +694,13 @@ export interface SubscribeResult {
 
 export interface SubscriptionParams {
   subscription: number;
+}
+
+export interface Template {
+  prompt: string;
+  placeholders?: string[];
+  defaults?: Record<string, string>;
+  description?: string;
 }
 
 export interface TextPart {
@@ -669,6 +772,7 @@ export interface Methods {
   "rpc.discover": { params: Record<string, never>; result: Record<string, unknown> };
   "models.list": { params: { updates?: boolean }; result: ModelsResult };
   "models.get": { params: { model: string }; result: Model };
+  "models.story": { params: { model?: string }; result: StoriesResult };
   "models.load": { params: { model: string; system?: string; keep_alive?: number; adapter?: string; draft_model?: string }; result: Model };
   "models.unload": { params: { model: string }; result: Model };
   "models.acquire": { params: { model: string }; result: Lease };
@@ -678,14 +782,18 @@ export interface Methods {
   "models.delete": { params: { model: string }; result: DeleteResult };
   "models.verify": { params: { model: string }; result: VerifyResult };
   "models.catalog": { params: Record<string, never>; result: CatalogResult };
+  "config.get": { params: { names?: string[] }; result: ConfigResult };
+  "config.set": { params: { values?: Record<string, unknown>; unset?: string[] }; result: ConfigChange };
+  "config.reload": { params: Record<string, never>; result: ConfigChange };
   "cache.list": { params: Record<string, never>; result: CacheResult };
   "cache.clear": { params: { model?: string }; result: ClearCacheResult };
   "jobs.list": { params: Record<string, never>; result: JobsResult };
   "jobs.get": { params: { job: string }; result: Job };
   "jobs.wait": { params: { job: string }; result: Job };
   "jobs.cancel": { params: { job: string; discard?: boolean }; result: Job };
-  "process": { params: { prompt: string; model?: string; stream?: boolean; max_tokens?: number; temperature?: number; top_p?: number; top_k?: number; min_p?: number; repetition_penalty?: number; presence_penalty?: number; frequency_penalty?: number; logit_bias?: Record<string, number>; seed?: number; stop?: string[]; logprobs?: number; schema?: Record<string, unknown> | boolean; grammar?: string; thinking?: boolean; keep_alive?: number; timeout_s?: number; priority?: "batch" | "interactive"; cache_prompt?: boolean; xtc_probability?: number; xtc_threshold?: number; thinking_budget?: number; n?: number; adapter?: string; speculation?: "auto" | "draft" | "lookup" | "off"; context_policy?: "drop_oldest" | "refuse" | "rotate"; kv_bits?: 4 | 8; deterministic?: boolean; system?: string }; result: Completion };
-  "chat": { params: { messages: Message[]; model?: string; stream?: boolean; max_tokens?: number; temperature?: number; top_p?: number; top_k?: number; min_p?: number; repetition_penalty?: number; presence_penalty?: number; frequency_penalty?: number; logit_bias?: Record<string, number>; seed?: number; stop?: string[]; logprobs?: number; schema?: Record<string, unknown> | boolean; grammar?: string; thinking?: boolean; keep_alive?: number; timeout_s?: number; priority?: "batch" | "interactive"; cache_prompt?: boolean; xtc_probability?: number; xtc_threshold?: number; thinking_budget?: number; n?: number; adapter?: string; speculation?: "auto" | "draft" | "lookup" | "off"; context_policy?: "drop_oldest" | "refuse" | "rotate"; kv_bits?: 4 | 8; deterministic?: boolean; tools?: Record<string, unknown>[]; tool_choice?: string | Record<string, unknown> }; result: Completion };
+  "personas.list": { params: Record<string, never>; result: PersonasResult };
+  "process": { params: { prompt: string; model?: string; max_tokens?: number; temperature?: number; top_p?: number; top_k?: number; min_p?: number; repetition_penalty?: number; presence_penalty?: number; frequency_penalty?: number; logit_bias?: Record<string, number>; seed?: number; stop?: string[]; logprobs?: number; schema?: Record<string, unknown> | boolean; grammar?: string; thinking?: boolean; keep_alive?: number; timeout_s?: number; cache_prompt?: boolean; xtc_probability?: number; xtc_threshold?: number; thinking_budget?: number; n?: number; adapter?: string; speculation?: "auto" | "draft" | "lookup" | "off"; context_policy?: "drop_oldest" | "refuse" | "rotate"; kv_bits?: 4 | 8; deterministic?: boolean; stream?: boolean; priority?: "batch" | "interactive"; persona?: string; system?: string; template?: string; values?: Record<string, string> }; result: Completion };
+  "chat": { params: { messages: Message[]; model?: string; max_tokens?: number; temperature?: number; top_p?: number; top_k?: number; min_p?: number; repetition_penalty?: number; presence_penalty?: number; frequency_penalty?: number; logit_bias?: Record<string, number>; seed?: number; stop?: string[]; logprobs?: number; schema?: Record<string, unknown> | boolean; grammar?: string; thinking?: boolean; keep_alive?: number; timeout_s?: number; cache_prompt?: boolean; xtc_probability?: number; xtc_threshold?: number; thinking_budget?: number; n?: number; adapter?: string; speculation?: "auto" | "draft" | "lookup" | "off"; context_policy?: "drop_oldest" | "refuse" | "rotate"; kv_bits?: 4 | 8; deterministic?: boolean; stream?: boolean; priority?: "batch" | "interactive"; persona?: string; tools?: Record<string, unknown>[]; tool_choice?: string | Record<string, unknown> }; result: Completion };
   "tokens.count": { params: { model?: string; text?: string; messages?: Message[]; tools?: Record<string, unknown>[] }; result: TokensResult };
   "tokens.encode": { params: { text: string; model?: string; special?: boolean; pieces?: boolean }; result: EncodeResult };
   "tokens.decode": { params: { tokens: number[]; model?: string }; result: DecodeResult };
@@ -696,4 +804,4 @@ export interface Methods {
 }
 
 /** The stable names of failures. */
-export type ErrorKind = "parse_error" | "invalid_request" | "method_not_found" | "invalid_params" | "internal_error" | "cancelled" | "model_not_found" | "model_invalid" | "model_busy" | "queue_full" | "insufficient_disk" | "insufficient_memory" | "worker_died" | "deadline_exceeded" | "unsupported" | "context_exceeded" | "load_failed" | "download_failed" | "verification_failed" | "shutting_down" | "not_found" | "permission_denied" | "model_not_downloaded" | "memory_pressure";
+export type ErrorKind = "parse_error" | "invalid_request" | "method_not_found" | "invalid_params" | "internal_error" | "cancelled" | "model_not_found" | "model_invalid" | "model_busy" | "queue_full" | "insufficient_disk" | "insufficient_memory" | "worker_died" | "deadline_exceeded" | "unsupported" | "context_exceeded" | "load_failed" | "download_failed" | "verification_failed" | "shutting_down" | "not_found" | "permission_denied" | "model_not_downloaded" | "memory_pressure" | "invalid_settings";

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import os
 import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +17,15 @@ import uvloop
 
 from . import logs
 from .children.exitwatch import ExitWatch
-from .children.interface import ChildSettings
 from .children.supervisor import Supervisor
+from .configuration import Configuration
+from .live import IdleExit, Live, child_settings, server_limits
 from .notify import Notifier
 from .runtime import Runtime
 from .server.activation import handed_over
-from .server.limits import ServerLimits
 from .server.listen import AlreadyRunning, Listener, ListenError, adopt, listen
 from .server.server import Server
-from .settings import Settings
+from .settings import Loaded
 from .sidecar import Bridge
 from .stateversion import StateTooNew
 from .store import Store
@@ -38,11 +38,8 @@ EXIT_ALREADY_RUNNING = 8
 _LAST_WORDS_S = 1.0
 # How long children get to go by themselves once the daemon has to end; then SIGTERM, then SIGKILL.
 _LAST_GRACE_S = 0.5
-_TERM_GRACE_S = 1.0
 # The most that macOS allows, and more than `max_clients` may need by default.
 _OPEN_FILES = 10_240
-# What clients leave for the daemon's own needs: logs, folders of models, three for each child.
-_OWN_FILES = 96
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +57,12 @@ class Launch:
     parent_pid: int | None = None
 
 
-def serve(settings: Settings, launch: Launch | None = None) -> int:
-    """Run a daemon until it is told to stop. Returns the process's exit status.
+def serve(loaded: Loaded, launch: Launch | None = None) -> int:
+    """Run a daemon with these settings until it is told to stop. Returns the process's exit status.
 
     The socket is there as soon as requests are answered; whoever starts a daemon may wait for it.
     """
+    settings = loaded.settings
     launch = launch or Launch()
     notifier = Notifier()
     sock = None
@@ -77,12 +75,12 @@ def serve(settings: Settings, launch: Launch | None = None) -> int:
             return give_up(str(error), notifier, sock)
         print(f"mlxd: {error}", file=sys.stderr)
         return EXIT_ALREADY_RUNNING if isinstance(error, AlreadyRunning) else EXIT_FAILED
-    limits = server_limits(settings, _allow_many_files())
+    files = _allow_many_files()
     _return_large_blocks()
     installed = logs.configure(settings.log_file, level=settings.log_level, prompts=settings.log_prompts)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Daemon(settings, limits, listener, notifier, launch, installed).run())
+            runner.run(_Daemon(loaded, files, installed, listener, notifier, launch).run())
     except StateTooNew as error:
         logs.get("mlxd").error("state is too new", path=str(error.path), reason=str(error))
         if launch.managed:
@@ -142,55 +140,55 @@ class _Daemon:
     """The parts of one running daemon."""
 
     def __init__(
-        self,
-        settings: Settings,
-        limits: ServerLimits,
-        listener: Listener,
-        notifier: Notifier,
-        launch: Launch,
-        installed: logs.Logs,
+        self, loaded: Loaded, files: int, installed: logs.Logs, listener: Listener, notifier: Notifier, launch: Launch
     ) -> None:
-        self._settings = settings
+        self._loaded = loaded
+        self._settings = loaded.settings
         self._launch = launch
-        self._installed = installed
-        self._limits = limits
+        self._files = files
+        self._logs = installed
         self._listener = listener
         self._notifier = notifier
         self._log = logs.get("mlxd")
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._on_terminal = os.isatty(2)
 
     async def run(self) -> None:
         settings = self._settings
         loop = asyncio.get_running_loop()
-        limits = self._limits
+        limits = server_limits(settings, self._files)
         supervisor = Supervisor(
-            Path(settings.home) / "run",
-            log=logs.get("mlxd.children"),
-            settings=ChildSettings(
-                ready_s=settings.ready_s, heartbeat_s=settings.heartbeat_s, term_grace_s=_TERM_GRACE_S
-            ),
+            Path(settings.home) / "run", log=logs.get("mlxd.children"), settings=child_settings(settings)
         )
         runtime = Runtime(
             settings, Store(settings.aliases), supervisor, logs.get("mlxd.runtime"), limits=limits, loop=loop
         )
         runtime.on_shutdown = self._stop.set
-        runtime.log_lines_dropped = lambda: self._installed.dropped
-        server = Server(runtime, runtime.events, log=logs.get("mlxd.server"), limits=limits)
+        runtime.activated = self._listener.path is None
+        runtime.log_lines_dropped = lambda: self._logs.dropped
+        live = Live(settings, self._files, self._logs, supervisor, runtime)
+        configuration = Configuration(self._loaded, runtime.events.publish, live.take_over, logs.get("mlxd.settings"))
+        server = live.server = Server(
+            runtime, runtime.events, log=logs.get("mlxd.server"), limits=limits, configuration=configuration
+        )
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup, configuration)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
         runtime.refuse_newer_state()
         await supervisor.sweep()
         await runtime.begin()
         await server.start(self._listener)
-        if self._listener.path is None and settings.idle_exit_s > 0:
-            _IdleExit(server, runtime, settings.idle_exit_s, self._stop.set)
+        if self._listener.path is None:
+            live.idle_exit = IdleExit(server, runtime, settings, self._stop.set)
+        configuration.begin()
         self._log.info("daemon started", version=runtime.version, epoch=runtime.epoch, socket=settings.socket)
         self._notifier.ready()
         bridge = await self._open_stdio(server) if self._launch.stdio else None
         watch = self._watch_parent(self._launch.parent_pid) if self._launch.parent_pid is not None else None
         signs = loop.create_task(self._give_signs(runtime)) if self._notifier.watchdog_s else None
         await self._stop.wait()
+        configuration.close()
         self._notifier.stopping()
         await self._end(server, runtime)
         if signs is not None:
@@ -236,6 +234,13 @@ class _Daemon:
         self._log.info("signal", name=name)
         (self._hurry if self._stop.is_set() else self._stop).set()
 
+    def _on_hangup(self, configuration: Configuration) -> None:
+        """Read the settings anew; but where the terminal has gone in which the daemon runs, it goes, too."""
+        if self._on_terminal and not os.isatty(2):
+            self._on_signal("SIGHUP")
+        else:
+            configuration.on_signal()
+
     async def _end(self, server: Server, runtime: Runtime) -> None:
         """Drain, answer everybody, end the children; only then may the next daemon have the socket's lock."""
         server.begin_drain()
@@ -250,46 +255,7 @@ class _Daemon:
         self._log.info("daemon stopped")
 
 
-class _IdleExit:
-    """Ends a daemon that nobody needs, where a service manager holds its socket and starts it for the next client.
-
-    Looks whenever a client comes or goes and whenever the core has settled; between those nothing runs.
-    """
-
-    def __init__(self, server: Server, runtime: Runtime, idle_s: float, stop: Callable[[], object]) -> None:
-        self._server, self._runtime, self._idle_s, self._stop = server, runtime, idle_s, stop
-        self._timer: asyncio.TimerHandle | None = None
-        server.on_clients = runtime.on_settled = self._look
-        self._look()
-
-    def _look(self) -> None:
-        if not (self._server.deserted and self._runtime.idle):
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-        elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._idle_s, self._leave)
-
-    def _leave(self) -> None:
-        """Whoever connects from here on waits in the manager's socket for the next daemon."""
-        self._server.stop_accepting()
-        self._stop()
-
-
 def _status_line(runtime: Runtime) -> str:
     core = runtime.core
     loaded = sum(model.lifecycle.state == "Ready" for model in core.models.values())
     return f"{loaded} models loaded, {core.running} requests running, {core.waiting} waiting"
-
-
-def server_limits(settings: Settings, files: int) -> ServerLimits:
-    """The server's bounds, as far as they are settings. `files` descriptors are there for clients and all else."""
-    return ServerLimits(
-        in_flight=settings.requests_in_flight,
-        queue=settings.queue_limit,
-        connections=max(1, min(settings.max_clients, files - _OWN_FILES)),
-        subscriber_events=settings.subscriber_events,
-        subscriber_bytes=settings.subscriber_bytes,
-        ring_events=settings.event_log,
-        write_stall_s=settings.write_stall_s,
-    )

@@ -89,7 +89,7 @@ class Fetchers:
         self, supervisor: Supervisor, command: list[str], environment: Mapping[str, str] | None = None
     ) -> None:
         self._supervisor = supervisor
-        self._command = command
+        self.command = command
         self._environment = dict(os.environ if environment is None else environment)
 
     @property
@@ -100,7 +100,7 @@ class Fetchers:
 
     def start(self, name: str, link: FetcherLink[Any]) -> None:
         """Start one; `name` is what it works on, for people."""
-        spec = ChildSpec(kind="fetcher", name=name, argv=self._command, env=self._changes())
+        spec = ChildSpec(kind="fetcher", name=name, argv=self.command, env=self._changes())
         link.child = self._supervisor.spawn(spec, link)
 
     def _changes(self) -> dict[str, str | None]:

@@ -21,7 +21,19 @@ if TYPE_CHECKING:
 
 # What goes to the worker as it stands on the wire; the rest of the params is the daemon's own business.
 _NOT_FOR_WORKERS = frozenset(
-    {"model", "adapter", "stream", "messages", "prompt", "system", "keep_alive", "timeout_s", "priority", *wire.NOT_YET}
+    {
+        "model",
+        "adapter",
+        "stream",
+        "messages",
+        "prompt",
+        "system",
+        "keep_alive",
+        "timeout_s",
+        "priority",
+        "persona",
+        *wire.NOT_YET,
+    }
 )
 _SAMPLING = tuple(f for f in types.GenerateParams.__struct_fields__ if f not in _NOT_FOR_WORKERS)
 

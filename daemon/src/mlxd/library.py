@@ -117,6 +117,11 @@ class Library:
         record = None if model is None else self._core.models.get(model)
         return None if record is None or record.worker is None else model
 
+    def take_aliases(self) -> None:
+        """Take over the aliases that the settings have now."""
+        self._store.aliases = dict(self._settings.aliases)
+        self._ids.clear()
+
     def id_of(self, ref: str) -> str:
         """The id that a model has or would have which the settings name so, be it here or not."""
         name = self._store.aliases.get(ref, ref)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Mapping, MutableMapping
 from logging.handlers import RotatingFileHandler
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import msgspec
+
+from .redact import TEXT_FIELDS, TOKEN
 
 # structlog imports rich and better_exceptions where it finds them, for tracebacks that nobody here prints. Rich alone
 # would cost the daemon 5 MB and a tenth of a second, so they are hidden while structlog is imported.
@@ -33,13 +34,6 @@ __all__ = ["TEXT_FIELDS", "Log", "LogFile", "Logs", "configure", "get"]
 
 FILE_BYTES = 10_000_000
 FILES_KEPT = 5
-
-# Fields that hold what a user said or a model answered.
-TEXT_FIELDS = frozenset(
-    {"prompt", "text", "system", "messages", "content", "answer", "reasoning", "pieces", "invented"}
-)
-# A Hugging Face access token, as it may stand in an error's text.
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 EventDict = MutableMapping[str, Any]
 
@@ -130,8 +124,9 @@ def _say(stream: TextIO, sentence: str) -> None:
 class Logs:
     """The handlers that are installed, until `close`."""
 
-    def __init__(self, handlers: list[logging.Handler]) -> None:
+    def __init__(self, handlers: list[logging.Handler], texts: _Texts) -> None:
         self._handlers = handlers
+        self._texts = texts
 
     @property
     def dropped(self) -> int:
@@ -141,6 +136,10 @@ class Logs:
     def set_level(self, level: str) -> None:
         """One of settings.LOG_LEVELS; takes effect at once."""
         logging.getLogger("mlxd").setLevel(level.upper())
+
+    def set_prompts(self, shown: bool) -> None:
+        """Whether prompts and answers may appear; takes effect at once."""
+        self._texts.shown = shown
 
     def close(self) -> None:
         for handler in self._handlers:
@@ -166,12 +165,13 @@ def configure(
         stderr: the terminal, sys.stderr where not given.
     """
     stderr = sys.stderr if stderr is None else stderr
+    texts = _Texts(prompts)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="at"),
-        *([] if prompts else [_hide_text]),
+        texts,
     ]
     structlog.configure(
         processors=[
@@ -194,7 +194,7 @@ def configure(
     for handler in handlers:
         root.addHandler(handler)
     root.setLevel(logging.WARNING)
-    logs = Logs(handlers)
+    logs = Logs(handlers, texts)
     logs.set_level(level)
     return logs
 
@@ -216,13 +216,20 @@ def _with(handler: logging.Handler, shared: list[Any], last: list[Any]) -> loggi
     return handler
 
 
-def _hide_text(_logger: Any, _method: str, event: EventDict) -> EventDict:
-    """What was said becomes how much was said."""
-    for name in TEXT_FIELDS & event.keys():
-        value = event.pop(name)
-        if isinstance(value, (str, bytes, list, tuple, dict)):
-            event[f"{name}_length"] = len(value)
-    return event
+class _Texts:
+    """What was said becomes how much was said, unless it may be shown."""
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
+
+    def __call__(self, _logger: Any, _method: str, event: EventDict) -> EventDict:
+        if self.shown:
+            return event
+        for name in TEXT_FIELDS & event.keys():
+            value = event.pop(name)
+            if isinstance(value, (str, bytes, list, tuple, dict)):
+                event[f"{name}_length"] = len(value)
+        return event
 
 
 def _as_json(_logger: Any, _method: str, event: Mapping[str, Any]) -> str:
@@ -232,4 +239,4 @@ def _as_json(_logger: Any, _method: str, event: Mapping[str, Any]) -> str:
         line = msgspec.json.encode(ordered, enc_hook=str).decode()
     except (TypeError, ValueError, RecursionError):  # keys that are no text, lone surrogates, values inside themselves
         line = json.dumps({str(name): str(value) for name, value in ordered.items()})
-    return _TOKEN.sub("hf_***", line)
+    return TOKEN.sub("hf_***", line)

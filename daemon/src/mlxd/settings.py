@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +19,19 @@ from msgspec import Meta
 
 from mlxd_client import paths
 from mlxd_client.errors import MlxdError
+from mlxd_client.types import Applies, Persona, Template
 
-__all__ = ["LOG_LEVELS", "Loaded", "LogLevel", "Origin", "Settings", "SettingsError", "load", "unknown"]
+from .personas import check_persona, check_template
+
+__all__ = [
+    "APPLIES", "LIVE", "LOG_LEVELS", "MAX_FILE_BYTES", "NOT_BY_CLIENTS", "Loaded", "LogLevel", "Origin", "Settings",
+    "SettingsError", "check", "config_file", "from_text", "load", "name_and_key", "read_file", "unknown",
+]  # fmt: skip
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOG_LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
+# What people write by hand is far below; reading more would hold up whoever waits for it.
+MAX_FILE_BYTES = 256 * 1024
 MEMORY_SHARE = 0.7
 PROMPT_CACHE_SHARE = 0.1
 
@@ -30,11 +39,22 @@ Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 KeepAlive = Annotated[float, Meta(ge=-1, le=31_536_000)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 Name = Annotated[str, Meta(min_length=1, max_length=4096)]
+Title = Annotated[str, Meta(min_length=1, max_length=256)]
 Models = Annotated[list[Name], Meta(max_length=256)]
 
 
 class SettingsError(MlxdError):
-    """A setting that cannot be used; the message names it, where it stands, and what would be right."""
+    """A setting that cannot be used; the message names it, where it stands, and what would be right.
+
+    Attributes:
+        setting: its name, where it is one's.
+        place: the file and line, the variable or the flag.
+    """
+
+    def __init__(self, message: str, *, setting: str | None = None, place: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
+        self.place = place
 
 
 def default_worker_command() -> list[str]:
@@ -64,8 +84,11 @@ def _control_group_limit() -> int | None:
         return None
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """How one daemon runs. Seconds end in `_s`, sizes in `_bytes`.
+
+    A daemon has one of these, which configuration.py alone changes, as a whole value at a time: its parts read what
+    they need where they need it.
 
     Attributes:
         home: the folder that holds everything the daemon keeps, absolute.
@@ -78,6 +101,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             by name is done all the same, and a pinned model that wants room may take another pinned one's.
         preload: models that are loaded when the daemon starts, in this order, and again where their worker died; they
             stay by their keep_alive. None is unloaded for them, but for pinned ones.
+        personas: manners of answering that requests may name, each with a system turn, a model, and options that hold
+            where a request says nothing of its own. See personas.md.
+        templates: prompts that requests to `process` may name, with placeholders for what they bring. See personas.md.
         draft_models: a draft model for single models, by id, that guesses for them whenever they are loaded.
         context_length: how many tokens prompt and answer may have together, for single models by id; it shortens what
             a model's own config says, and never lengthens it.
@@ -133,6 +159,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keep_alive: dict[Name, KeepAlive] = {}
     pinned: Models = []
     preload: Models = []
+    personas: dict[Title, Persona] = {}
+    templates: dict[Title, Template] = {}
     draft_models: dict[Name, Name] = {}
     context_length: dict[Name, Annotated[int, Meta(ge=8, le=16_777_216)]] = {}
     memory_budget_bytes: Annotated[int, Meta(ge=1)] = msgspec.field(default_factory=memory_budget)
@@ -189,11 +217,14 @@ class Origin(msgspec.Struct, frozen=True):
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """The effective settings, each with its origin, and sentences about what was passed over."""
+    """The effective settings, each with its origin, sentences about what was passed over, and what they were made of
+    besides the file."""
 
     settings: Settings
     origins: dict[str, Origin]
     warnings: list[str] = []
+    env: dict[str, str] = {}
+    flags: dict[str, object] = {}
 
 
 # Clients find the daemon without reading its configuration, so the file cannot move it.
@@ -204,12 +235,20 @@ _OWN_FLAGS = frozenset({"home", "socket", "log_level", "log_prompts"})
 _OTHER_VARIABLES = frozenset({"MLXD_HOME", "MLXD_SOCKET"})
 
 
-def load(env: Mapping[str, str] | None = None, flags: Mapping[str, object] | None = None) -> Loaded:
+def config_file(home: str) -> Path:
+    """Where the settings of a daemon with this home folder stand."""
+    return Path(home) / "config.toml"
+
+
+def load(
+    env: Mapping[str, str] | None = None, flags: Mapping[str, object] | None = None, text: str | None = None
+) -> Loaded:
     """The settings for this environment and these flags.
 
     Args:
         env: the environment; os.environ where not given.
         flags: values by field name; None counts as not given. `home` and `socket` come before everything else.
+        text: what config.toml says; read from there where not given.
 
     Raises:
         SettingsError: something stands there that is not a setting or not a value for it.
@@ -217,6 +256,7 @@ def load(env: Mapping[str, str] | None = None, flags: Mapping[str, object] | Non
     """
     env = dict(os.environ if env is None else env)
     given = {name: value for name, value in (flags or {}).items() if value is not None}
+    sources = dict(env), dict(given)
     for name, variable in (("home", "MLXD_HOME"), ("socket", "MLXD_SOCKET")):
         if name in given:
             env[variable] = str(given[name])
@@ -224,8 +264,8 @@ def load(env: Mapping[str, str] | None = None, flags: Mapping[str, object] | Non
     origins = {name: Origin("default") for name in _TYPES}
     origins |= {name: Origin("env", f"MLXD_{name.upper()}") for name in _NOT_IN_FILE if env.get(f"MLXD_{name.upper()}")}
 
-    file = Path(str(values["home"])) / "config.toml"
-    for name, value, origin in _from_file(file):
+    file = config_file(str(values["home"]))
+    for name, value, origin in _from_text(read_file(file) if text is None else text, file):
         values[name], origins[name] = _checked(name, value, origin, strict=True), origin
     found, warnings = _from_env(env)
     for name, text in found.items():
@@ -237,32 +277,121 @@ def load(env: Mapping[str, str] | None = None, flags: Mapping[str, object] | Non
             value = _parsed(name, value, origin) if isinstance(value, str) else value
             values[name] = _checked(name, value, origin, strict=False)
         origins[name] = origin
-    return Loaded(Settings(**values), origins, warnings)  # type: ignore[arg-type]  # each was checked on its own
+    made = Settings(**values)  # type: ignore[arg-type]  # each was checked on its own
+    if made.catalog:
+        _check_catalog(made.catalog, origins["catalog"])
+    return Loaded(made, origins, warnings, *sources)
+
+
+def _check_catalog(entries: dict[str, dict[str, Any]], origin: Origin) -> None:
+    """Better now than when the first app asks for it."""
+    from . import catalog  # few have any
+
+    try:
+        catalog.load(entries)
+    except MlxdError as error:
+        raise SettingsError(f"{error} ({origin})", setting="catalog", place=str(origin)) from None
 
 
 _TYPES: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Settings)}
+
+
 # Those that are lists or tables; as one text they are JSON.
-_JSON = frozenset(
-    name
-    for name, kind in _TYPES.items()
-    if get_origin(get_args(kind)[0] if get_origin(kind) is Annotated else kind) in (dict, list)
-)
+def _plain(kind: Any) -> Any:
+    """A type without its bounds, and without what it holds."""
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    return get_origin(kind) or kind
 
 
-def _checked(name: str, value: object, origin: Origin, *, strict: bool) -> object:
-    """`value` as the type of setting `name`."""
-    if name not in _TYPES:
-        raise SettingsError(f"there is no setting {name!r} ({origin}){_near(name, _TYPES)}")
+_JSON = frozenset(name for name, kind in _TYPES.items() if _plain(kind) in (dict, list))
+# What the entries of those are that are tables.
+_ENTRIES: dict[str, Any] = {name: get_args(kind)[1] for name, kind in _TYPES.items() if get_origin(kind) is dict}
+
+# When a change takes effect, where that is not at once: see Applies in the wire's types.
+_APPLIES: dict[str, Applies] = {
+    "home": "restart", "socket": "restart",
+    "write_stall_s": "connection",
+    "draft_models": "load", "context_length": "load", "prompt_cache_bytes": "load", "prompt_disk_cache_bytes": "load",
+    "kv_bits": "load", "max_batch": "load", "batch_disk_bytes": "restart", "blas": "load", "ready_s": "load", "load_s": "load", "heartbeat_s": "load",
+    "worker_command": "load",
+    "fetcher_command": "download", "download_connections": "download", "download_rate_bytes_s": "download",
+    "download_floor_bytes_s": "download", "download_stall_s": "download",
+}  # fmt: skip
+APPLIES: dict[str, Applies] = {name: _APPLIES.get(name, "now") for name in _TYPES}
+LIVE = frozenset(name for name, when in APPLIES.items() if when != "restart")
+# They name what is run. An app that may talk to the daemon, but is kept by the system from starting programs of its
+# own, must not do so by way of the daemon: whoever changes them has to be able to write the file.
+NOT_BY_CLIENTS = frozenset({"worker_command", "fetcher_command", "blas"})
+
+
+def _checked(name: str, value: object, origin: Origin | None, *, strict: bool) -> Any:
+    """`value` as the type of setting `name`, or of one entry of a table, as `name.key`."""
+    place = "" if origin is None else f" ({origin})"
+    if name.partition(".")[0] not in _TYPES:
+        raise SettingsError(
+            f"there is no setting {name!r}{place}{_near(name, _TYPES)}", setting=name, place=str(origin)
+        )
+    setting, key = name_and_key(name)
+    if key is None and setting in _ENTRIES and isinstance(value, dict):
+        return {entry: _checked(f"{name}.{entry}", one, origin, strict=strict) for entry, one in value.items()}
     try:
-        return msgspec.convert(value, _TYPES[name], strict=strict)
-    except msgspec.ValidationError as error:
+        if key is not None:
+            msgspec.convert(key, Name)
+        made = msgspec.convert(value, _TYPES[name] if key is None else _ENTRIES[setting], strict=strict)
+        if isinstance(made, Persona):
+            check_persona(made)
+        elif isinstance(made, Template):
+            check_template(made)
+        return made
+    except ValueError as error:  # msgspec.ValidationError is one
         # "Expected `int`, got `str` - at `$.models[...].x`": the name is said already
         reason = re.sub(r" - at `.*\$\.?(.*)`$", lambda at: f" at {at[1]}" if at[1] else "", str(error))
-        raise SettingsError(f"{name} cannot be {_short(value)} ({origin}): {reason[0].lower()}{reason[1:]}") from None
+        if unheard := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
+            near = _near(unheard[1], dict.fromkeys(_ENTRIES[setting].__struct_fields__))
+            reason = f"it has a field {unheard[1]!r} that is none{near}"
+        told = f"{name} cannot be {_short(value)}{place}: {reason[0].lower()}{reason[1:]}"
+        raise SettingsError(told, setting=name, place=None if origin is None else str(origin)) from None
+
+
+def name_and_key(name: str) -> tuple[str, str | None]:
+    """The setting that `setting` or `setting.key` names, and the key in its table. Raises SettingsError."""
+    setting, dot, key = name.partition(".")
+    if setting not in _TYPES:
+        raise unknown(name)
+    if dot and setting not in _ENTRIES:
+        raise SettingsError(f"{setting} is no table: there is no {name}", setting=name)
+    return setting, key if dot else None
+
+
+def check(name: str, value: object) -> Any:
+    """What a value for a setting, or for one entry of a table, is in the file. Raises SettingsError."""
+    if name in _NOT_IN_FILE:
+        raise SettingsError(f"{name} cannot be set in a file, since clients do not read it", setting=name)
+    return _as_written(msgspec.to_builtins(_checked(name, value, None, strict=True)))
+
+
+def _as_written(value: Any) -> Any:
+    """A plain value with numbers as people write them: 60, and not 60.0."""
+    if isinstance(value, dict):
+        return {key: _as_written(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_as_written(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def from_text(name: str, text: str) -> Any:
+    """The value that a person means who types it for a setting, or for one entry of a table. Raises SettingsError."""
+    setting, key = name_and_key(name)
+    kind = _TYPES[setting] if key is None else _ENTRIES[setting]
+    if key is None:
+        value = _parsed(name, text, None)
+    else:
+        value = text if _plain(kind) in (str, float, int) else _json(name, text, None)
+    return _as_written(msgspec.to_builtins(_checked(name, value, None, strict=False)))
 
 
 def unknown(name: str) -> SettingsError:
-    return SettingsError(f"there is no setting {name!r}{_near(name, _TYPES)}")
+    return SettingsError(f"there is no setting {name!r}{_near(name, _TYPES)}", setting=name)
 
 
 def _short(value: object) -> str:
@@ -277,26 +406,47 @@ def _near(name: str, known: Mapping[str, object]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def _from_file(path: Path) -> list[tuple[str, object, Origin]]:
-    """What config.toml sets, if it is there."""
+def read_file(path: Path) -> str:
+    """The text of config.toml; empty where there is none. Raises SettingsError."""
+    try:
+        with open(path, "rb", opener=_unblocked) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise SettingsError(f"{path} is no file", place=str(path))
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise SettingsError(f"{path} is larger than {MAX_FILE_BYTES} bytes", place=str(path))
+        return data.decode("utf-8")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}", place=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is no TOML: {error}", place=str(path)) from None
+
+
+def _unblocked(path: str, flags: int) -> int:
+    """Opened without waiting, should it be a pipe that nobody writes to."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _from_text(text: str, path: Path) -> list[tuple[str, object, Origin]]:
+    """What config.toml sets."""
     import tomllib
 
-    try:
-        text = path.read_text("utf-8")
-        table = tomllib.loads(text)
-    except FileNotFoundError:
+    if not text:
         return []
-    except OSError as error:
-        raise SettingsError(f"cannot read {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"{path} is no TOML: {error}") from None
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:  # ValueError: a date that is none
+        line = re.search(r"line (\d+)", str(error))
+        place = f"{path}:{line[1]}" if line else str(path)
+        raise SettingsError(f"{path} is no TOML: {error}", place=place) from None
     out: list[tuple[str, object, Origin]] = []
     for name, value in table.items():
         origin = Origin("file", f"{path}:{_line(text, name)}")
         if name in _NOT_IN_FILE:
-            raise SettingsError(
-                f"{name} cannot be set in a file ({origin}), since clients do not read it: use MLXD_{name.upper()}"
-            )
+            told = f"{name} cannot be set in a file ({origin}), since clients do not read it: use MLXD_{name.upper()}"
+            raise SettingsError(told, setting=name, place=origin.place)
         out.append((name, value, origin))
     return out
 
@@ -322,18 +472,27 @@ def _from_env(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     return found, warnings
 
 
-def _parsed(name: str, text: str, origin: Origin) -> object:
+def _parsed(name: str, text: str, origin: Origin | None) -> object:
     """A variable's or flag's text as its value: lists as shell words or JSON, tables as JSON, the rest as it is."""
-    if name in ("worker_command", "fetcher_command") and not text.lstrip().startswith("["):
+    if _plain(_TYPES.get(name)) is list and not text.lstrip().startswith("["):
         import shlex
 
         try:
             return shlex.split(text)
         except ValueError as error:
-            raise SettingsError(f"{name} cannot be {_short(text)} ({origin}): {error}") from None
+            raise _unreadable(name, text, origin, str(error)) from None
     if name in _JSON:
-        try:
-            return msgspec.json.decode(text)
-        except msgspec.DecodeError as error:
-            raise SettingsError(f"{name} cannot be {_short(text)} ({origin}): it is no JSON: {error}") from None
+        return _json(name, text, origin)
     return text
+
+
+def _json(name: str, text: str, origin: Origin | None) -> object:
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise _unreadable(name, text, origin, f"it is no JSON: {error}") from None
+
+
+def _unreadable(name: str, text: str, origin: Origin | None, why: str) -> SettingsError:
+    place = "" if origin is None else f" ({origin})"
+    return SettingsError(f"{name} cannot be {_short(text)}{place}: {why}", setting=name)

@@ -60,8 +60,9 @@ class Message(Params, kw_only=True):
 Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
-class GenerateParams(Params, kw_only=True):
-    """The options that `process` and `chat` share. Unset means: the model's own default, else the daemon's.
+class Options(Params, kw_only=True):
+    """What requests may say of how they are answered, and personas by default. Unset means: the model's own default,
+    else the daemon's.
 
     `schema` makes the answer JSON that fits a JSON Schema; true stands for any JSON. `grammar` makes it fit a grammar
     in the dialect of Lark that llguidance reads. They are enforced token by token; at most one of them can be given.
@@ -87,7 +88,6 @@ class GenerateParams(Params, kw_only=True):
     """
 
     model: ModelRef | UnsetType = UNSET
-    stream: bool = False
     max_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] | UnsetType = UNSET
     temperature: Annotated[float, Meta(ge=0, le=5)] | UnsetType = UNSET
     top_p: Annotated[float, Meta(gt=0, le=1)] | UnsetType = UNSET
@@ -107,7 +107,6 @@ class GenerateParams(Params, kw_only=True):
     thinking: bool | UnsetType = UNSET
     keep_alive: KeepAlive | UnsetType = UNSET
     timeout_s: Annotated[float, Meta(gt=0, le=86_400)] | UnsetType = UNSET
-    priority: Literal["interactive", "batch"] = "interactive"
     cache_prompt: bool | UnsetType = UNSET
     xtc_probability: Annotated[float, Meta(ge=0, le=1)] | UnsetType = UNSET
     xtc_threshold: Annotated[float, Meta(ge=0, le=0.5)] | UnsetType = UNSET
@@ -120,11 +119,23 @@ class GenerateParams(Params, kw_only=True):
     deterministic: bool | UnsetType = UNSET
 
 
+class GenerateParams(Options, kw_only=True):
+    """The options that `process` and `chat` share. `persona` names one of the settings: its system turn, its model and
+    its options hold where the request says nothing of its own."""
+
+    stream: bool = False
+    priority: Literal["interactive", "batch"] = "interactive"
+    persona: Name | UnsetType = UNSET
+
+
 class ProcessParams(GenerateParams, kw_only=True):
-    """One prompt in, one text out."""
+    """One prompt in, one text out. `template` names one of the settings: `prompt` goes where it says `{text}`, and
+    `values` are for its other placeholders."""
 
     prompt: Annotated[str, Meta(min_length=1)]
     system: str | UnsetType = UNSET
+    template: Name | UnsetType = UNSET
+    values: Annotated[dict[Name, str], Meta(max_length=64)] | UnsetType = UNSET
 
 
 class ChatParams(GenerateParams, kw_only=True):

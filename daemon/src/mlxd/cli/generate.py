@@ -39,7 +39,7 @@ _NUMBERS: tuple[tuple[str, type, str], ...] = (
 )
 _OTHERS = (
     "model", "stop", "logit_bias", "schema", "grammar", "thinking", "keep_alive", "timeout_s", "priority", "adapter",
-    "speculation", "context_policy", "kv_bits", "deterministic",
+    "speculation", "context_policy", "kv_bits", "deterministic", "persona",
 )  # fmt: skip
 
 
@@ -52,6 +52,10 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--stream", action="store_true", help="stream to a pipe too; with --json, one line per piece")
     parser.add_argument("-v", "--verbose", action="store_true", help="show speed and token counts on stderr")
     parser.add_argument("--system", metavar="TEXT", help="instructions that precede the prompt")
+    parser.add_argument("--template", metavar="NAME", help="put the prompt into this one; see `mlxd personas`")
+    parser.add_argument(
+        "--value", action="append", metavar="NAME=TEXT", type=_pair, help="for a placeholder of the template"
+    )
     add_sampling(parser)
 
 
@@ -59,6 +63,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     """The generation options of the wire, by the same names."""
     group = parser.add_argument_group("generation")
     group.add_argument("-m", "--model", type=model_ref, help="an id, an alias or a folder (default: the daemon's)")
+    group.add_argument("--persona", metavar="NAME", help="answer in this manner; see `mlxd personas`")
     for name, kind, text in _NUMBERS:
         group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N", help=text)
     group.add_argument(
@@ -107,6 +112,13 @@ def _bias(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not TOKEN=BIAS, e.g. 42=-100") from None
 
 
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=TEXT, e.g. language=German")
+    return name, value
+
+
 def _schema(text: str) -> Any:
     import json
 
@@ -140,6 +152,10 @@ def run(args: argparse.Namespace, output: Output) -> int:
     options = sampling(args)
     if args.system is not None:
         options["system"] = args.system
+    if args.template is not None:
+        options["template"] = args.template
+    if args.value:
+        options["values"] = dict(args.value)
     several = args.n is not None and args.n > 1
     if several and args.stream and not output.json:
         output.note("several answers stream side by side: only with --json")

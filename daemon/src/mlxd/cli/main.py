@@ -9,7 +9,26 @@ from collections.abc import Sequence
 
 from mlxd import __version__
 
-from . import batch, cache, chat, completion, config, doctor, generate, hub, jobs, manage, models, service, stats, watch
+from . import (
+    batch,
+    bugreport,
+    cache,
+    chat,
+    completion,
+    config,
+    doctor,
+    generate,
+    hub,
+    jobs,
+    manage,
+    models,
+    personas,
+    service,
+    stats,
+    status,
+    top,
+    watch,
+)  # fmt: skip
 from .common import HelpFormatter
 from .exits import BROKEN_PIPE, INTERRUPTED, code_of
 from .output import Output
@@ -26,10 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mlxd {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    groups = (
-        generate, chat, models, hub, jobs, batch, cache, watch, stats, service, manage, config, doctor, completion
-    )  # fmt: skip
-    for group in groups:
+    for group in (
+        generate, chat, personas, models, hub, jobs, batch, cache, watch, top, stats, status, service, manage, config,
+        doctor, bugreport, completion,
+    ):  # fmt: skip
         group.register(commands)
     return parser
 

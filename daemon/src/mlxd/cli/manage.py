@@ -123,7 +123,8 @@ def _stop_daemon(socket: str) -> None:
 def _remove(home: Path, *, purge: bool) -> bool:
     """Take away what the daemon left in its home. What it did not make stays. Returns whether there was anything."""
     removed = False
-    for name in (*_LEFTOVERS, *(_PURGED if purge else ())):
+    aside = [path.name for path in home.glob(".*.new")]  # of writers that were killed
+    for name in (*_LEFTOVERS, *aside, *(_PURGED if purge else ())):
         path = home / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

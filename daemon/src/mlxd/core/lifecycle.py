@@ -64,6 +64,11 @@ class Lifecycle:
         self.state: ModelState = state
 
     @property
+    def steps(self) -> tuple[tuple[float, Transition], ...]:
+        """Its last transitions, oldest first, and when each was."""
+        return tuple(self._story)
+
+    @property
     def story(self) -> tuple[str, ...]:
         return tuple(f"at {at:.3f} {t.cause}: {t.source} → {t.target}" for at, t in self._story)
 

@@ -18,6 +18,7 @@ from ..core import events as ev
 from ..core.core import Core
 from ..core.jobs import BatchJob
 from ..generation import Generation, refuse_unsupported
+from ..personas import completed
 from .generations import Generations
 from .jobs import Jobs
 from .ledger import Ledger, found
@@ -184,8 +185,8 @@ class Batches:
         for index, item in enumerate(items):
             if index % CHECKED_AT_ONCE == CHECKED_AT_ONCE - 1:
                 await asyncio.sleep(0)
-            params = item.params
             try:
+                params = completed(item.params, self._settings.personas, self._settings.templates)
                 _check(params)
             except errors.RpcError as error:
                 raise _of_item(error, index) from None

@@ -15,6 +15,7 @@ from ..core import actions as do
 from ..core import events as ev
 from ..core.core import Core
 from ..generation import Generation, completion, refuse_unsupported, with_text, worker_params
+from ..personas import completed
 from ..workers import WorkerLink
 from .figures import Figures
 from .goals import Goals
@@ -75,6 +76,7 @@ class Generations:
         Args:
             yields: it may have to step aside at any time; see ev.Submit.
         """
+        params = completed(params, self._settings.personas, self._settings.templates)
         refuse_unsupported(params)
         ref = self._settings.default_model if params.model is UNSET else params.model
         request = Generation(self._tell, self._goals.number(), client, kind, params, sink, yields=yields)

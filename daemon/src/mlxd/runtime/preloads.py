@@ -37,10 +37,15 @@ class Preloads:
         self._log = log
         self._loop = loop
         self._tasks: set[asyncio.Task[None]] = set()
+        self._begun: frozenset[str] = frozenset()
 
     def begin(self, refs: Iterable[str]) -> None:
-        """Have these loaded, in order, in the background. What fails is logged and told to subscribers."""
-        for ref in refs:
+        """Have those of these loaded that were not among them before, in order, in the background. What fails is logged
+        and told to subscribers."""
+        before, self._begun = self._begun, frozenset(refs)
+        for ref in dict.fromkeys(refs):
+            if ref in before:
+                continue
             task = self._loop.create_task(self._preload(ref))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

@@ -70,6 +70,7 @@ class Runtime:
         self.loop = loop
         self.epoch = secrets.token_hex(8)
         self.on_shutdown: Callable[[], None] = lambda: None
+        self.activated = False  # somebody else holds the socket, and starts daemons for it
         self.log_lines_dropped: Callable[[], int] = lambda: 0
         self.on_settled: Callable[[], None] = lambda: None  # all that followed from an event is done
         self._supervisor = supervisor
@@ -219,6 +220,9 @@ class Runtime:
             return await self.batches.cancel(job)
         return self._jobs.cancel(job, discard=discard)
 
+    def personas(self) -> types.PersonasResult:
+        return types.PersonasResult(personas=self._settings.personas, templates=self._settings.templates)
+
     # --- what is kept of prompts ----------------------------------------------------------------------------------
 
     async def caches(self) -> types.CacheResult:
@@ -259,12 +263,30 @@ class Runtime:
             clients=clients, subscribers=subscribers,
             memory=types.Memory(budget_bytes=core.limits.budget_bytes, used_bytes=core.used_bytes),
             workers=[self._health(model, now) for model in core.deaths],
-            draining=core.draining,
+            draining=core.draining, activated=self.activated,
         )  # fmt: skip
 
     async def stats(self, ref: str | None, clients: types.ClientTotals) -> types.Stats:
         only = None if ref is None else await self._library.resolve(ref)
         return self._figures.told(self._gauges(clients), only)
+
+    async def stories(self, ref: str | None) -> types.StoriesResult:
+        """The last changes of state of one model or of all."""
+        models = (
+            list(self.core.models.values()) if ref is None else [self.core.models[await self._library.resolve(ref)]]
+        )
+        return types.StoriesResult(
+            stories=[
+                types.ModelStory(
+                    model=model.id,
+                    steps=[
+                        types.StoryStep(at=at + self.core.wall, cause=t.cause, source=t.source, target=t.target)
+                        for at, t in model.lifecycle.steps
+                    ],
+                )
+                for model in models
+            ]
+        )
 
     def metrics(self, clients: types.ClientTotals) -> types.MetricsResult:
         stats = self._figures.told(self._gauges(clients))
@@ -300,6 +322,17 @@ class Runtime:
         return not (self._generations or self._goals or self._links or self._jobs.under_way or self.batches.busy)
 
     # --- the settings ---------------------------------------------------------------------------------------------
+
+    def reconfigure(self, names: frozenset[str]) -> None:
+        """Take over settings that have changed; those of these names are others than before."""
+        settings = self._settings
+        self._library.take_aliases()
+        self._downloads.fetchers.command = settings.fetcher_command
+        self._configure_core()
+        if names & {"aliases", "draft_models", "context_length"}:
+            self._supply.look_again()
+        if "preload" in names:
+            self._preloads.begin(settings.preload)
 
     def _configure_core(self) -> None:
         settings, id_of = self._settings, self._library.id_of

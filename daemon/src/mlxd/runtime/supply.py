@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -60,6 +61,7 @@ class Supply:
         self._tell = tell
         self._log = log
         self._adapting = adapting
+        self._looking: asyncio.Future[None] | None = None  # held, or it might be collected
 
     async def begin(self) -> None:
         """Learn what is there, and go on with the downloads that an earlier daemon had begun."""
@@ -72,6 +74,16 @@ class Supply:
                     self._goals.number(), 0, one.model, repair=one.repair, job=one.job, started_at=one.started_at
                 )
             )
+
+    def look_again(self) -> None:
+        """Tell the core what the disk holds, in the background: the settings say other things of models than before."""
+        self._looking = asyncio.ensure_future(self._scan())
+
+    async def _scan(self) -> None:
+        try:
+            await self.library.scan()
+        except Exception as error:  # whoever asks for models next hears of it
+            self._log.error("looking for models failed", exc_info=error)
 
     # --- what is here ---------------------------------------------------------------------------------------------
 

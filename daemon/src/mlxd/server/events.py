@@ -225,7 +225,7 @@ class EventLog:
         self.rev = 0
         self._snapshot = snapshot
         self._clock = clock
-        self._limits = limits or ServerLimits()
+        self.limits = limits or ServerLimits()
         self._ring: deque[_Record] = deque()
         self._ring_bytes = 0
         self._readers: dict[str, list[Subscription]] = {name: [] for name in EVENT_TOPICS}
@@ -314,7 +314,7 @@ class EventLog:
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _remember(self, record: _Record) -> None:
-        ring, limits = self._ring, self._limits
+        ring, limits = self._ring, self.limits
         ring.append(record)
         self._ring_bytes += record.size
         while len(ring) > limits.ring_events or (self._ring_bytes > limits.ring_bytes and ring):
@@ -334,7 +334,7 @@ class EventLog:
             frame = frames.get(key)
             if frame is None:
                 frame = frames[key] = _encoded(record, sub)
-            sub._put(record, frame, self._limits)
+            sub._put(record, frame, self.limits)
             sub.wake()
 
     def _replay(self, sub: Subscription, since: Since) -> bool:
@@ -345,7 +345,7 @@ class EventLog:
         known = self.dropped, self.lagged
         for record in itertools.islice(self._ring, since.rev + 1 - oldest, None):
             if record.name in sub.names and sub.matches(record):
-                sub._put(record, _encoded(record, sub), self._limits)
+                sub._put(record, _encoded(record, sub), self.limits)
         if sub._lagging:
             sub._lagging, sub._dropped = False, 0
             self.dropped, self.lagged = known  # a resync loses nothing

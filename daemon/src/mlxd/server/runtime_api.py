@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from mlxd_client import errors, types
 
-__all__ = ["Batches", "Log", "Runtime", "Sink", "Ticket"]
+__all__ = ["Batches", "Configuration", "Log", "Runtime", "Sink", "Ticket"]
 
 
 class Log(Protocol):
@@ -66,6 +66,18 @@ class Batches(Protocol):
     async def results(self, params: types.BatchResultsParams) -> types.BatchResultsResult: ...
 
 
+class Configuration(Protocol):
+    """The daemon's settings. Every method raises errors.RpcError for what it refuses."""
+
+    @property
+    def error(self) -> types.ErrorObject | None:
+        """Why the file cannot be used as it is, where it cannot."""
+
+    def view(self, names: Sequence[str] | None = None) -> types.ConfigResult: ...
+    async def set(self, values: Mapping[str, Any], unset: Sequence[str] = ()) -> types.ConfigChange: ...
+    async def reload(self) -> types.ConfigChange: ...
+
+
 class Runtime(Protocol):
     """Models, jobs and generation. Every method raises errors.RpcError for what it refuses.
 
@@ -92,6 +104,7 @@ class Runtime(Protocol):
 
     def models(self, *, updates: bool = False) -> list[types.Model] | Awaitable[list[types.Model]]: ...
     async def model(self, ref: str) -> types.Model: ...
+    async def stories(self, ref: str | None) -> types.StoriesResult: ...
     async def load(self, client: int, params: types.LoadParams) -> types.Model: ...
     async def unload(self, ref: str) -> types.Model: ...
     async def acquire(self, client: int, ref: str) -> types.Lease: ...
@@ -115,6 +128,8 @@ class Runtime(Protocol):
 
     async def verify(self, ref: str) -> types.VerifyResult: ...
     async def catalog(self) -> types.CatalogResult: ...
+
+    def personas(self) -> types.PersonasResult: ...
 
     async def caches(self) -> types.CacheResult: ...
     async def clear_caches(self, ref: str | None) -> types.ClearCacheResult: ...

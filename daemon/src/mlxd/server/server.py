@@ -14,7 +14,7 @@ from .events import EventLog
 from .limits import ServerLimits
 from .listen import Listener, Peer
 from .methods.table import METHODS
-from .runtime_api import Log, Runtime
+from .runtime_api import Configuration, Log, Runtime
 from .session import Session
 
 __all__ = ["Server"]
@@ -26,6 +26,7 @@ class Server:
     Args:
         runtime: what answers.
         events: the log that the runtime publishes to.
+        configuration: the settings, where clients may look at them and change them.
         uid: the only user who is served; by default the one this process runs as.
 
     Life: start, begin_drain, drained, close.
@@ -38,12 +39,14 @@ class Server:
         *,
         log: Log,
         limits: ServerLimits | None = None,
+        configuration: Configuration | None = None,
         uid: int | None = None,
     ) -> None:
         self.runtime = runtime
         self.events = events
         self.log = log
         self.limits = limits or ServerLimits()
+        self.configuration = configuration
         self.draining = False
         self.capabilities = sorted(METHODS)
         self._uid = os.geteuid() if uid is None else uid

@@ -46,6 +46,7 @@ After={spec.name}.socket
 Type=notify
 NotifyAccess=main
 ExecStart={" ".join(_quoted(word, command=True) for word in spec.command)}
+ExecReload=/bin/kill -HUP $MAINPID
 {environment}UMask=0077
 NoNewPrivileges=yes
 Restart=on-failure

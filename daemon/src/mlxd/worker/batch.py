@@ -1,41 +1,25 @@
-"""mlx_lm's continuous batching, with the choice of tokens made for all rows at once.
+"""mlx_lm's continuous batching: which prompts are read when, from where on, and which rows decode; see rows.py for how.
 
-mlx_lm's GenerationBatch calls one sampler and one list of processors for each row, and hands out each row's whole
-vector of log probabilities. Here a row's sampler is a `Sampling`, a Plan samples all of them in one call, and a row's
-`logprobs` say only what was asked. A row that decodes alone does so on a plain cache, as mlx_lm's `stream_generate`
-does: the batched one costs a mask and per-row offsets in every layer. Joining, leaving, prefill and end-of-text tokens
-are mlx_lm's.
+Joining, leaving and prefill are mlx_lm's.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections import deque
 from collections.abc import Callable, Sequence
-from copy import copy
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch, greedy_sampler
-from mlx_lm.models.cache import BatchKVCache, KVCache
+from mlx_lm.generate import BatchGenerator, PromptProcessingBatch, greedy_sampler
 
-from mlxd_client.errors import InternalError
-
-from .adapted import BASE, Mix
-from .constraint import allows_any, apply_masks
-from .kvcache import PromptCache, RowView, foreseen_bytes, take
+from .kvcache import PromptCache, RowView, foreseen_bytes
 from .patience import Patience
-from .sampling import PENALTY_WINDOW, Plan, Sampling
-from .speculation import Guess, can_take_back, prefixes, take_back
+from .rows import RowBatch, RowPrompts
+from .sampling import Sampling
 from .waits import Reuse, Waits
 
 # A row that is still to be made: uid, max_tokens, sampling, processors, stops.
 Copy = tuple[int, int, Sampling, tuple[Any, ...], Any]
-# What a row's `logprobs` are where the model computed no finite numbers for it.
-NOT_FINITE = "not finite"
-# A row must have been alone for this many steps to get a plain cache: each change copies it.
-STEPS_ALONE = 2
 # How long reading prompts may take between two decode steps, in seconds, as far as the last step tells: meanwhile no
 # stream goes on, nothing is cancelled, and no sign of life is given.
 PREFILL_S = 0.5
@@ -51,268 +35,6 @@ SHORT_PREFILLS, SHORT_S = 128, 0.25
 FIRST_PREFILL = 64
 # How many steps the batch may grow before it is looked at again how much it holds.
 LOOK_STEPS = 16
-_NOTHING: deque[Any] = deque(maxlen=0)
-
-
-class RowFailure:
-    """What a row's `logprobs` are where one of its own processors raised: the row must end, the others go on."""
-
-    def __init__(self, cause: Exception) -> None:
-        self.cause = cause
-
-
-class RowBatch(GenerationBatch):  # type: ignore[misc]
-    """A GenerationBatch whose `samplers` are Sampling objects.
-
-    Responses carry in `logprobs`: None, NOT_FINITE, a RowFailure, or (chosen, ids, values) for a row that asked.
-
-    Attributes:
-        may_guess: nobody waits for a place: a row that decodes alone may guess ahead. One pass then brings several
-            tokens, and each `next` says one of them; while any are `unsaid`, nothing is computed.
-        newest: the token that comes next, where its value is known already.
-    """
-
-    # What mlx_lm's class holds, as used here.
-    uids: list[int]
-    tokens: list[list[int]]
-    samplers: list[Sampling]
-    logits_processors: list[tuple[Any, ...]]
-    _next_tokens: Any
-    _next_logprobs: list[Any]
-    prompt_cache: list[Any]
-
-    _plan: Plan | None = None
-    _next_mass: mx.array | None = None  # [rows, 1], log of the sum of exp(logits): not finite if any logit is not
-    _steps_alone = 0
-    _plain = False  # one row, on plain caches
-    _can_guess = False  # and these can be taken back
-    may_guess = False
-    newest: int | None = None
-    unsaid: deque[tuple[int, Any]] = _NOTHING  # tokens that are in the caches, and what is noted of them
-
-    def _step(self) -> tuple[list[int], list[Any]]:
-        if self._can_guess:
-            if self.unsaid:
-                return self._say()
-            guess = self.samplers[0].guess
-            if guess is not None:
-                guess.begin()
-                if self.may_guess and self._check(guess):
-                    return self._say()
-            self.newest = None
-        return self._step_all()
-
-    def _check(self, guess: Guess) -> bool:
-        """Have what is guessed to come next checked in one pass, as far as anything is guessed. What would have been
-        chosen anyway is to be said then."""
-        row, tokens = self.samplers[0], self.tokens[0]
-        fed = guess.propose(self, self.max_tokens[0] - self._num_tokens[0] - 1)
-        if fed is None:
-            return False
-        inputs = mx.array(fed, dtype=mx.uint32) if isinstance(fed, list) else fed
-        count = inputs.shape[0]
-        values = fed if isinstance(fed, list) else [0] * count  # what is not known is not looked at
-        plan = Plan([row] * count, prefixes(tokens, values, PENALTY_WINDOW), inputs)
-        with plan.mix or BASE:
-            logits = self.model(inputs[None], cache=self.prompt_cache)[0]
-        for processor in self.logits_processors[0]:
-            logits = processor(None, logits)
-        logits = plan.penalise(inputs, logits)
-        mass = mx.logsumexp(logits, axis=-1, keepdims=True)
-        logprobs = logits - mass
-        chosen = plan.sample(logprobs)
-        reports = plan.report(logprobs, chosen)
-        masses = mass if self._next_mass is None else mx.concatenate([self._next_mass, mass])
-        mx.eval(inputs, chosen, masses, *reports.values())
-        made, guessed = _ints(chosen), _ints(inputs)
-        right = 0
-        while right < count - 1 and made[right] == guessed[right + 1]:
-            right += 1
-        take_back(self.prompt_cache, count - 1 - right)
-        guess.checked(count - 1, right)
-        finite: list[bool] = mx.isfinite(masses)[-count:, 0].tolist()  # type: ignore[assignment]
-        notes = [reports.get(index) if finite[index] else NOT_FINITE for index in range(right + 1)]
-        first = self._next_logprobs[0]
-        if masses.shape[0] > count and not math.isfinite(masses[0].item()):  # type: ignore[arg-type]
-            first = NOT_FINITE
-        self.unsaid = deque(zip(guessed[: right + 1], [first, *notes[:right]], strict=True))
-        self.newest = made[right]
-        self._next_tokens, self._next_logprobs = chosen[right : right + 1], [notes[right]]
-        self._next_mass = mx.zeros((1, 1))  # what it was is noted
-        self._plan = None
-        return True
-
-    def _say(self) -> tuple[list[int], list[Any]]:
-        token, note = self.unsaid.popleft()
-        self.tokens[0].append(token)
-        return [token], [note]
-
-    def _unsay(self) -> None:
-        """Take back what was not said yet: the row is to be as if it had decoded token by token."""
-        if self.unsaid:
-            token, note = self.unsaid[0]
-            take_back(self.prompt_cache, len(self.unsaid))
-            self._next_tokens, self._next_logprobs = mx.array([token], dtype=mx.uint32), [note]
-            self.newest = token
-            self.unsaid.clear()
-
-    def _step_all(self) -> tuple[list[int], list[Any]]:
-        inputs, mass, notes = self._next_tokens, self._next_mass, self._next_logprobs
-        self._current_tokens, self._current_logprobs = inputs, notes
-        if self._plan is None:
-            self._plan = Plan(self.samplers, self.tokens, inputs)
-        plan = self._plan
-        if len(self.uids) == 1 and not self._plain:
-            self._steps_alone += 1
-            if self._steps_alone >= STEPS_ALONE:
-                self._make_plain()
-
-        with plan.mix or BASE:
-            logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
-        self._next_logprobs = [None] * len(self.uids)
-        if any(self.logits_processors):
-            logits = self._run_processors(inputs, logits)
-        logits = free = plan.penalise(inputs, logits)
-        if plan.constrained:
-            logits = self._constrain(plan, inputs, logits)
-        self._next_mass = mx.logsumexp(logits, axis=-1, keepdims=True)
-        logprobs = logits - self._next_mass
-        self._next_tokens = plan.sample(logprobs)
-        pending: list[Any] = [self._next_tokens, self._next_mass]
-        if plan.reporting and logits is not free:  # what the model itself thinks is reported
-            logprobs = free - mx.logsumexp(free, axis=-1, keepdims=True)
-        for index, report in plan.report(logprobs, self._next_tokens).items():
-            if self._next_logprobs[index] is None:
-                self._next_logprobs[index] = report
-                pending.extend(report)
-        mx.async_eval(*pending)  # type: ignore[no-untyped-call]
-
-        # The next step computes while this one's tokens are read.
-        if mass is None:
-            mx.eval(inputs)
-        else:
-            mx.eval(inputs, mass)
-            masses: Any = mass.tolist()
-            for index, (value,) in enumerate(masses):
-                if not math.isfinite(value):
-                    notes[index] = NOT_FINITE
-        chosen: list[int] = inputs.tolist()
-        for history, token in zip(self.tokens, chosen, strict=True):
-            history.append(token)
-        return chosen, notes
-
-    def _run_processors(self, inputs: mx.array, logits: mx.array) -> mx.array:
-        """Each row's own processors, as mlx_lm runs them, but a processor that raises costs its own row only."""
-        rows = []
-        for index, processors in enumerate(self.logits_processors):
-            row = logits[index : index + 1]
-            if processors:
-                context = self._token_context[index].update_and_fetch(inputs[index : index + 1])
-                try:
-                    for processor in processors:
-                        row = processor(context, row)
-                except Exception as error:
-                    self._next_logprobs[index] = RowFailure(error)
-                    row = logits[index : index + 1]
-            rows.append(row)
-        return mx.concatenate(rows, axis=0)
-
-    def _constrain(self, plan: Plan, inputs: mx.array, logits: mx.array) -> mx.array:
-        """Rule out what constrained rows may not go on with. That takes their newest tokens' values; the forward pass
-        computes meanwhile. A constraint that raises costs its own row only."""
-        mx.async_eval(logits)  # type: ignore[no-untyped-call]
-        newest: Any = inputs.tolist()
-        masks = {}
-        for index, constraint in plan.constrained:
-            if self._next_logprobs[index] is not None:
-                continue
-            try:
-                mask = constraint.follow(newest[index])
-                if mask is None:
-                    continue
-                masks[index] = mask
-                if not allows_any(mask, logits.shape[-1]):
-                    raise InternalError("the rule of this answer allows no token that the model has")
-            except Exception as error:
-                masks.pop(index, None)
-                self._next_logprobs[index] = RowFailure(error)
-        plan.constrained = [(index, constraint) for index, constraint in plan.constrained if not constraint.over]
-        return apply_masks(logits, masks) if masks else logits
-
-    def extend(self, batch: RowBatch) -> None:
-        self._unsay()
-        self._make_batched()
-        batch._make_batched()
-        super().extend(batch)
-        self._plan = None
-        if self._next_mass is None:
-            self._next_mass = batch._next_mass
-        elif batch._next_mass is not None:
-            self._next_mass = mx.concatenate([self._next_mass, batch._next_mass])
-
-    def filter(self, keep: list[int]) -> None:
-        if len(keep) == len(self.uids):
-            return
-        super().filter(keep)  # where the caches are plain there is one row, so that nothing is left of them
-        self._plan = None
-        self._steps_alone, self._plain, self._can_guess = 0, False, False
-        self.unsaid.clear()
-        self._next_mass = self._next_mass[keep] if keep and self._next_mass is not None else None
-
-    def extract_cache(self, idx: int) -> RowView | None:
-        self._unsay()
-        return take(self.prompt_cache, idx, len(self.tokens[idx]))
-
-    def _make_plain(self) -> None:
-        """Caches of other types stay as they are: a batch of one."""
-        if any(type(cache) is BatchKVCache and cache.keys is None for cache in self.prompt_cache):
-            return
-        self.prompt_cache = [c.extract(0) if type(c) is BatchKVCache else c for c in self.prompt_cache]
-        self._plain = True
-        self._can_guess = can_take_back(self.prompt_cache)
-        if (guess := self.samplers[0].guess) is not None:
-            guess.pause()
-
-    def _make_batched(self) -> None:
-        if self._plain:
-            self.prompt_cache = [BatchKVCache.merge([c]) if type(c) is KVCache else c for c in self.prompt_cache]
-        self._steps_alone, self._plain, self._can_guess = 0, False, False
-        self.newest = None
-
-
-class RowPrompts(PromptProcessingBatch):  # type: ignore[misc]
-    """A PromptProcessingBatch that hands over to a RowBatch."""
-
-    def prompt(self, tokens: list[list[int]]) -> None:
-        with Mix.of([row.adapter for row in self.samplers]) or BASE:
-            super().prompt(tokens)
-
-    def split(self, indices: list[int]) -> RowPrompts:
-        if len(indices) < len(self.uids):
-            rest: RowPrompts = super().split(indices)
-            return rest
-        whole = copy(self)  # mlx_lm copies all caches twice
-        self.__dict__.update(RowPrompts.empty(self.model, self.fallback_sampler, self.prefill_step_size).__dict__)
-        return whole
-
-    def extract_cache(self, idx: int) -> RowView | None:
-        return take(self.prompt_cache, idx, len(self.tokens[idx]))
-
-    def generate(self, tokens: list[list[int]]) -> RowBatch:
-        if any(len(row) > 1 for row in tokens):
-            self.prompt([row[:-1] for row in tokens])
-        return RowBatch(
-            self.model,
-            self.uids,
-            mx.array([row[-1] for row in tokens]),
-            self.prompt_cache,
-            self.tokens,
-            self.samplers,
-            self.fallback_sampler,
-            self.logits_processors,
-            self.stop_sequences,
-            self.max_tokens,
-        )
 
 
 class RowGenerator(BatchGenerator):  # type: ignore[misc]
@@ -334,7 +56,9 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         crowded: there are rows elsewhere that take turns with these.
     """
 
-    _uid_count: int  # mlx_lm's
+    # What mlx_lm's class holds, as used here.
+    _uid_count: int
+    _currently_processing: list[Any]
     completion_batch_size: int
 
     def __init__(
@@ -384,6 +108,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         held = self._patience.arrange(self) if self.may_read else []
         if self._copies and self.may_read:
             self._copy_read()
+        joined = self._join_read()
         if self._waits:
             self._waits.free(self._unprocessed_sequences)
         reading, copied = len(self._prompt_batch), len(self._copied)
@@ -399,6 +124,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         counters = self._counters
         tokens, seconds = counters.prompt_tokens, counters.prompt_time
         made = super()._next() if self.may_read else self._decode()
+        made[0].extend(joined)
         if self._patience:
             self._unprocessed_sequences.extend(held)
             for progress in made[0]:
@@ -412,8 +138,17 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                     self._waits.begun(response.uid)
             self._steps += 1
             if made[0] or self._steps % LOOK_STEPS == 0:
-                self._prompt_cache.tree.fit(self.live_bytes())
+                self._fit(self._prompt_cache)
         return made
+
+    def _fit(self, prompt_cache: PromptCache) -> None:
+        """What is kept has what the rows leave. Where they take more than half, no place of theirs stays open."""
+        live = self.live_bytes()
+        self._generation_batch.may_leave_open = 2 * live <= prompt_cache.tree.budget_bytes
+        if self.open_places and not self._generation_batch.may_leave_open:
+            self._generation_batch.close_places()
+            live = self.live_bytes()
+        prompt_cache.tree.fit(live)
 
     def _short_prompts(self) -> int:
         """How many of those that wait are short enough to begin together; see SHORT_PREFILLS."""
@@ -435,6 +170,25 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
                     break
                 count += 1
         return count
+
+    def _join_read(self) -> list[Any]:
+        """Prompts that are read but for their last token: that goes into the next step of all. mlx_lm would take one of
+        its own for it. Returns what to say of them."""
+        if not self.may_read or len(self._generation_batch) >= self.completion_batch_size:
+            return []
+        processing = self._currently_processing
+        joining = [index for index, (segments, *_) in enumerate(processing) if _is_read(segments)]
+        if not joining:
+            return []
+        last, totals = zip(*((processing[index][0][0], processing[index][2]) for index in joining), strict=True)
+        self._currently_processing = [one for index, one in enumerate(processing) if index not in set(joining)]
+        batch = self._prompt_batch.split(joining).generate(list(last))
+        told = [
+            PromptProcessingBatch.Response(uid, (total, total), True, True)
+            for uid, total in zip(batch.uids, totals, strict=True)
+        ]
+        self._generation_batch.extend(batch)
+        return told
 
     def rest(self) -> list[Any]:
         """A further token that the last step brought, in a list; empty where that was all."""
@@ -538,6 +292,17 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
             total += sum(cache.nbytes for caches in waiting.values() for cache in caches)
         return total
 
+    @property
+    def open_places(self) -> int:
+        """How many places of the rows' caches have no row; see Places."""
+        count: int = self._generation_batch.open_places
+        return count
+
+    def close_places(self) -> None:
+        if self.open_places:
+            with mx.stream(self.stream):
+                self._generation_batch.close_places()
+
     def _read_prompts(self) -> int:
         """How many prompts are read but for their last token, with which their first decode step begins."""
         return sum(_is_read(segments) for segments, *_ in self._currently_processing)
@@ -627,11 +392,6 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
     def waiting(self) -> int:
         unmade = sum(map(len, self._copies.values())) if self._copies else 0
         return len(self._unprocessed_sequences) + len(self._waits or ()) + unmade
-
-
-def _ints(array: mx.array) -> list[int]:
-    values: Any = array.tolist()
-    return list(values)
 
 
 def _is_read(segments: list[list[int]]) -> bool:

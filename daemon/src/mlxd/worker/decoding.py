@@ -13,7 +13,6 @@ from mlx_lm.sample_utils import make_logits_processors
 from mlxd_client.errors import ModelInvalid, Unsupported
 
 from .answers import Answers
-from .batch import NOT_FINITE, RowFailure
 from .calls import news
 from .faults import EngineLost, check_alive, typed
 from .grammar import Compiled, Compiler
@@ -21,6 +20,7 @@ from .keeping import Keeping
 from .lanes import PLAIN, Lanes
 from .requests import Requests
 from .results import Results
+from .rows import NOT_FINITE, RowFailure
 from .running import PREWARM, Outcome, Running
 from .speculation import Guesses
 from .waits import Reuse

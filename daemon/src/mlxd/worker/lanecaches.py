@@ -27,6 +27,7 @@ from mlx_lm.models.cache import (
 from mlxd_client.errors import Unsupported
 
 from .kvcache import leaves
+from .places import MOST_PADDING
 
 __all__ = ["PLAIN", "Footprint", "Kinds", "LaneKey"]
 
@@ -80,8 +81,9 @@ class Footprint:
     windows: tuple[tuple[int, int], ...] = ()
 
     def bytes(self, rows: int, tokens: int) -> int:
-        """Of a batch: all its rows are as long as its longest one, and caches grow by a step from anywhere."""
-        grown = tokens + STEP
+        """Of a batch: all its rows are as long as its longest one, with some positions before they begin, and caches
+        grow by a step from anywhere."""
+        grown = tokens + MOST_PADDING + STEP
         windows = sum(weight * min(grown, size) for size, weight in self.windows)
         return rows * (self.fixed + self.per_token * grown + windows)
 

@@ -51,7 +51,7 @@ class Lane:
 
     def foreseen(self, more: int = 0, count: int = 1) -> int:
         """See admission.Foreseen."""
-        rows = len(self.lengths) + (count if more > 0 else 0)
+        rows = len(self.lengths) + self.rows.open_places + (count if more > 0 else 0)
         if self.footprint is None or rows == 0:
             return 0
         return self.footprint.bytes(min(rows, self.width), max([more, *self.lengths.values()]))
@@ -281,6 +281,8 @@ class Lanes:
     def next(self) -> tuple[list[Any], list[Any]]:
         """One step of the lane whose turn it is: what became of prompts, and the rows' new tokens."""
         if self._admission.line:
+            for lane in self._lanes:
+                lane.rows.close_places()
             self._admission.admit(self._foreseen)
         lane = self._plain if len(self._lanes) == 1 else self._turn()
         self._stepping = lane

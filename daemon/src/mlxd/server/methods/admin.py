@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 def status(call: Call, params: Empty) -> Status:
     server = call.session.server
-    return call.runtime.status(clients=server.clients, subscribers=server.events.subscribers)
+    made = call.runtime.status(clients=server.clients, subscribers=server.events.subscribers)
+    if server.configuration is not None:
+        made.config_error = server.configuration.error
+    return made
 
 
 async def stats(call: Call, params: StatsParams) -> Stats:

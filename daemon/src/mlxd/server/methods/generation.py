@@ -1,4 +1,4 @@
-"""process, chat, tokens.…, embed: the models at work."""
+"""personas.list, process, chat, tokens.…, embed: the models at work."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from mlxd_client.types import (
     DecodeResult,
     EmbedParams,
     EmbedResult,
+    Empty,
     EncodeParams,
     EncodeResult,
+    PersonasResult,
     ProcessParams,
     TokensParams,
     TokensResult,
@@ -23,6 +25,10 @@ from ..call import PENDING
 
 if TYPE_CHECKING:
     from ..call import Call
+
+
+def personas(call: Call, params: Empty) -> PersonasResult:
+    return call.runtime.personas()
 
 
 def process(call: Call, params: ProcessParams) -> object:

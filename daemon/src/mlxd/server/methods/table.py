@@ -10,7 +10,7 @@ from mlxd_client import errors, types
 from mlxd_client.errors import RpcError
 from mlxd_client.types import Empty
 
-from . import admin, batch, cache, connection, events, generation, jobs, models
+from . import admin, batch, cache, config, connection, events, generation, jobs, models
 
 __all__ = ["METHODS", "Method"]
 
@@ -156,6 +156,14 @@ _TABLE = (
         errors=(errors.ModelNotFound, errors.ModelInvalid),
     ),
     Method(
+        "models.story",
+        models.story,
+        types.OptionalModelParams,
+        types.StoriesResult,
+        "What became of a model lately, or of all: its last changes of state, and what caused each.",
+        errors=(errors.ModelNotFound, errors.ModelInvalid),
+    ),
+    Method(
         "models.load",
         models.load,
         types.LoadParams,
@@ -224,6 +232,29 @@ _TABLE = (
     ),
     Method(
         "models.catalog", models.catalog, Empty, types.CatalogResult, "Recommended models, and which of them fit here."
+    ),
+    Method(
+        "config.get",
+        config.get,
+        types.GetConfigParams,
+        types.ConfigResult,
+        "The settings: what each is, where it came from, and when a change takes effect.",
+    ),
+    Method(
+        "config.set",
+        config.set_values,
+        types.SetConfigParams,
+        types.ConfigChange,
+        "Change settings in the file, comments kept, and take them over: all of them or, where one is wrong, none.",
+        errors=(errors.InvalidSettings, errors.PermissionDenied, errors.InsufficientDisk),
+    ),
+    Method(
+        "config.reload",
+        config.reload,
+        Empty,
+        types.ConfigChange,
+        "Take over what the file says now, as the daemon does by itself a second or two after a change, and at SIGHUP.",
+        errors=(errors.InvalidSettings,),
     ),
     Method("cache.list", cache.list_caches, Empty, types.CacheResult, "What is kept of prompts, by model."),
     Method(
@@ -297,6 +328,13 @@ _TABLE = (
         Empty,
         "Remove a batch job with its prompts and results.",
         errors=(errors.NotFound, errors.ModelBusy, *_KEPT),
+    ),
+    Method(
+        "personas.list",
+        generation.personas,
+        Empty,
+        types.PersonasResult,
+        "The personas and prompt templates of the settings, which `process` and `chat` may name.",
     ),
     Method(
         "process",
