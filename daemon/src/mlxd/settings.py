@@ -309,10 +309,10 @@ _ENTRIES: dict[str, Any] = {name: get_args(kind)[1] for name, kind in _TYPES.ite
 
 # When a change takes effect, where that is not at once: see Applies in the wire's types.
 _APPLIES: dict[str, Applies] = {
-    "home": "restart", "socket": "restart",
+    "home": "restart", "socket": "restart", "batch_disk_bytes": "restart",
     "write_stall_s": "connection",
     "draft_models": "load", "context_length": "load", "prompt_cache_bytes": "load", "prompt_disk_cache_bytes": "load",
-    "kv_bits": "load", "max_batch": "load", "batch_disk_bytes": "restart", "blas": "load", "ready_s": "load", "load_s": "load", "heartbeat_s": "load",
+    "kv_bits": "load", "max_batch": "load", "blas": "load", "ready_s": "load", "load_s": "load", "heartbeat_s": "load",
     "worker_command": "load",
     "fetcher_command": "download", "download_connections": "download", "download_rate_bytes_s": "download",
     "download_floor_bytes_s": "download", "download_stall_s": "download",
