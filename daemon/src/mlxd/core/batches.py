@@ -180,8 +180,8 @@ class BatchLine:
         what = verdict(event.error, event.began)
         if what == "record":
             job.strikes, job.wait_s = 0, FIRST_WAIT_S
-            if job.error is not None:
-                job.error = job.retry_at = None
+            if job.error is not None and job.retry_at is None:
+                job.error = None
                 self._changed[job.job] = job
             self._record(event.ticket, flight)
         elif what == "suspect":
