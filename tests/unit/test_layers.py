@@ -75,7 +75,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.notify": (set(), set()),
     "mlxd.sidecar": (set(), set()),
     "mlxd.service": ({"mlxd_client", "mlxd.settings", "mlxd.server", "mlxd.wholefiles"}, {"msgspec"}),
-    "mlxd.configfile": ({"mlxd.settings", "mlxd.wholefiles"}, {"tomlkit"}),
+    "mlxd.tomledit": (set(), {"tomlkit"}),
+    "mlxd.configfile": ({"mlxd.settings", "mlxd.tomledit", "mlxd.wholefiles"}, set()),
     "mlxd.configuration": ({"mlxd_client", "mlxd.configfile", "mlxd.logs", "mlxd.settings"}, {"msgspec"}),
     "mlxd.live": ({"mlxd.children", "mlxd.logs", "mlxd.runtime", "mlxd.server", "mlxd.settings"}, set()),
     "mlxd.app": (
@@ -217,5 +218,6 @@ def test_the_daemon_loads_nothing_heavy() -> None:
         "yaml",
         "_ssl",
         "_hashlib",
+        "tomlkit",
     }
     assert heavy.isdisjoint(done.stdout.split())

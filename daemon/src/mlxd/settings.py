@@ -99,8 +99,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         keep_alive: the same for single models, by id. Requests may say otherwise.
         pinned: models that are not unloaded when idle, nor to make room for others that are not pinned. What is asked
             by name is done all the same, and a pinned model that wants room may take another pinned one's.
-        preload: models that are loaded when the daemon starts, in this order, and again where their worker died; they
-            stay by their keep_alive. None is unloaded for them, but for pinned ones.
+        preload: models that are loaded when the daemon starts, in this order, once they are downloaded, and again where
+            their worker died; they stay by their keep_alive. None is unloaded for them, but for pinned ones.
         personas: manners of answering that requests may name, each with a system turn, a model, and options that hold
             where a request says nothing of its own. See personas.md.
         templates: prompts that requests to `process` may name, with placeholders for what they bring. See personas.md.

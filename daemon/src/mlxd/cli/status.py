@@ -39,6 +39,8 @@ def status(args: argparse.Namespace, output: Output) -> int:
         except MethodNotFound:  # an older daemon, about to be replaced by this version's
             stats = None
     rows = [*_daemon(answer), *_models(answer, stats, models), *_work(answer, stats, jobs)]
+    if answer.config_error is not None:
+        rows.append(("settings", f"{answer.config_error.message}; what the file said before stands"))
     output.table((), [*rows, *(("worker", _worker(worker)) for worker in answer.workers)])
     return OK
 
