@@ -42,6 +42,7 @@ DIED = errors.WorkerDied("died", cause="signal")
         (errors.ModelBusy("it is deleted"), False, "wait"),
         (errors.QueueFull("full"), False, "wait"),
         (errors.InsufficientMemory("pressure"), False, "wait"),
+        (errors.MemoryPressure("critical"), False, "wait"),
         (errors.ShuttingDown("bye"), True, "wait"),
         (errors.WorkerDied("loop", cause="crash_loop"), False, "wait"),
         (errors.WorkerDied("stopped", cause="stopped"), True, "wait"),

@@ -22,6 +22,7 @@ Daemon → fetcher, requests; each answered once by a result or an error; one fe
     latest    {repos}        → {commits: {repo: commit}}, of those that the hub knows
 Daemon → child, notifications:
     allow     {kv_bytes}     see LoadModel; from now on
+    trim      {keep}         memory that no request needs goes back; of what is kept of prompts, this share may stay
     cancel    {id}           the request of that id ends at the next step, with finish_reason "cancelled"
     stop      {}             finish nothing, exit 0
 Child → daemon, notifications:
@@ -332,12 +333,14 @@ class Fetch(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Fetching(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """`phase`: planning, downloading, verifying, retrying. `attempts`: the most that any file has needed."""
+    """`phase`: planning, downloading, verifying, retrying. `attempts`: the most that any file has needed.
+    `fetched_bytes` crossed the network so far."""
 
     phase: str
     done_bytes: int = 0
     total_bytes: int = 0
     rate_bytes_s: float = 0.0
+    fetched_bytes: int = 0
     attempts: int = 1
 
 

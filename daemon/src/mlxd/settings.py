@@ -33,6 +33,7 @@ LOG_LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
 # What people write by hand is far below; reading more would hold up whoever waits for it.
 MAX_FILE_BYTES = 256 * 1024
 MEMORY_SHARE = 0.7
+RESERVE_SHARE, MOST_RESERVE_BYTES = 0.1, 2 * 1024**3
 PROMPT_CACHE_SHARE = 0.1
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
@@ -67,8 +68,12 @@ def default_fetcher_command() -> list[str]:
 
 def memory_budget() -> int:
     """Bytes that all models together may take by default: a share of the memory that this process may ever have."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min(physical, _control_group_limit() or physical) * MEMORY_SHARE)
+    return int(_capacity() * MEMORY_SHARE)
+
+
+def memory_reserve() -> int:
+    """Bytes of the system's memory that loads leave to others by default."""
+    return min(int(_capacity() * RESERVE_SHARE), MOST_RESERVE_BYTES)
 
 
 def prompt_cache_budget() -> int:
@@ -76,12 +81,14 @@ def prompt_cache_budget() -> int:
     return int(memory_budget() * PROMPT_CACHE_SHARE)
 
 
-def _control_group_limit() -> int | None:
-    """The limit that a Linux container sets, or None. See cgroup-v2.rst, memory.max."""
-    try:
-        return int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):
-        return None
+def _capacity() -> int:
+    """Bytes of memory that this process and its workers may ever have: the machine's, or its container's."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if sys.platform != "linux":
+        return physical
+    from .measure import this_system
+
+    return min(physical, this_system().read().capacity_bytes or physical)
 
 
 class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -108,6 +115,9 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         context_length: how many tokens prompt and answer may have together, for single models by id; it shortens what
             a model's own config says, and never lengthens it.
         memory_budget_bytes: bounds all loaded models together.
+        memory_reserve_bytes: of the memory that the system has left, loads leave so much to others. On Linux less than
+            half of it counts as pressure, and less than a quarter as critical.
+        memory_calm_s: memory pressure is over once there was none for so long.
         prompt_cache_bytes: what prompts and answers that are kept, for requests that begin alike, may hold in one model
             together with those that run; 0 keeps none.
         prompt_disk_cache_bytes: what is kept of prompts on disk, over all models, for after a model was unloaded; never
@@ -137,6 +147,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             job whose model could not be loaded.
         batch_keep_s: how long batch jobs are kept that have ended, with their prompts and results.
         batch_disk_bytes: what batch jobs may take on disk; the oldest that have ended go before others have to wait.
+        system_root: the folder that holds the `proc` and `sys` that memory is measured by. Tests put files of their own
+            there.
         download: what becomes of a request for a model of the hub that is not here: `ask` refuses it and tells what
             the download would take, `auto` downloads first, `never` asks nobody. Downloads that are asked for by name
             are always done, but with `never`.
@@ -147,7 +159,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         catalog: further recommended models, by id, with the fields that the built-in catalog has.
         log_level: what the log holds.
         log_prompts: whether prompts and answers may be logged.
-        slow_request_s: a request that takes so long gets a line in the log that says where the time went; 0 none.
+        slow_request_s: an interactive request that takes so long gets a line in the log that says where the time went;
+            0 none.
         slow_first_token_s: the same for one whose answer takes so long to begin.
     """
 
@@ -164,6 +177,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     draft_models: dict[Name, Name] = {}
     context_length: dict[Name, Annotated[int, Meta(ge=8, le=16_777_216)]] = {}
     memory_budget_bytes: Annotated[int, Meta(ge=1)] = msgspec.field(default_factory=memory_budget)
+    memory_reserve_bytes: Annotated[int, Meta(ge=0, le=2**53)] = msgspec.field(default_factory=memory_reserve)
+    memory_calm_s: Seconds = 10.0
     prompt_cache_bytes: Annotated[int, Meta(ge=0, le=2**53)] = msgspec.field(default_factory=prompt_cache_budget)
     prompt_disk_cache_bytes: Annotated[int, Meta(ge=0, le=2**53)] = 4 * 1024**3
     kv_bits: dict[Name, Literal[4, 8]] = {}
@@ -187,6 +202,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     batch_retry_s: Seconds = 60.0
     batch_keep_s: Annotated[float, Meta(ge=0, le=315_360_000)] = 2_592_000.0
     batch_disk_bytes: Annotated[int, Meta(ge=65_536, le=2**53)] = 4 * 1024**3
+    system_root: Annotated[str, Meta(pattern=r"^/[^\0]*$", max_length=4096)] = "/"
     download: Literal["ask", "auto", "never"] = "ask"
     downloads: Annotated[int, Meta(ge=1, le=64)] = 2
     download_connections: Annotated[int, Meta(ge=1, le=8)] = 8
@@ -309,7 +325,7 @@ _ENTRIES: dict[str, Any] = {name: get_args(kind)[1] for name, kind in _TYPES.ite
 
 # When a change takes effect, where that is not at once: see Applies in the wire's types.
 _APPLIES: dict[str, Applies] = {
-    "home": "restart", "socket": "restart", "batch_disk_bytes": "restart",
+    "home": "restart", "socket": "restart", "system_root": "restart", "batch_disk_bytes": "restart",
     "write_stall_s": "connection",
     "draft_models": "load", "context_length": "load", "prompt_cache_bytes": "load", "prompt_disk_cache_bytes": "load",
     "kv_bits": "load", "max_batch": "load", "blas": "load", "ready_s": "load", "load_s": "load", "heartbeat_s": "load",

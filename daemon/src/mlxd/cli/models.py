@@ -123,7 +123,7 @@ def _show_loaded(models: list[Model], output: Output) -> None:
         (
             model.id,
             state_text(model),
-            bytes_text(model.memory_bytes),
+            bytes_text(model.footprint_bytes or model.memory_bytes),
             str(model.active),
             str(model.waiting),
             stays_text(model),

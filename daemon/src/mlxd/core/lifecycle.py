@@ -34,6 +34,7 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition("Loading", "load_cancelled", "Downloaded", "unloaded"),
     Transition("Loading", "worker_died", "Downloaded", "worker_died"),
     Transition("Ready", "unloaded", "Downloaded", "unloaded"),
+    Transition("Ready", "recycled", "Downloaded", "unloaded"),
     Transition("Ready", "worker_died", "Downloaded", "worker_died"),
 )
 
