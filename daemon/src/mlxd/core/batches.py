@@ -33,8 +33,8 @@ PROGRESS_S = 0.25
 LONGEST_WAIT_S, LONGEST_HINT_S = 30.0, 300.0
 
 _ITS_OWN = frozenset({"invalid_params", "unsupported", "context_exceeded", "deadline_exceeded", "permission_denied"})
-_NO_ROOM = frozenset({"queue_full", "memory_pressure", "shutting_down", "insufficient_memory", "insufficient_disk", "model_busy",
-                      "cancelled"})  # fmt: skip
+_NO_ROOM = frozenset({"queue_full", "memory_pressure", "insufficient_memory", "insufficient_disk", "model_busy",
+                      "shutting_down", "cancelled"})  # fmt: skip
 _NO_MODEL = frozenset({"model_not_found", "model_not_downloaded", "model_invalid", "load_failed", "download_failed",
                        "verification_failed", "worker_died"})  # fmt: skip
 
