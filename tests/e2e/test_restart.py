@@ -204,6 +204,28 @@ def test_leases_end_and_waiting_loads_ask_the_new_one(tmp_path: Path) -> None:
         assert daemon.newest().pid == pid
 
 
+def test_a_batch_job_goes_on_in_the_new_one_and_no_item_is_done_twice(tmp_path: Path) -> None:
+    texts = [f"number {n}" for n in range(40)]
+    with Relay(bad_child="worker", steps=True, batch_slots=4) as daemon, daemon.client() as client:
+        with client.events(topics=["generation"]) as events:
+            items = ({"method": "process", "params": {"prompt": text}} for text in ["!slow 1", *texts])
+            job = client.submit_items(items)
+            until(events, "generation_started")
+        old = daemon.newest()
+        failing = newer(tmp_path, before="from mlxd.runtime import Runtime; Runtime.begin = lambda self: 1 / 0")
+        choose_program(daemon.home, failing)
+        with pytest.raises(errors.RestartFailed, match="ZeroDivisionError"):
+            client.restart()  # and the old one goes on with it
+        assert client.job(job.job).state == "running"
+        assert client.restart().pid != old.pid
+        old.wait(PATIENCE_S)
+        daemon.step(0)
+        ended = client.wait_job(job.job)
+        assert (ended.state, ended.done_items, ended.failed_items) == ("done", 41, 0)
+        results = list(client.results(job.job))
+        assert [one.result.text for one in results if one.result] == ["piece0", *texts]
+
+
 # --- by a signal, and by the command --------------------------------------------------------------------------------
 
 

@@ -130,13 +130,13 @@ class Succession:
             try:
                 await self._runtime.let_go(_LET_GO_S)
             except TimeoutError:
-                raise RestartFailed(f"downloads did not stop within {_LET_GO_S:g} s") from None
+                raise RestartFailed(f"downloads and batch jobs did not stop within {_LET_GO_S:g} s") from None
             self._server.pause()
             await successor.take_over(self._runtime.held_bytes, _SERVE_S)
         except BaseException:
             await asyncio.shield(successor.discard())  # it must not serve beside this one
             self._listener.claim()
-            self._runtime.go_on()
+            await self._runtime.go_on()
             await self._server.resume()
             raise
 

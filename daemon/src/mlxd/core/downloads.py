@@ -285,7 +285,7 @@ class DownloadLine:
             return None
         return min((job.retry_at for job in self._retrying.values() if job.retry_at is not None), default=None)
 
-    def hold(self, event: ev.Hold, now: float) -> None:
+    def hold(self) -> None:
         """Stop all fetchers, and start none until `go_on`. The jobs stay open."""
         self._held = True
         for job in list(self._retrying.values()):
@@ -294,7 +294,7 @@ class DownloadLine:
         for fetcher in self._book.by_fetcher.values():
             self._stop(fetcher)
 
-    def go_on(self, event: ev.GoOn, now: float) -> None:
+    def go_on(self) -> None:
         self._held = False
 
     def abort(self) -> None:

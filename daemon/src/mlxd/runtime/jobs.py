@@ -1,4 +1,4 @@
-"""What outlives a request: downloads and loads, by the names that callers know them by."""
+"""What outlives a request: downloads, loads and batch jobs, by the names that callers know them by."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mlxd_client import errors, types
 
 from ..core import events as ev
 from ..core.core import Core
-from ..core.jobs import DownloadJob
+from ..core.jobs import BatchJob, DownloadJob
 
 Watcher = Callable[[float | None], None]
 
@@ -26,7 +26,10 @@ class Jobs:
 
     @property
     def under_way(self) -> bool:
-        return any(job.ended_at is None for job in self._core.jobs.values())
+        """Whether any is to go on; a batch job that nobody has started yet is not."""
+        return any(
+            job.ended_at is None and not (isinstance(job, BatchJob) and job.open) for job in self._core.jobs.values()
+        )
 
     def list(self) -> list[types.Job]:
         return [job.view(self._core.wall) for job in self._core.jobs.values()]
@@ -79,8 +82,8 @@ class Jobs:
             raise kind(ended.error.message, **ended.error.details)
 
     def move(self, error: errors.RpcError) -> None:
-        """Another daemon goes on with all downloads: whoever waits for one is to ask that daemon."""
-        for name in [name for name in self._waiters if isinstance(self._core.jobs.get(name), DownloadJob)]:
+        """Another daemon goes on with downloads and batch jobs: whoever waits for one is to ask that daemon."""
+        for name in [name for name in self._waiters if isinstance(self._core.jobs.get(name), DownloadJob | BatchJob)]:
             for waiter in self._waiters.pop(name):
                 if not waiter.done():
                     waiter.set_exception(error)
