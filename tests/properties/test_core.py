@@ -625,12 +625,14 @@ class Moves(World):
         self.other_lets_go(0)
         self.held = True
         self.tell(ev.Hold())
-        while self.stopped or self.deletes:
+        while not self.core.let_go:
             if self.stopped:
                 self.fetcher_exits(min(self.stopped), None)
-            else:
+            elif self.deletes:
                 self.end_delete(min(self.deletes), True)
-        assert self.core.let_go
+            else:
+                assert self.stopping, "it never lets go"
+                self.exit(min(self.stopping), None)
         self.tell(ev.Leave())
         for client in range(1, 5):
             for lease in [k for m in self.core.models.values() for k, held in m.leases.items() if held == client]:
