@@ -416,6 +416,7 @@ export interface Model {
   preload?: boolean;
   adapter?: string;
   capabilities?: string[];
+  prewarmed?: number;
 }
 
 export interface ModelCache {

@@ -79,6 +79,7 @@ class Core:
             ev.FetcherExited: downloads.fetcher_exited, ev.Newest: downloads.newest, ev.Delete: deletes.delete,
             ev.FilesDeleted: deletes.files_deleted, ev.Attach: drafts.attach, ev.Attached: drafts.attached,
             ev.Configure: self._configure, ev.Preload: preloads.preload, ev.Adapted: line.adapted,
+            ev.Prewarmed: line.prewarmed,
             ev.Measured: memory.measured,
         }  # fmt: skip
 

@@ -287,6 +287,14 @@ class Adapted:
 
 
 @dataclass(frozen=True, slots=True)
+class Prewarmed:
+    """So many system turns have been computed ahead by the worker since its model was loaded."""
+
+    worker: int
+    turns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed: whatever is due is done."""
 
@@ -305,5 +313,5 @@ Event = (
     Found | Lost | Submit | Ensure | Release | Unload | Cancel | CancelJob | ClientGone | LoadProgress | Loaded
     | LoadFailed | WorkerExited | MemoryReport | Done | Tick | Drain | Abort | Download | FetchProgress | Fetched
     | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest | Attach | Attached | Configure
-    | Preload | Adapted | Measured
+    | Preload | Adapted | Prewarmed | Measured
 )  # fmt: skip
