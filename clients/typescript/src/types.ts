@@ -631,6 +631,7 @@ export interface Status {
   subscribers: number;
   memory: Memory;
   workers: WorkerHealth[];
+  tasks?: number;
   draining?: boolean;
   config_error?: ErrorObject;
 }

@@ -76,5 +76,6 @@ class Status(Result, kw_only=True):
     subscribers: int
     memory: Memory
     workers: list[WorkerHealth]
+    tasks: int = 0
     draining: bool = False
     config_error: ErrorObject | None = None

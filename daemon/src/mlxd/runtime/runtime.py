@@ -251,7 +251,7 @@ class Runtime:
             clients=clients, subscribers=subscribers,
             memory=types.Memory(budget_bytes=core.limits.budget_bytes, used_bytes=core.used_bytes),
             workers=[self._health(model, now) for model in core.deaths],
-            draining=core.draining,
+            tasks=len(asyncio.all_tasks(self.loop)), draining=core.draining,
         )  # fmt: skip
 
     async def stats(self, ref: str | None, clients: types.ClientTotals) -> types.Stats:
