@@ -153,7 +153,8 @@ def failpoints(options: argparse.Namespace) -> list[str]:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
-    "answers": answers, "mirrors": mirrors, "deaths": deaths, "orphans": orphans, "stop": stop, "failpoints": failpoints,
+    "answers": answers, "mirrors": mirrors, "deaths": deaths, "orphans": orphans, "stop": stop,
+    "failpoints": failpoints,
 }  # fmt: skip
 
 if __name__ == "__main__":

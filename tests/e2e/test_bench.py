@@ -60,7 +60,7 @@ def test_the_built_in_models_rows_are_ratios() -> None:
 @pytest.mark.slow
 @pytest.mark.model
 def test_the_made_models_rows_are_ratios_and_nothing_is_left_running() -> None:
-    measured = rows("size", "stream/shape", "fairness/shape")
+    measured = rows("size", "stream/shape", "fairness/dense")
     assert are_numbers(measured)
     assert measured["workers while a model is loaded"]["ours"] == 1
     assert measured["workers after it was unloaded"]["holds"]

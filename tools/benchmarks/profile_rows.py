@@ -46,12 +46,14 @@ _TICKING = (IDLE, "loop", "encode", "pipe")
 def profile_rows(label: str, model: Path, temp: Path, scale: Scale) -> Iterator[Row]:
     out = temp / "profile.json"
     command = json.dumps([sys.executable, "-m", "benchmarks.profiled_worker"])
-    with Daemon(MLXD_WORKER_COMMAND=command, **{OUT: str(out)}) as daemon:
-        with daemon.client() as client:
-            client.load(str(model), keep_alive=-1)
-        for streams in (1, STREAMS):
-            told = f"{label}, {streams} at once" if streams > 1 else f"{label}, alone"
-            yield from one_table(told, daemon, model, out, streams, scale)
+    libraries = {"auto": label} | ({"bundled": f"{label} on MLX's BLAS"} if sys.platform == "linux" else {})
+    for blas, named in libraries.items():
+        with Daemon(MLXD_WORKER_COMMAND=command, MLXD_BLAS=blas, **{OUT: str(out)}) as daemon:
+            with daemon.client() as client:
+                client.load(str(model), keep_alive=-1)
+            for streams in (1, STREAMS):
+                told = f"{named}, {streams} at once" if streams > 1 else f"{named}, alone"
+                yield from one_table(told, daemon, model, out, streams, scale)
 
 
 def one_table(label: str, daemon: Daemon, model: Path, out: Path, streams: int, scale: Scale) -> Iterator[Row]:

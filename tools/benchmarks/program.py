@@ -36,8 +36,7 @@ NAMES = (
     *(f"speculation/{kind}" for kind in ("copy", "clean-ups", "draft")),
     *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "schema", "http", "prefix", "restart")),
     *(f"{kind}/cleanup" for kind in ("load", "profile")),
-    *(f"{kind}/dense" for kind in ("load", "blas", "mixed", "profile")),
-    "fairness/shape",
+    *(f"{kind}/dense" for kind in ("load", "blas", "mixed", "fairness", "profile")),
 )
 
 
