@@ -694,6 +694,7 @@ export interface Status {
   subscribers: number;
   memory: Memory;
   workers: WorkerHealth[];
+  tasks?: number;
   draining?: boolean;
   activated?: boolean;
   config_error?: ErrorObject;
