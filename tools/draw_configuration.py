@@ -23,6 +23,7 @@ RULES = {
     "`~/.local/share/mlxd` on Linux",
     "socket": "`mlxd.sock` in `home`; where that path is too long for a socket, `/tmp/mlxd-UID/HASH.sock`",
     "memory_budget_bytes": f"{settings.MEMORY_SHARE:.0%} of this machine's memory, or of what a container may have",
+    "memory_reserve_bytes": f"{settings.RESERVE_SHARE:.0%} of that memory, but no more than 2 GiB",
     "prompt_cache_bytes": f"{settings.PROMPT_CACHE_SHARE:.0%} of the default of `memory_budget_bytes`",
     "worker_command": "this Python with `-m mlxd.worker`",
     "fetcher_command": "this Python with `-m mlxd.fetch`",

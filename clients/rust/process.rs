@@ -10,6 +10,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+// quoted: ask
 fn main() -> io::Result<()> {
     let prompt = env::args().skip(1).collect::<Vec<_>>().join(" ");
     let mut socket = UnixStream::connect(socket_path())?;
@@ -35,6 +36,7 @@ fn main() -> io::Result<()> {
     }
     Err(io::Error::new(io::ErrorKind::UnexpectedEof, "mlxd closed the connection"))
 }
+// end quoted
 
 /// MLXD_SOCKET, else mlxd.sock in MLXD_HOME or the platform's place.
 fn socket_path() -> PathBuf {

@@ -53,6 +53,7 @@ func dial(_ path: String) throws -> FileHandle {
     return FileHandle(fileDescriptor: descriptor, closeOnDealloc: true)
 }
 
+// quoted: ask
 let prompt = CommandLine.arguments.dropFirst().joined(separator: " ")
 let connection = try dial(socketPath())
 try connection.write(contentsOf: JSONEncoder().encode(Request(params: Params(prompt: prompt))) + Data([10]))
@@ -69,3 +70,4 @@ for try await line in connection.bytes.lines {
         exit(0)
     }
 }
+// end quoted

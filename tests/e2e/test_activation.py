@@ -90,6 +90,16 @@ def test_it_stays_while_a_client_or_a_model_needs_it() -> None:
         assert activator.end()[0] == 0
 
 
+def test_how_long_it_stays_can_be_changed_while_it_runs() -> None:
+    with Activator() as activator:
+        activator.start()
+        with activator.client() as client:
+            assert client.config_set({"idle_exit_s": 0.05}).changed == ["idle_exit_s"]
+            client.ping()
+        activator.hear_until("STOPPING=1")
+        assert activator.end()[0] == 0
+
+
 def test_a_wrong_configuration_is_no_reason_to_start_again(activator: Activator) -> None:
     (activator.home / "config.toml").write_text("max_bacth = 3\n")
     waiting = socket.socket(socket.AF_UNIX)

@@ -277,6 +277,10 @@ def test_the_command_asks_the_daemon_that_runs() -> None:
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
             return done.returncode, done.stdout, done.stderr
 
+        def standing() -> str:
+            command = [sys.executable, "-m", "mlxd", "status"]
+            return subprocess.run(command, env=daemon.env, capture_output=True, text=True, check=True).stdout
+
         assert mlxd("get", "max_batch")[1] == "9\n", "the daemon's, not this shell's"
         assert mlxd("set", "keep_alive_s", "77")[1] == "keep_alive_s is changed, at once\n"
         assert value(client, "keep_alive_s") == 77
@@ -289,6 +293,7 @@ def test_the_command_asks_the_daemon_that_runs() -> None:
         status, _, err = mlxd("reload")
         assert (status, "max_batch cannot be 'x'" in err) == (2, True)
         assert "what the file said before stands" in mlxd("keep_alive_s")[2]
+        assert "max_batch cannot be 'x'" in standing()
         assert mlxd("path")[1] == f"{daemon.home}/config.toml\n"
         told(events)
 

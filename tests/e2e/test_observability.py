@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from mlxd_client import errors
 from support.daemon import PATIENCE_S, Daemon, active, until
 from support.exposition import read
+from support.terminal import Terminal
 
 MLXD = [sys.executable, "-m", "mlxd"]
 
@@ -23,6 +26,12 @@ def run(daemon: Daemon, *arguments: str) -> str:
     )
     assert done.stderr == ""
     return done.stdout
+
+
+def widest(frame: str) -> int:
+    """Columns of the longest line that a screen shows."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", frame).replace("\r", "")
+    return max(map(len, plain.splitlines()))
 
 
 def slow_lines(daemon: Daemon) -> list[dict[str, Any]]:
@@ -112,3 +121,78 @@ def test_nothing_is_slow_where_that_is_turned_off() -> None:
     with Daemon(bad_child="worker", slow_request_s=0, slow_first_token_s=0) as daemon, daemon.client() as client:
         client.process("!mute 0.1", model=daemon.model("m"))
         assert slow_lines(daemon) == []
+
+
+# --- top ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminals() -> Iterator[Callable[..., Terminal]]:
+    made: list[Terminal] = []
+
+    def open_one(daemon: Daemon, *arguments: str, **environment: str) -> Terminal:
+        made.append(Terminal(*arguments, **daemon.env | {"COLUMNS": ""} | environment))
+        return made[-1]
+
+    yield open_one
+    for terminal in made:
+        terminal.close()
+
+
+LEFT = "\x1b[?1049l"  # back from the other screen, to the one with what was there before
+
+
+def test_top_follows_the_daemon_and_leaves_the_terminal_as_it_was(terminals: Callable[..., Terminal]) -> None:
+    with Daemon(bad_child="worker", steps=True) as daemon, daemon.client() as client:
+        model = daemon.model("m")
+        terminal = terminals(daemon, "top")
+        before = terminal.modes()
+        terminal.until("no model is loaded")
+        assert terminal.modes() != before  # keys come as they are pressed
+        client.load(model)  # and no key: it is shown all the same
+        terminal.until("Ready")
+        terminal.resize(40, 10)
+        for _ in range(20):  # some that are as wide as before may have been under way
+            terminal.until(" quit")
+            if widest(terminal.shown.split("\x1b[H")[-2]) <= 40:
+                break
+        else:
+            raise AssertionError("it does not take the new size")
+        terminal.type("\x1b[Bu")  # the arrow chooses it
+        terminal.until("unload /tmp")
+        terminal.type("y")
+        terminal.until("is unloaded")
+        terminal.type("q")
+        assert terminal.end() == 0
+        assert LEFT in terminal.shown
+        assert "\x1b[?25h" in terminal.shown  # the cursor is seen again
+        assert terminal.modes() == before
+
+
+def test_top_outlives_the_daemon(terminals: Callable[..., Terminal]) -> None:
+    with Daemon(bad_child="worker") as daemon:
+        terminal = terminals(daemon, "top")
+        before = terminal.modes()
+        terminal.until("no model is loaded")
+        daemon.stop()
+        terminal.until("does not run")
+        daemon.restart()
+        terminal.until("no model is loaded")
+        terminal.until(f"process {daemon.pid}")
+        terminal.interrupt()
+        assert terminal.end() == 130
+        assert LEFT in terminal.shown
+        assert terminal.modes() == before
+
+
+def test_top_without_a_terminal_prints_the_state_once() -> None:
+    with Daemon(bad_child="worker") as daemon, daemon.client() as client:
+        model = daemon.model("m")
+        client.process("one two", model=model)
+        shown = run(daemon, "top")
+        assert "\x1b" not in shown
+        assert shown.count("MODEL") == 1
+        assert "1 answered, 0 failed" in shown
+        told = json.loads(run(daemon, "top", "--json"))
+        assert told["status"]["pid"] == daemon.pid
+        assert told["stats"]["models"][0]["model"] == model

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -29,8 +31,14 @@ def asked_of(made: Completion) -> Any:
     return json.loads(made.text)
 
 
+def mlxd(daemon: Daemon, *words: str) -> str:
+    """What a command of the same home prints."""
+    command = [sys.executable, "-m", "mlxd", *words]
+    return subprocess.run(command, env=daemon.env, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
 def test_requests_name_them_and_a_change_holds_for_the_next_request() -> None:
-    daemon = Daemon(bad_child="worker", default_model="org/none")
+    daemon = Daemon(bad_child="worker")
     (daemon.home / "config.toml").write_text(WRITTEN)
     with daemon, daemon.client() as client:
         asked = asked_of(client.process("!asked", persona="editor"))
@@ -45,6 +53,12 @@ def test_requests_name_them_and_a_change_holds_for_the_next_request() -> None:
         found = client.personas()
         assert list(found.personas) == ["editor"]
         assert found.templates["translate"].prompt == "To {language}: {text}"
+        assert mlxd(daemon, "run", "--template", "translate", "--value", "language=German", "a b") == "To German: a b\n"
+        assert '"Edit."' in mlxd(daemon, "run", "--persona", "editor", "!asked")
+        assert [line.split()[:2] for line in mlxd(daemon, "personas").splitlines()] == [
+            ["NAME", "KIND"], ["editor", "persona"], ["translate", "template"],
+        ]  # fmt: skip
+        assert json.loads(mlxd(daemon, "personas", "--json"))["personas"]["editor"]["temperature"] == 0.25
         client.config_set({"personas.editor": {"system": "Write."}}, unset=["templates.translate"])
         asked = asked_of(client.process("!asked", persona="editor", model="mlxd/cleanup"))
         assert (asked["messages"][0]["content"], asked["options"]) == ("Write.", {})

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from support.daemon import PATIENCE_S, Daemon
+from support.hub import Hub
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -46,6 +51,40 @@ def test_the_loop_is_five_lines() -> None:
     assert len([line for line in script.splitlines() if line]) <= 5
 
 
-def test_the_files_it_names_exist() -> None:
-    for path in re.findall(r"\]\((?!http)(.*?)\)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.model
+def test_the_tour(tmp_path: Path) -> None:
+    """Line by line, with the daemon that the first one starts, and a tiny model at the hub under the name it shows."""
+    lines = re.findall(r"^    (.*\bmlxd (?!status).*)$", README.partition("## On the command line")[2], re.MULTILINE)
+    for name, script in (("mlxd", f'exec {sys.executable} -m mlxd "$@"'), ("pbpaste", "echo um so hello")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    with Hub() as hub:
+        hub.model("mlx-community/Qwen3-1.7B-4bit")
+        daemon = Daemon(env=hub.env())  # for its folder and environment; it is not started here
+        env = daemon.env | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        try:
+            for line in lines:
+                command, _, promised = line.partition("# → ")
+                told = _shown(command.partition("#")[0].strip(), env)
+                assert not promised or told == f"{promised}\n"
+            assert lines[-1].startswith("mlxd stop")
+            assert not daemon.socket.exists()
+        finally:
+            subprocess.run(["mlxd", "stop"], env=env, capture_output=True, timeout=PATIENCE_S, check=False)
+            daemon.remove()
+
+
+def _shown(command: str, env: dict[str, str]) -> str:
+    """What a command prints. One that goes on until ctrl-C gets that, once it has said something."""
+    endless = command == "mlxd events"
+    made = subprocess.Popen(
+        f"exec {command}" if endless else command, shell=True, env=env, text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    if endless:
+        assert made.stdout is not None
+        made.stdout.readline()
+        os.killpg(made.pid, signal.SIGINT)
+    told, complaints = made.communicate(None if endless else "um so hello\n", timeout=PATIENCE_S)
+    assert made.returncode == (130 if endless else 0), (command, told, complaints)
+    return told

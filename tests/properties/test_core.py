@@ -15,6 +15,7 @@ from mlxd.core import events as ev
 from mlxd.core.core import Core, Limits
 from mlxd.core.invariants import check
 from mlxd.core.limits import Rules
+from mlxd.core.pressure import Reading, Stall
 from mlxd_client.errors import DownloadFailed, LoadFailed, PermissionDenied, WorkerDied
 from mlxd_client.mirror import Mirror
 from mlxd_client.types import EVENT_TOPICS, Event, Snapshot
@@ -23,6 +24,7 @@ MODELS = {"a/small": 2, "b/medium": 4, "c/large": 7, "d/huge": 50, "e/never-foun
 NAMES = st.sampled_from(sorted(MODELS))
 REVISIONS = st.sampled_from(["r0", "r1", "r2"])
 MIB = 1024 * 1024
+CAPACITY = 14
 CLIENTS = st.integers(1, 4)
 KEEP_ALIVE = st.sampled_from([None, None, 0.0, 5.0, -1.0])
 
@@ -30,7 +32,7 @@ KEEP_ALIVE = st.sampled_from([None, None, 0.0, 5.0, -1.0])
 def as_event(said: do.Publish) -> Event:
     return Event(
         subscription=1, rev=1, name=said.name, at=0.0, model_id=said.model_id, model=said.model, job=said.job,
-        progress=said.progress, error=said.error,
+        progress=said.progress, error=said.error, details=said.details,
     )  # fmt: skip
 
 
@@ -45,7 +47,9 @@ def by_id(state: Snapshot) -> Snapshot:
 class World(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.core = Core(Limits(budget_bytes=10, queue=12, max_batch=3, keep_alive_s=30, downloads=2))
+        self.core = Core(
+            Limits(budget_bytes=10, queue=12, max_batch=3, keep_alive_s=30, downloads=2, reserve_bytes=1, slack_bytes=0)
+        )
         self.now = 100.0
         self.rids = 0
         self.leases = 0
@@ -65,6 +69,13 @@ class World(RuleBasedStateMachine):
         self.revisions: dict[str, str] = {}  # what the disk holds of each model, and what old ones lie beside
         self.old: dict[str, set[str]] = {}
         self.used: dict[int, str | None] = {}  # worker → the revision that it runs on
+        self.others = 0  # memory that is none of ours, of CAPACITY
+        self.taken: dict[int, int] = {}  # what each worker really holds
+        self.last_exit = 0.0
+        self.told_at = 0.0
+        self.asked: set[float] = set()  # when the core has asked for one
+        self.readings: list[ev.Measured] = []  # begun, and not told yet
+        self.last: ev.Measured | None = None
         self.mirror = Mirror(self.core.snapshot())
         for name in list(MODELS)[:2]:
             self.tell(self.seen(name))
@@ -90,6 +101,7 @@ class World(RuleBasedStateMachine):
                     assert action.rid in self.open, "told after the last word, when nobody knows its request any more"
             case do.StartWorker(worker, model):
                 assert worker not in self.slots
+                self.check_overshoot()
                 self.loading[worker] = model
                 self.slots[worker] = set()
                 assert model not in self.deletes
@@ -104,6 +116,13 @@ class World(RuleBasedStateMachine):
                 assert worker in self.ready
                 assert worker not in self.stopping
                 self.slots[worker].add(rid)
+            case do.Trim(worker):
+                assert worker in self.ready
+                assert worker not in self.stopping
+                self.taken[worker] = min(self.taken.get(worker, 0), self.needs(worker))
+            case do.Measure():
+                self.asked.add(self.now)
+                self.begin_reading()
             case do.CancelOnWorker(rid, worker):
                 assert rid in self.slots[worker]
                 assert rid not in self.cancelled_on_worker, "cancelled twice"
@@ -117,6 +136,28 @@ class World(RuleBasedStateMachine):
                     assert self.core.jobs[action.job].ended_at is None
             case _:
                 self.perform_on_disk(action)
+
+    def needs(self, worker: int) -> int:
+        return self.core._book.by_worker[worker].wanted_bytes
+
+    def check_overshoot(self) -> None:
+        """All that is promised to workers is there, as far as anybody could know: by a reading that is fresh and counts
+        nobody who has gone."""
+        if self.last is None or self.last.reading is None or self.last.reading.available_bytes is None:
+            return
+        began_at = self.last.began_at
+        assert self.now - began_at <= 1.0 or (began_at in self.asked and self.now - self.told_at <= 1.0)
+        assert self.last.began_at >= self.last_exit
+        others = CAPACITY - self.last.reading.available_bytes - sum(self.last.footprints.values())
+        promised = sum(m.reserved_bytes for m in self.core._book.by_worker.values())
+        assert promised + others + 1 <= CAPACITY, "two loads overshoot together"
+        needs = sum(m.wanted_bytes for m in self.core._book.by_worker.values())
+        assert needs <= self.core.limits.budget_bytes
+
+    def begin_reading(self, stall: float = 0.0, known: bool = True) -> None:
+        left = max(0, CAPACITY - self.others - sum(self.taken.values())) if known else None
+        reading = Reading(CAPACITY, left, stalls=(Stall("psi", 2 * stall, stall),))
+        self.readings.append(ev.Measured(self.now, reading, dict(self.taken)))
 
     def check_pin(self, worker: int) -> None:
         """A pinned model goes where somebody says so, for another pinned one, and where the budget was lowered."""
@@ -200,11 +241,14 @@ class World(RuleBasedStateMachine):
         for _ in range(times):
             self.tell(ev.Submit(self.new_rid(), client, model, priority, timeout, keep_alive, waited, yields))
 
-    @rule(client=CLIENTS, model=NAMES, lease=st.booleans(), keep_alive=KEEP_ALIVE, draft=st.sampled_from([0, 0, 5, 40]))
-    def ensure(self, client: int, model: str, lease: bool, keep_alive: float | None, draft: int) -> None:
+    @rule(
+        client=CLIENTS, model=NAMES, lease=st.booleans(), keep_alive=KEEP_ALIVE, draft=st.sampled_from([0, 0, 5, 40]),
+        asking=st.booleans(),
+    )  # fmt: skip
+    def ensure(self, client: int, model: str, lease: bool, keep_alive: float | None, draft: int, asking: bool) -> None:
         self.leases += lease
         held = f"lease-{self.leases}" if lease else None
-        self.tell(ev.Ensure(self.new_rid(), client, model, held, keep_alive, draft))
+        self.tell(ev.Ensure(self.new_rid(), client, model, held, keep_alive, draft, asking and lease))
 
     @rule(data=st.data(), client=CLIENTS, size=st.sampled_from([1, 5, 40, 200]))
     def attach(self, data: st.DataObject, client: int, size: int) -> None:
@@ -263,7 +307,10 @@ class World(RuleBasedStateMachine):
         model = self.loading.pop(worker)
         if well:
             self.ready[worker] = model
-            self.tell(ev.Loaded(worker, MODELS[model], 4096))
+            more = data.draw(st.sampled_from([None, None, 0, 3]))
+            self.tell(
+                ev.Loaded(worker, MODELS[model], 4096, needs_bytes=None if more is None else MODELS[model] + more)
+            )
         else:
             self.tell(ev.LoadFailed(worker, LoadFailed("broken")))
 
@@ -280,6 +327,8 @@ class World(RuleBasedStateMachine):
 
     def exit(self, worker: int, error: WorkerDied | None) -> None:
         held = self.slots.pop(worker)
+        self.taken.pop(worker, None)
+        self.last_exit = self.now
         self.loading.pop(worker, None)
         self.ready.pop(worker, None)
         self.stopping.discard(worker)
@@ -300,6 +349,32 @@ class World(RuleBasedStateMachine):
     @rule(data=st.data(), size=st.integers(0, 8))
     def memory(self, data: st.DataObject, size: int) -> None:
         self.tell(ev.MemoryReport(data.draw(st.sampled_from(sorted(self.ready))), size))
+
+    @rule(stall=st.sampled_from([0.0, 0.0, 6.0, 50.0]), known=st.sampled_from([True, True, True, False]))
+    def measures(self, stall: float, known: bool) -> None:
+        self.begin_reading(stall, known)
+
+    @precondition(lambda self: self.readings)
+    @rule(lost=st.sampled_from([False, False, False, True]))
+    def a_reading_comes(self, lost: bool) -> None:
+        """Readings come in the order they were begun, or not at all."""
+        self.measured(lost)
+
+    def measured(self, lost: bool) -> None:
+        event = self.readings.pop(0)
+        self.last = ev.Measured(event.began_at, None) if lost else event
+        self.told_at = self.now
+        self.tell(self.last)
+
+    @rule(others=st.integers(0, 14))
+    def others_take(self, others: int) -> None:
+        self.others = others
+
+    @precondition(lambda self: self.slots)
+    @rule(data=st.data(), size=st.integers(0, 12))
+    def worker_takes(self, data: st.DataObject, size: int) -> None:
+        """Whatever it was allowed, or more."""
+        self.taken[data.draw(st.sampled_from(sorted(self.slots)))] = size
 
     @rule(client=CLIENTS, model=NAMES, repair=st.booleans())
     def download(self, client: int, model: str, repair: bool) -> None:
@@ -380,7 +455,7 @@ class World(RuleBasedStateMachine):
         bounds=st.builds(
             Limits, budget_bytes=st.sampled_from([10, 10, 12, 7, 3]), queue=st.sampled_from([12, 2]),
             max_batch=st.sampled_from([3, 1]), keep_alive_s=st.sampled_from([30.0, 0.0, -1.0]),
-            downloads=st.sampled_from([2, 1]),
+            downloads=st.sampled_from([2, 1]), reserve_bytes=st.just(1), slack_bytes=st.just(0),
         ),
         keep_alive=st.dictionaries(NAMES, st.sampled_from([0.0, 5.0, -1.0]), max_size=2),
         pinned=st.frozensets(NAMES, max_size=2),
@@ -427,6 +502,7 @@ class World(RuleBasedStateMachine):
         for _ in range(10_000):
             check(self.core)
             held = [(w, rid) for w, rids in self.slots.items() for rid in rids]
+            due = self.core.next_deadline()
             if held:
                 self.slots[held[0][0]].remove(held[0][1])
                 self.tell(ev.Done(held[0][1]))
@@ -441,6 +517,11 @@ class World(RuleBasedStateMachine):
                 del self.loading[worker]
                 self.ready[worker] = model
                 self.tell(ev.Loaded(worker, MODELS[model], 4096))
+            elif self.readings:
+                self.measured(lost=False)
+            elif self.open and due is not None:
+                self.now = max(self.now, due)
+                self.tell(ev.Tick())
             else:
                 break
         assert not self.open, "requests were never answered although every worker did its part"
@@ -508,3 +589,40 @@ class Finishes(World):
 
 Finishes.TestCase.settings = World.TestCase.settings
 TestFinishes = Finishes.TestCase
+
+
+class Short(World):
+    """The same, with all models here and memory short: readings, workers that take what they like, little else."""
+
+    found = lost = delete = files_deleted = download = download_again = fetch_progress = fetch_ends = None
+    fetcher_dies = fetcher_stops = newest = attach = attached = cancel_job = memory = progress = unload = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tell(self.seen("a/small@v1"))
+        self.tell(self.seen("c/large"))
+        self.begin_reading()
+        self.measured(lost=False)
+
+    @rule(data=st.data(), times=st.integers(2, 4), rogue=st.booleans())
+    def goes_on(self, data: st.DataObject, times: int, rogue: bool) -> None:
+        """Seconds in which everybody does their part, but for a worker that grows and grows."""
+        for _ in range(times):
+            for worker in sorted(self.stopping):
+                self.exit(worker, None)
+            for worker, model in sorted(self.loading.items()):
+                del self.loading[worker]
+                self.ready[worker] = model
+                self.tell(ev.Loaded(worker, MODELS[model], 4096))
+            if rogue and self.ready:
+                grown = data.draw(st.sampled_from(sorted(self.ready)))
+                self.taken[grown] = self.taken.get(grown, 0) + 6
+            self.now += 3.0
+            self.tell(ev.Tick())
+            self.begin_reading()
+            while self.readings:
+                self.measured(lost=False)
+
+
+Short.TestCase.settings = settings(World.TestCase.settings, max_examples=80, stateful_step_count=40)
+TestShort = Short.TestCase

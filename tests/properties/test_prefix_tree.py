@@ -127,6 +127,13 @@ class Kept(RuleBasedStateMachine):
     def grow(self, live: int) -> None:
         self.tree.fit(live)
 
+    @rule(share=st.sampled_from([0.0, 0.5, 1.0]))
+    def shrink(self, share: float) -> None:
+        most = int(self.tree.nbytes * share)
+        self.tree.shrink(most)
+        assert self.tree.nbytes <= most
+        self.ample = self.ample and share == 1.0
+
     @rule()
     def clear(self) -> None:
         self.tree.clear()

@@ -29,6 +29,7 @@ last message's text), or a path given to `load`, that contains one of these word
     !segfault  !abort  !exit N  !hang  !spin  !garbage  !error
     !sleep SECONDS      neither reads nor beats for that long, then goes on as if nothing had been
     !mute N             silent for N seconds, then the answer
+    !grow N             takes N MiB of memory for good; `!keep N` takes them until it is told to trim
     !slow N             N steps, each of which waits for the file `step-<k>` (k from 0) in the folder named by
                         BAD_CHILD_STEPS, or 20 ms where there is none; `cancel` ends it
     !asked              answers with what it was asked, as JSON: messages and options
@@ -147,6 +148,8 @@ class Worker:
     def __init__(self, pipe: Pipe, *, obedient: bool = True) -> None:
         self.pipe = pipe
         self.obedient = obedient
+        self.grown: list[bytes] = []
+        self.kept: list[bytes] = []
         self.running: dict[int, Generation] = {}
         self.steps_folder = os.environ.get("BAD_CHILD_STEPS")
         self.last_beat = 0.0
@@ -188,6 +191,8 @@ class Worker:
             if self.act_on(text, message["id"]):
                 return
             self.pipe.answer(message["id"], {"tokens": len(text.split())})
+        elif method == "trim":
+            self.kept.clear()
         elif method == "cancel":
             if params["id"] in self.running:
                 self.finish(params["id"], "cancelled")
@@ -206,6 +211,9 @@ class Worker:
                 action()
         if "!exit" in words:
             leave(int(words[words.index("!exit") + 1]))
+        for word, kept in (("!grow", self.grown), ("!keep", self.kept)):
+            if word in words:
+                kept.append(b"x" * (int(words[words.index(word) + 1]) * 1024 * 1024))
         if "!sleep" in words:
             time.sleep(float(words[words.index("!sleep") + 1]))
         if "!garbage" in words:

@@ -120,6 +120,10 @@ class FakeRuntime:
         downloads = types.DownloadTotals(ended={"done": 1})
         return types.Stats(since_at=1.0, models=[made], clients=clients, events=events, downloads=downloads)
 
+    async def stories(self, ref: str | None) -> types.StoriesResult:
+        step = types.StoryStep(at=1.0, cause="found", source="NotDownloaded", target="Downloaded")
+        return types.StoriesResult(stories=[types.ModelStory(model=ref or "m", steps=[step])])
+
     def metrics(self, clients: types.ClientTotals) -> types.MetricsResult:
         return types.MetricsResult(content_type="text/plain", text=f"mlxd_clients {clients.open}\n")
 

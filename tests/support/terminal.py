@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from typing import Any
 
@@ -33,8 +36,10 @@ class Terminal:
 
     def until(self, text: str) -> str:
         """Read until `text` is shown after what was waited for before; returns what came up to its end."""
+        give_up_at = time.monotonic() + PATIENCE_S
         while (found := self.shown.find(text, self._seen)) < 0:
-            assert self._read(), f"{text!r} never came: {self.shown!r}"
+            came = time.monotonic() < give_up_at and self._read()  # a screen that is drawn anew never falls silent
+            assert came, f"{text!r} never came: {self.shown[-8000:]!r}"
         began, self._seen = self._seen, found + len(text)
         return self.shown[began : self._seen]
 
@@ -50,6 +55,15 @@ class Terminal:
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
+
+    def resize(self, columns: int, lines: int) -> None:
+        """As a person does with a window."""
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        self.process.send_signal(signal.SIGWINCH)
+
+    def modes(self) -> list[Any]:
+        """How it treats what is typed."""
+        return termios.tcgetattr(self._master)
 
     def interrupt(self) -> None:
         """Ctrl-C, once the command waits for a key."""

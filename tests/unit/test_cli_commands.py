@@ -72,8 +72,54 @@ def _times_from_now() -> None:
 # --- status, list, ps, load, unload ---------------------------------------------------------------------------------
 
 
+STATS = types.Stats(
+    since_at=1.0, clients=types.ClientTotals(open=3, subscribers=1, accepted=9, refused=0),
+    events=types.EventTotals(published=5, dropped=3, lagged=1), downloads=types.DownloadTotals(),
+    models=[
+        types.ModelStats(model="mlxd/cleanup", now_tokens_per_s=33.6,
+                         requests={"chat": {"stop": 3, "length": 1, "cancelled": 2}, "embed": {"done": 1}}),
+        types.ModelStats(model="org/m", requests={"process": {"worker_died": 3}}),
+    ],
+)  # fmt: skip
+
+
 def test_status(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    whole = {
+        "activated": True,
+        "memory": types.Memory(
+            budget_bytes=8_000_000_000, used_bytes=20_000_000, available_bytes=5_000_000_000,
+            pressure=types.Pressure(level="critical", source="psi", since_at=time.time() - 130),
+        ),
+    }  # fmt: skip
+    job = types.Job(
+        job="download-1", kind="download", state="running", model="org/big", phase="verifying", progress=0.5
+    )
+    daemon.on("status", types.Status(**{**_fields(STATUS), **whole}))
+    daemon.on("stats", STATS)
+    daemon.on("models.list", {"models": MODELS})
+    daemon.on("jobs.list", {"jobs": [job]})
+    status, out, err = mlxd("status")
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [
+        "mlxd      0.1.0, process 4242, up 2 h 2 min, started for its first client",
+        "memory    31.0 MB itself, models 20.0 MB of 8.0 GB; the system has 5.0 GB left",
+        "pressure  critical for 2 min, by psi",
+        "models    1 loaded of 4 known",
+        "          mlxd/cleanup: Ready, 9.0 MB, 1 running, 2 waiting, 34 tokens/s, unloads in 3 min",
+        "          org/big: Loading 40%, 0 running, 0 waiting",
+        "          org/pinned: Ready, 10 B, 0 running, 0 waiting",
+        "requests  1 running, 2 waiting; so far 5 answered, 3 failed, 2 cancelled",
+        "job       download of org/big: verifying 50%",
+        "clients   3, of them 1 subscribed to events",
+        "events    3 lost by subscribers that did not keep up",
+        "worker    org/m: died 3 times, last: killed by SIGKILL; not started again for 2 h 3 min",
+    ]
+
+
+def test_status_of_an_older_daemon(daemon: ScriptedDaemon, mlxd: Run) -> None:
     daemon.on("status", STATUS)
+    daemon.on("models.list", {"models": []})
+    daemon.on("jobs.list", {"jobs": []})
     status, out, err = mlxd("status")
     assert (status, err) == (0, "")
     assert out.splitlines() == [

@@ -1,9 +1,12 @@
-"""Completion scripts: they hold every command and option, and a real bash completes with them."""
+"""Completion scripts: they hold every command and option, and a real bash, zsh and fish complete with them."""
 
 from __future__ import annotations
 
+import os
+import pty
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,16 @@ from mlxd.cli.shells import bash, describe, fish, zsh
 
 COMMANDS = list(describe(build_parser()))
 SCRIPTS = {"bash": bash(COMMANDS), "zsh": zsh(COMMANDS), "fish": fish(COMMANDS)}
+
+
+def fake_mlxd(folder: Path, *ids: str) -> None:
+    """A command that lists these ids, asked as the scripts may ask: quietly, and of a daemon that already runs."""
+    fake = folder / "mlxd"
+    fake.write_text(
+        "#!/bin/sh\ncase $1 in list|catalog|jobs) ;; *) exit 2;; esac\n"
+        f'[ "$2" = --quiet ] && [ "$3" = --no-start ] || exit 2\nprintf "%s\\n" {" ".join(ids)}\n'
+    )
+    fake.chmod(0o755)
 
 
 @pytest.mark.parametrize("shell", SCRIPTS)
@@ -55,12 +68,7 @@ def test_shells_accept_them(shell: str, tmp_path: Path) -> None:
     ],
 )
 def test_bash_completes(words: list[str], found: set[str], tmp_path: Path) -> None:
-    fake = tmp_path / "mlxd"
-    fake.write_text(
-        "#!/bin/sh\ncase $1 in list|catalog|jobs) ;; *) exit 2;; esac\n"
-        '[ "$2" = --quiet ] && [ "$3" = --no-start ] || exit 2\necho mlxd/cleanup; echo org/a; echo org/b\n'
-    )
-    fake.chmod(0o755)
+    fake_mlxd(tmp_path, "mlxd/cleanup", "org/a", "org/b")
     line = " ".join(f"'{word}'" for word in ["mlxd", *words])
     script = (
         f"{SCRIPTS['bash']}\nCOMP_WORDS=({line}); COMP_CWORD={len(words)}; _mlxd; printf '%s\\n' \"${{COMPREPLY[@]}}\""
@@ -80,13 +88,65 @@ def test_bash_completes(words: list[str], found: set[str], tmp_path: Path) -> No
         ("mlxd run --top", {"--top-p", "--top-k"}),
         ("mlxd completion ", {"bash", "zsh", "fish"}),
         ("mlxd run --seed ", set()),
+        ("mlxd run -m org/", {"org/ant", "org/bee"}),
+        ("mlxd rm m", {"mlxd/cleanup"}),
+        ("mlxd jobs c", {"cancel"}),
     ],
 )
 def test_fish_completes(line: str, found: set[str], tmp_path: Path) -> None:
+    fake_mlxd(tmp_path, "mlxd/cleanup", "org/ant", "org/bee")
     path = tmp_path / "script"
     path.write_text(SCRIPTS["fish"])
     done = subprocess.run(
         ["fish", "-c", f'source {path}; complete -C "{line}"'], capture_output=True, text=True, check=True,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)},
     )  # fmt: skip
     assert {shown.split("\t")[0] for shown in done.stdout.splitlines()} == found
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh here")
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("mlxd unl", "mlxd unload "),
+        ("mlxd serve --log-level w", "mlxd serve --log-level warning "),
+        ("mlxd run --determ", "mlxd run --deterministic "),
+        ("mlxd run -m org/b", "mlxd run -m org/bee "),
+        ("mlxd rm org/ant m", "mlxd rm org/ant mlxd/cleanup "),
+        ("mlxd jobs can", "mlxd jobs cancel "),
+        ("mlxd completion fi", "mlxd completion fish "),
+        ("mlxd service uninst", "mlxd service uninstall "),
+    ],
+)
+def test_zsh_completes(typed: str, completed: str, zsh_line: Callable[[str], str]) -> None:
+    assert zsh_line(typed) == completed
+
+
+@pytest.fixture
+def zsh_line(tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """What becomes of a line that is typed, and tab, in a real zsh on a terminal. Ctrl-X has it write the line down."""
+    fake_mlxd(tmp_path, "mlxd/cleanup", "org/ant", "org/bee")
+    (tmp_path / "_mlxd").write_text(SCRIPTS["zsh"])
+    answer = tmp_path / "answer"
+    os.mkfifo(answer)
+    (tmp_path / ".zshrc").write_text(
+        f"fpath=({tmp_path} $fpath)\nautoload -Uz compinit; compinit -u -D\n"
+        f'dump() {{ print -r -- "$BUFFER|" > {answer} }}; zle -N dump; bindkey "^X" dump\n'
+        f"print ready > {answer}\n"
+    )
+    master, slave = pty.openpty()
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), "ZDOTDIR": str(tmp_path), "TERM": "dumb"}
+    shell = subprocess.Popen(
+        ["zsh", "-d", "-i"], stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True
+    )
+    os.close(slave)
+    assert answer.read_text() == "ready\n"
+
+    def line(typed: str) -> str:
+        os.write(master, f"{typed}\t\x18".encode())
+        return answer.read_text().removesuffix("|\n")
+
+    yield line
+    shell.kill()
+    shell.wait()
+    os.close(master)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ def findings(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, dict[st
 def test_a_sound_machine_is_sound(capsys: pytest.CaptureFixture[str]) -> None:
     status, found = findings(capsys)
     assert status == exits.OK
-    checks = ["python", "packages", "engine", "settings", "home", "daemon", "service", "disk", "memory", "hub"]
+    checks = ["python", "packages", "engine", "gpu", "settings", "home", "files", "socket", "daemon", "service", "disk",
+              "memory", "hub"]  # fmt: skip
     assert list(found) == checks
     assert {found[name]["state"] for name in checks if name not in ("engine", "disk")} == {"ok"}
     assert "Device" in found["engine"]["told"]  # a real product was computed
@@ -102,3 +104,31 @@ def test_config_shows_values_and_origins(
     assert capsys.readouterr().out.split() == ["setting", "value", "from", "queue_limit", "512", "the", "default"]
     assert main(["config", "max_bacth"]) == exits.USAGE
     assert "did you mean max_batch?" in capsys.readouterr().err
+
+
+def test_files_that_others_may_write_are_found(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "config.toml").write_text("")
+    (home / "config.toml").chmod(0o666)
+    (home / "mlxd.sock").write_text("no socket")
+    status, found = findings(capsys)
+    assert status == exits.FAILED
+    assert "config.toml (others may write it)" in found["files"]["told"]
+    assert "is no socket" in found["socket"]["told"]
+    assert found["files"]["advice"]
+    assert found["socket"]["advice"]
+
+
+def test_a_path_that_no_socket_can_have_is_a_finding(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLXD_SOCKET", "/" + "x" * 200)
+    status, found = findings(capsys)
+    assert status == exits.FAILED
+    assert found["settings"]["state"] == "failed"
+
+
+def test_a_mac_without_a_gpu_is_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._gpu("Device(gpu, 0)", "Apple M9", "26000000000").told == "Apple M9, 26 GB of memory at most"
+    assert doctor._gpu("Device(cpu, 0)", "", "0").state == ("warning" if sys.platform == "darwin" else "ok")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert doctor._gpu("Device(cpu, 0)", "", "0").state == "warning"

@@ -64,6 +64,21 @@ def test_what_is_changed_and_what_stays(values: dict[str, Any], unset: list[str]
     assert {k: v for k, v in after.items() if k not in touched} == {k: v for k, v in before.items() if k not in touched}
 
 
+def test_a_process_of_its_own_does_the_same() -> None:
+    values, unset = {"aliases.new": "x/y", "drain_s": 1.5}, ["keep_alive_s"]
+    assert configfile.edited_apart(WRITTEN, values, unset) == configfile.edited(WRITTEN, values, unset)
+    with pytest.raises(SettingsError, match="cannot be changed"):
+        configfile.edited_apart("a = ", values)
+    with pytest.raises(SettingsError):
+        configfile.edited_apart("", {"default_model": object()})
+
+
+def test_one_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configfile, "EDIT_S", 0.001)
+    with pytest.raises(SettingsError, match="could not be changed within"):
+        configfile.edited_apart(WRITTEN, {"drain_s": 1})
+
+
 def test_taking_out_what_was_put_in_gives_the_settings_of_before() -> None:
     made = configfile.edited(WRITTEN, {"drain_s": 1, "kv_bits.org/a": 4})
     assert tomllib.loads(configfile.edited(made, {}, ["drain_s", "kv_bits.org/a"])) == tomllib.loads(WRITTEN)

@@ -173,6 +173,15 @@ def test_a_preload_whose_worker_dies_is_loaded_again_as_its_breaker_allows() -> 
     assert [later - before for before, later in itertools.pairwise(starts)] == [0, 0, 5, 10, 20]
 
 
+def test_a_preload_that_was_not_here_is_loaded_once_it_is() -> None:
+    bench = Bench()
+    bench.configure(preload=(MODEL,))
+    bench.tell(ev.Preload(MODEL))
+    assert not bench.said
+    bench.fetched(bench.fetch())
+    assert bench.one(do.StartWorker).model == MODEL
+
+
 def test_a_preload_that_cannot_be_loaded_is_said_once() -> None:
     bench = bench_with(MODEL, need=10)
     bench.configure(preload=(MODEL,))

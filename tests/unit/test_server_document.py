@@ -146,7 +146,7 @@ def test_it_describes_every_method_of_version_1(discovered: dict[str, Any]) -> N
     now = (
         "hello ping status stats metrics shutdown rpc.discover "
         "config.get config.set config.reload personas.list "
-        "models.list models.get models.load models.unload models.acquire "
+        "models.list models.get models.story models.load models.unload models.acquire "
         "models.release models.plan models.download models.delete models.verify models.catalog jobs.list jobs.get "
         "jobs.wait jobs.cancel cache.list cache.clear process chat tokens.count tokens.encode tokens.decode embed "
         "cancel events.subscribe "
@@ -164,6 +164,7 @@ def test_its_schemas_accept_what_the_daemon_sends(discovered: dict[str, Any]) ->
             asked: dict[str, Any] = {
                 "hello": {"protocol": [1, 1], "client": {"name": "x"}},
                 "status": None,
+                "models.story": None,
                 "stats": {"model": "fake/model"},
                 "metrics": None,
                 "models.list": None,

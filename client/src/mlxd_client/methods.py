@@ -52,6 +52,8 @@ from .types import (
     Model,
     ModelParams,
     ModelsResult,
+    ModelStory,
+    OptionalModelParams,
     PersonasResult,
     Plan,
     PlanParams,
@@ -60,6 +62,7 @@ from .types import (
     Stats,
     StatsParams,
     Status,
+    StoriesResult,
     TextPart,
     TokensParams,
     TokensResult,
@@ -345,6 +348,12 @@ class Methods:
         return Request("models.get", ModelParams(model=model), Model, wait_s)
 
     @remote
+    def stories(self, model: str | None = None, *, wait_s: Wait = UNSET) -> Request[list[ModelStory]]:
+        """The last changes of state of a model, or of all, each with its cause. Raises ModelNotFound."""
+        params = None if model is None else OptionalModelParams(model=model)
+        return Request("models.story", params, StoriesResult, wait_s, pick=_stories)
+
+    @remote
     def load(
         self,
         model: str,
@@ -585,6 +594,10 @@ class Methods:
 
 def _nothing(result: Any) -> None:
     return None
+
+
+def _stories(result: StoriesResult) -> list[ModelStory]:
+    return result.stories
 
 
 def _exposition(result: MetricsResult) -> str:

@@ -449,8 +449,17 @@ export interface ModelStats {
   speculation?: SpeculationTotals;
 }
 
+export interface ModelStory {
+  model: string;
+  steps: StoryStep[];
+}
+
 export interface ModelsResult {
   models: Model[];
+}
+
+export interface OptionalModelParams {
+  model?: string;
 }
 
 export interface Persona {
@@ -632,6 +641,7 @@ export interface Status {
   memory: Memory;
   workers: WorkerHealth[];
   draining?: boolean;
+  activated?: boolean;
   config_error?: ErrorObject;
 }
 
@@ -643,6 +653,17 @@ export interface StatusModels {
 export interface StatusQueue {
   waiting: number;
   running: number;
+}
+
+export interface StoriesResult {
+  stories: ModelStory[];
+}
+
+export interface StoryStep {
+  at: number;
+  cause: string;
+  source: "Downloaded" | "Downloading" | "Loading" | "NotDownloaded" | "Ready";
+  target: "Downloaded" | "Downloading" | "Loading" | "NotDownloaded" | "Ready";
 }
 
 export interface Stream {
@@ -751,6 +772,7 @@ export interface Methods {
   "rpc.discover": { params: Record<string, never>; result: Record<string, unknown> };
   "models.list": { params: { updates?: boolean }; result: ModelsResult };
   "models.get": { params: { model: string }; result: Model };
+  "models.story": { params: { model?: string }; result: StoriesResult };
   "models.load": { params: { model: string; system?: string; keep_alive?: number; adapter?: string; draft_model?: string }; result: Model };
   "models.unload": { params: { model: string }; result: Model };
   "models.acquire": { params: { model: string }; result: Lease };

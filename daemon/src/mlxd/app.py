@@ -165,6 +165,7 @@ class _Daemon:
             settings, Store(settings.aliases), supervisor, logs.get("mlxd.runtime"), limits=limits, loop=loop
         )
         runtime.on_shutdown = self._stop.set
+        runtime.activated = self._listener.path is None
         runtime.log_lines_dropped = lambda: self._logs.dropped
         live = Live(settings, self._files, self._logs, supervisor, runtime)
         configuration = Configuration(self._loaded, runtime.events.publish, live.take_over, logs.get("mlxd.settings"))

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import tomledit
 from .settings import MAX_FILE_BYTES, SettingsError, name_and_key
 from .wholefiles import write_whole
 
-__all__ = ["edited", "locked", "write"]
+__all__ = ["edited", "edited_apart", "locked", "write"]
 
-LOCK_S = 5.0
+LOCK_S = 3.0
+EDIT_S = 10.0
+# What a Python needs of the environment; nothing there is for others to know, nor makes it do more than it is told.
+_FOR_PYTHON = re.compile(r"^(PYTHON(HOME|PATH|UTF8|HASHSEED|DONTWRITEBYTECODE)|PATH|HOME|LANG|LC_\w+|(LD|DYLD)_\w+)$")
 
 
 def edited(text: str, values: Mapping[str, Any], unset: Sequence[str] = ()) -> str:
@@ -24,80 +32,35 @@ def edited(text: str, values: Mapping[str, Any], unset: Sequence[str] = ()) -> s
     Raises:
         SettingsError: `text` is no TOML, or a value cannot be written as such.
     """
-    import tomllib
+    return _result(tomledit.answer(_order(text, values, unset)))
 
-    # A small library of Python alone, and a megabyte in memory: only who changes a setting pays for it.
-    import tomlkit
-    from tomlkit.exceptions import TOMLKitError
 
+def edited_apart(text: str, values: Mapping[str, Any], unset: Sequence[str] = ()) -> str:
+    """The same by a process of its own, for a daemon: what reading and writing TOML takes is given back with it, and
+    nobody waits for the interpreter meanwhile. Takes at most `EDIT_S` seconds."""
+    command = [sys.executable, "-m", "mlxd.tomledit"]
+    env = {name: value for name, value in os.environ.items() if _FOR_PYTHON.match(name)} | {"PYTHONSAFEPATH": "1"}
     try:
-        wanted = tomllib.loads(text)
-        document = tomlkit.parse(text)
-        for target in (wanted, document):
-            for name in unset:
-                _take_out(target, *name_and_key(name))
-            for name, value in values.items():
-                _put_in(target, *name_and_key(name), value)
-        made = document.as_string()
-        size = len(made.encode())
-        same = size > MAX_FILE_BYTES or tomllib.loads(made) == wanted
-    except (tomllib.TOMLDecodeError, TOMLKitError, RecursionError, ValueError, TypeError) as error:
-        raise SettingsError(f"config.toml cannot be changed: {error}") from None
-    if size > MAX_FILE_BYTES:
-        raise SettingsError(f"config.toml would be larger than {MAX_FILE_BYTES} bytes")
-    if not same:
-        raise SettingsError("config.toml is written in a way that cannot be changed here: edit it by hand")
-    return made
+        order = json.dumps(_order(text, values, unset)).encode()
+        done = subprocess.run(command, input=order, capture_output=True, env=env, timeout=EDIT_S, check=True)
+        return _result(json.loads(done.stdout))
+    except subprocess.TimeoutExpired:
+        raise SettingsError(f"config.toml could not be changed within {EDIT_S:g} s") from None
+    except (OSError, subprocess.CalledProcessError, TypeError, ValueError) as error:
+        raise SettingsError(f"config.toml could not be changed: {error}") from None
 
 
-def _take_out(target: Any, name: str, key: str | None) -> None:
-    if key is None:
-        _remove(target, name)
-    elif isinstance(table := target.get(name), dict):
-        _remove(table, key)
-        if not table:
-            _remove(target, name)
+def _order(text: str, values: Mapping[str, Any], unset: Sequence[str]) -> dict[str, Any]:
+    return {
+        "text": text, "most_bytes": MAX_FILE_BYTES, "unset": [name_and_key(name) for name in unset],
+        "values": [(*name_and_key(name), value) for name, value in values.items()],
+    }  # fmt: skip
 
 
-def _remove(table: Any, key: str) -> None:
-    """Take an entry out of a table, or of tomlkit's likeness of one. To that, comments above the next table belong to
-    the one before, and would go with it."""
-    from tomlkit.container import Container
-    from tomlkit.items import Whitespace
-
-    if key not in table:
-        return
-    container = table if isinstance(table, Container) else getattr(table, "value", None)
-    if not isinstance(container, Container):
-        del table[key]
-        return
-    places = [at for at, (known, _) in enumerate(container.body) if known is not None and known.key == key]
-    tail = _tail(container.body[places[-1]][1])
-    table.remove(key)
-    if "#" in tail:
-        container.body[places[-1]] = (None, Whitespace(tail))
-
-
-def _tail(item: Any) -> str:
-    """What stands behind the last entry of a table."""
-    from tomlkit.items import AbstractTable, InlineTable
-
-    tail = ""
-    if isinstance(item, AbstractTable) and not isinstance(item, InlineTable):
-        for key, one in reversed(item.value.body):
-            if key is not None:
-                return _tail(one) + tail
-            tail = one.as_string() + tail
-    return tail
-
-
-def _put_in(target: Any, name: str, key: str | None, value: Any) -> None:
-    if key is None:
-        target[name] = value
-    elif isinstance(table := target.get(name), dict):
-        table[key] = value
-    else:
-        target[name] = {key: value}
+def _result(answer: dict[str, str]) -> str:
+    if "error" in answer:
+        raise SettingsError(f"config.toml cannot be changed: {answer['error']}")
+    return answer["text"]
 
 
 def write(path: Path, text: str) -> None:

@@ -112,7 +112,7 @@ class Configuration:
         """
         values = _judged(values, unset)
         async with self._turn:
-            loaded = await self._on_thread(lambda: _written(self._loaded, values, unset))
+            loaded = await self._on_thread(lambda: _written(self._loaded, values, unset, configfile.edited_apart))
             self._seen = self._fresh = self._look()
             change = self._take_over(loaded, "client")
         change.overridden = _overridden(loaded, (*values, *unset))
@@ -210,18 +210,21 @@ def shown(loaded: Loaded, name: str) -> types.SettingValue:
 
 def change_file(before: Loaded, values: Mapping[str, Any], unset: Sequence[str] = ()) -> types.ConfigChange:
     """Change the file where no daemon runs. Raises as `Configuration.set`."""
-    loaded = _written(before, _judged(values, unset, NOTHING), unset)
+    loaded = _written(before, _judged(values, unset, NOTHING), unset, configfile.edited)
     names = dict.fromkeys(name_and_key(name)[0] for name in (*values, *unset))
     path = str(config_file(loaded.settings.home))
     return types.ConfigChange(path=path, restart=list(names), overridden=_overridden(loaded, names))
 
 
-def _written(before: Loaded, values: Mapping[str, Any], unset: Sequence[str]) -> Loaded:
+def _written(
+    before: Loaded, values: Mapping[str, Any], unset: Sequence[str],
+    edited: Callable[[str, Mapping[str, Any], Sequence[str]], str],
+) -> Loaded:  # fmt: skip
     """Write the new file, judged as a whole before it is put in its place. Waits for the disk."""
     path = config_file(before.settings.home)
     try:
         with configfile.locked(path.parent):
-            text = configfile.edited(read_file(path), values, unset)
+            text = edited(read_file(path), values, unset)
             loaded = load(before.env, before.flags, text)
             configfile.write(path, text)
     except SettingsError as error:

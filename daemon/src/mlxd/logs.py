@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Mapping, MutableMapping
 from logging.handlers import RotatingFileHandler
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import msgspec
+
+from .redact import TEXT_FIELDS, TOKEN
 
 # structlog imports rich and better_exceptions where it finds them, for tracebacks that nobody here prints. Rich alone
 # would cost the daemon 5 MB and a tenth of a second, so they are hidden while structlog is imported.
@@ -33,13 +34,6 @@ __all__ = ["TEXT_FIELDS", "Log", "LogFile", "Logs", "configure", "get"]
 
 FILE_BYTES = 10_000_000
 FILES_KEPT = 5
-
-# Fields that hold what a user said or a model answered.
-TEXT_FIELDS = frozenset(
-    {"prompt", "text", "system", "messages", "content", "answer", "reasoning", "pieces", "invented"}
-)
-# A Hugging Face access token, as it may stand in an error's text.
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 EventDict = MutableMapping[str, Any]
 
@@ -245,4 +239,4 @@ def _as_json(_logger: Any, _method: str, event: Mapping[str, Any]) -> str:
         line = msgspec.json.encode(ordered, enc_hook=str).decode()
     except (TypeError, ValueError, RecursionError):  # keys that are no text, lone surrogates, values inside themselves
         line = json.dumps({str(name): str(value) for name, value in ordered.items()})
-    return _TOKEN.sub("hf_***", line)
+    return TOKEN.sub("hf_***", line)

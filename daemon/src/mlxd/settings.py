@@ -33,6 +33,7 @@ LOG_LEVELS: tuple[LogLevel, ...] = ("debug", "info", "warning", "error")
 # What people write by hand is far below; reading more would hold up whoever waits for it.
 MAX_FILE_BYTES = 256 * 1024
 MEMORY_SHARE = 0.7
+RESERVE_SHARE, MOST_RESERVE_BYTES = 0.1, 2 * 1024**3
 PROMPT_CACHE_SHARE = 0.1
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
@@ -67,8 +68,12 @@ def default_fetcher_command() -> list[str]:
 
 def memory_budget() -> int:
     """Bytes that all models together may take by default: a share of the memory that this process may ever have."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min(physical, _control_group_limit() or physical) * MEMORY_SHARE)
+    return int(_capacity() * MEMORY_SHARE)
+
+
+def memory_reserve() -> int:
+    """Bytes of the system's memory that loads leave to others by default."""
+    return min(int(_capacity() * RESERVE_SHARE), MOST_RESERVE_BYTES)
 
 
 def prompt_cache_budget() -> int:
@@ -76,12 +81,14 @@ def prompt_cache_budget() -> int:
     return int(memory_budget() * PROMPT_CACHE_SHARE)
 
 
-def _control_group_limit() -> int | None:
-    """The limit that a Linux container sets, or None. See cgroup-v2.rst, memory.max."""
-    try:
-        return int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):
-        return None
+def _capacity() -> int:
+    """Bytes of memory that this process and its workers may ever have: the machine's, or its container's."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if sys.platform != "linux":
+        return physical
+    from .measure import this_system
+
+    return min(physical, this_system().read().capacity_bytes or physical)
 
 
 class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -99,8 +106,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         keep_alive: the same for single models, by id. Requests may say otherwise.
         pinned: models that are not unloaded when idle, nor to make room for others that are not pinned. What is asked
             by name is done all the same, and a pinned model that wants room may take another pinned one's.
-        preload: models that are loaded when the daemon starts, in this order, and again where their worker died; they
-            stay by their keep_alive. None is unloaded for them, but for pinned ones.
+        preload: models that are loaded when the daemon starts, in this order, once they are downloaded, and again where
+            their worker died; they stay by their keep_alive. None is unloaded for them, but for pinned ones.
         personas: manners of answering that requests may name, each with a system turn, a model, and options that hold
             where a request says nothing of its own. See personas.md.
         templates: prompts that requests to `process` may name, with placeholders for what they bring. See personas.md.
@@ -108,6 +115,9 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         context_length: how many tokens prompt and answer may have together, for single models by id; it shortens what
             a model's own config says, and never lengthens it.
         memory_budget_bytes: bounds all loaded models together.
+        memory_reserve_bytes: of the memory that the system has left, loads leave so much to others. On Linux less than
+            half of it counts as pressure, and less than a quarter as critical.
+        memory_calm_s: memory pressure is over once there was none for so long.
         prompt_cache_bytes: what prompts and answers that are kept, for requests that begin alike, may hold in one model
             together with those that run; 0 keeps none.
         prompt_disk_cache_bytes: what is kept of prompts on disk, over all models, for after a model was unloaded; never
@@ -131,6 +141,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         heartbeat_s: the longest silence of a child before it counts as hung.
         worker_command: what runs a worker. Tests put a misbehaving one here.
         fetcher_command: what runs a fetcher.
+        system_root: the folder that holds the `proc` and `sys` that memory is measured by. Tests put files of their own
+            there.
         download: what becomes of a request for a model of the hub that is not here: `ask` refuses it and tells what
             the download would take, `auto` downloads first, `never` asks nobody. Downloads that are asked for by name
             are always done, but with `never`.
@@ -158,6 +170,8 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     draft_models: dict[Name, Name] = {}
     context_length: dict[Name, Annotated[int, Meta(ge=8, le=16_777_216)]] = {}
     memory_budget_bytes: Annotated[int, Meta(ge=1)] = msgspec.field(default_factory=memory_budget)
+    memory_reserve_bytes: Annotated[int, Meta(ge=0, le=2**53)] = msgspec.field(default_factory=memory_reserve)
+    memory_calm_s: Seconds = 10.0
     prompt_cache_bytes: Annotated[int, Meta(ge=0, le=2**53)] = msgspec.field(default_factory=prompt_cache_budget)
     prompt_disk_cache_bytes: Annotated[int, Meta(ge=0, le=2**53)] = 4 * 1024**3
     kv_bits: dict[Name, Literal[4, 8]] = {}
@@ -177,6 +191,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     heartbeat_s: Seconds = 15.0
     worker_command: Annotated[list[Name], Meta(min_length=1)] = msgspec.field(default_factory=default_worker_command)
     fetcher_command: Annotated[list[Name], Meta(min_length=1)] = msgspec.field(default_factory=default_fetcher_command)
+    system_root: Annotated[str, Meta(pattern=r"^/[^\0]*$", max_length=4096)] = "/"
     download: Literal["ask", "auto", "never"] = "ask"
     downloads: Annotated[int, Meta(ge=1, le=64)] = 2
     download_connections: Annotated[int, Meta(ge=1, le=8)] = 8
@@ -299,7 +314,7 @@ _ENTRIES: dict[str, Any] = {name: get_args(kind)[1] for name, kind in _TYPES.ite
 
 # When a change takes effect, where that is not at once: see Applies in the wire's types.
 _APPLIES: dict[str, Applies] = {
-    "home": "restart", "socket": "restart",
+    "home": "restart", "socket": "restart", "system_root": "restart",
     "write_stall_s": "connection",
     "draft_models": "load", "context_length": "load", "prompt_cache_bytes": "load", "prompt_disk_cache_bytes": "load",
     "kv_bits": "load", "max_batch": "load", "blas": "load", "ready_s": "load", "load_s": "load", "heartbeat_s": "load",

@@ -99,6 +99,11 @@ class WorkerLink:
             self._load.kv_bytes = kv_bytes
             self.child.notify("allow", {"kv_bytes": kv_bytes})
 
+    def trim(self, keep: float) -> None:
+        """Have it give back memory that no request needs; of what is kept of prompts, this share may stay."""
+        if self.child is not None and self.loaded is not None:
+            self.child.notify("trim", {"keep": keep})
+
     def ask(self, method: str, params: Any, answer: Answered, characters: int = 0) -> int:
         """Ask for what is no generation; `answer` is called once, with the result or an error.
 

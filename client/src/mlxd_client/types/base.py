@@ -14,6 +14,8 @@ MAX_INTEGER = 2**53
 
 ModelState = Literal["NotDownloaded", "Downloading", "Downloaded", "Loading", "Ready"]
 PressureLevel = Literal["normal", "warning", "critical"]
+# What was done about a worker that holds more than its share.
+ExcessStep = Literal["reported", "trimmed", "recycled"]
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 FINISH_REASONS: tuple[str, ...] = ("stop", "length", "tool_calls", "cancelled")
 

@@ -52,7 +52,7 @@ class Since(Params, kw_only=True):
 
 
 class SubscribeParams(Params, kw_only=True):
-    """`topics` holds topics or event names (see EVENT_TOPICS); `models` ids. Unset means all."""
+    """`topics` holds topics or names of single events; `models` ids. Unset means all."""
 
     topics: Annotated[list[str], Meta(min_length=1, max_length=64)] | UnsetType = UNSET
     models: Annotated[list[ModelRef], Meta(min_length=1, max_length=256)] | UnsetType = UNSET

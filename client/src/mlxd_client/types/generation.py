@@ -62,7 +62,13 @@ Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 class Options(Params, kw_only=True):
     """What requests may say of how they are answered, and personas by default. Unset means: the model's own default,
-    else the daemon's.
+    else the daemon's: `temperature` 0.7, `top_p` 0.8, `repetition_penalty` 1.15, `thinking` off, `max_tokens` 150 for
+    `process` and 2,048 for `chat`.
+
+    `timeout_s` is the deadline of the whole request, waiting and loading included. `keep_alive`: for how many seconds
+    the model stays loaded afterwards; -1 for ever, 0 not at all. `cache_prompt` false neither uses nor keeps what was
+    computed of prompts. `stop` ends the answer before any of these texts. `logprobs` adds each token's log probability,
+    and so many alternatives. `logit_bias` adds to the scores of tokens, by their numbers.
 
     `schema` makes the answer JSON that fits a JSON Schema; true stands for any JSON. `grammar` makes it fit a grammar
     in the dialect of Lark that llguidance reads. They are enforced token by token; at most one of them can be given.
@@ -120,8 +126,9 @@ class Options(Params, kw_only=True):
 
 
 class GenerateParams(Options, kw_only=True):
-    """The options that `process` and `chat` share. `persona` names one of the settings: its system turn, its model and
-    its options hold where the request says nothing of its own."""
+    """The options that `process` and `chat` share. `stream` sends the answer as it is made. `priority` `batch` makes
+    way for `interactive`. `persona` names one of the settings: its system turn, its model and its options hold where
+    the request says nothing of its own."""
 
     stream: bool = False
     priority: Literal["interactive", "batch"] = "interactive"

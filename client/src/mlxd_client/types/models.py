@@ -80,6 +80,26 @@ class LoadParams(Params, kw_only=True):
     draft_model: ModelRef | UnsetType = UNSET
 
 
+class StoryStep(Result, kw_only=True):
+    """`cause` happened to a model in state `source`, and it was in `target` from then on."""
+
+    at: float
+    cause: str
+    source: ModelState
+    target: ModelState
+
+
+class ModelStory(Result, kw_only=True):
+    """The last steps of one model, oldest first."""
+
+    model: str
+    steps: list[StoryStep]
+
+
+class StoriesResult(Result, kw_only=True):
+    stories: list[ModelStory]
+
+
 class ListParams(Params, kw_only=True):
     """`updates` asks the hub for each model's newest revision first; what it does not answer is left out."""
 

@@ -56,8 +56,9 @@ class ModelStats(Result, kw_only=True):
     last second or so, and in the last ten.
 
     `load_failures` are by kind of error; `unloads` by reason: `asked`, `idle`, `room` (it was evicted for another
-    model), `cancelled`, `load_failed`, `stopping`, `pressure`; `deaths` of workers by cause: `exit`, `hang`, `garbage`,
-    `never_ready`, `spawn_failed`, or the name of a signal.
+    model), `cancelled`, `load_failed`, `stopping`, `pressure` (the machine was short of memory), `recycled` (it held
+    more than its share); `deaths` of workers by cause: `exit`, `hang`, `garbage`, `never_ready`, `spawn_failed`, or the
+    name of a signal.
     """
 
     model: str

@@ -64,6 +64,8 @@ class WorkerHealth(Result, kw_only=True):
 
 
 class Status(Result, kw_only=True):
+    """`activated`: launchd or systemd holds the socket, and started the daemon for its first client."""
+
     """`config_error`: the settings' file cannot be used as it is now, and what it said before stands."""
 
     version: str
@@ -77,4 +79,5 @@ class Status(Result, kw_only=True):
     memory: Memory
     workers: list[WorkerHealth]
     draining: bool = False
+    activated: bool = False
     config_error: ErrorObject | None = None

@@ -19,7 +19,7 @@ InputText = Annotated[str, Meta(max_length=MAX_TEXT_CHARACTERS)]
 
 class EncodeParams(Params, kw_only=True):
     """`special` adds what the tokenizer puts around a text, such as a token for its beginning. `pieces` asks for each
-    token's own text, too. At most MAX_LISTED (120,000) tokens and pieces together are listed; a longer text is refused
+    token's own text, too. At most 120,000 tokens and pieces together are listed; a longer text is refused
     with its number."""
 
     text: InputText

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from .output import Output
 
-__all__ = ["Display", "display"]
+__all__ = ["Display", "display", "figures_of", "fraction_of", "phase_of"]
 
 _PHASES = {
     "queued": "waiting for its turn",
@@ -59,10 +59,10 @@ class Bar:
 
     def show(self, job: Job) -> None:
         progress = self._progress or self._start(job)
-        fraction = _fraction(job)
+        fraction = fraction_of(job)
         progress.update(
             progress.task_ids[0], completed=fraction or 0.0, total=None if fraction is None else 1.0,
-            phase=_phase(job), far="" if fraction is None else f"{fraction:.0%}", told="  ".join(_figures(job)),
+            phase=phase_of(job), far="" if fraction is None else f"{fraction:.0%}", told="  ".join(figures_of(job)),
         )  # fmt: skip
         progress.refresh()
 
@@ -97,34 +97,34 @@ class Lines:
         self._told: tuple[int, int] | None = None
 
     def show(self, job: Job) -> None:
-        step = int((_fraction(job) or 0.0) * 100 + 1e-9) // _STEP
+        step = int((fraction_of(job) or 0.0) * 100 + 1e-9) // _STEP
         if self._told is None:
             self._output.note(f"downloading {job.model or 'a model'}: job {job.job}")
         elif step <= self._told[0] and job.attempts <= self._told[1]:
             return
         else:
-            tenth = [] if _fraction(job) is None else [f"{step * _STEP}%"]
-            self._output.note(", ".join([_phase(job), *tenth, *_figures(job)]))
+            tenth = [] if fraction_of(job) is None else [f"{step * _STEP}%"]
+            self._output.note(", ".join([phase_of(job), *tenth, *figures_of(job)]))
         self._told = (step, job.attempts)
 
     def close(self) -> None:
         pass
 
 
-def _fraction(job: Job) -> float | None:
+def fraction_of(job: Job) -> float | None:
     """How much of it is done, 0 to 1; None as long as nobody knows how much it is."""
     if job.total_bytes and job.done_bytes is not None:
         return min(1.0, job.done_bytes / job.total_bytes)
     return job.progress
 
 
-def _phase(job: Job) -> str:
-    phase = job.phase or ("queued" if job.state == "queued" else "downloading")
+def phase_of(job: Job) -> str:
+    phase = job.phase or ("downloading" if job.kind == "download" and job.state != "queued" else job.state)
     attempt = f", attempt {job.attempts}" if job.attempts > 1 else ""
     return _PHASES.get(phase, safe(phase)) + attempt
 
 
-def _figures(job: Job) -> list[str]:
+def figures_of(job: Job) -> list[str]:
     """Bytes of bytes, bytes a second, and the time left, as far as they are known."""
     told = []
     if job.done_bytes is not None and job.total_bytes:

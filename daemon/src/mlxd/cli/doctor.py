@@ -25,11 +25,17 @@ if TYPE_CHECKING:
 # Importing MLX and asking the hub each get this long, in seconds.
 ENGINE_S, HUB_S = 60.0, 10.0
 LEAST_FREE_BYTES = 5_000_000_000
+LEAST_OWN_BYTES = 100_000_000
 _ENGINE = """
 import mlx.core as mx
 one = mx.ones((2, 2)) @ mx.ones((2, 2))
 assert one.tolist() == [[2, 2], [2, 2]]
-print(mx.default_device())
+try:
+    facts = mx.device_info()
+except Exception:  # a device that has nothing to say of itself
+    facts = {}
+name, most = facts.get("device_name", ""), int(facts.get("max_recommended_working_set_size", 0))
+print(mx.default_device(), name, most, sep="\\t")
 """
 _HUB = """
 import sys, urllib.request
@@ -38,7 +44,8 @@ if constants.HF_HUB_OFFLINE:
     print("offline")
     sys.exit()
 urllib.request.urlopen(constants.ENDPOINT + "/api/models?limit=1", timeout=float(sys.argv[1])).read(1)
-print(constants.ENDPOINT)
+import huggingface_hub
+print(constants.ENDPOINT, "answers;", "with" if huggingface_hub.get_token() else "without", "a token")
 """
 
 
@@ -60,20 +67,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def doctor(args: argparse.Namespace, output: Output) -> int:
-    from mlxd import settings as all_settings
-
-    findings = [_python(), _packages(), _engine()]
-    try:
-        loaded = all_settings.load()
-    except all_settings.SettingsError as error:
-        findings.append(_failed("settings", str(error), "correct it; `mlxd config` shows the others"))
-    else:
-        changed = [name for name, origin in loaded.origins.items() if origin.kind != "default"]
-        told = f"changed: {', '.join(changed)}" if changed else "all at their default"
-        findings.append(Finding(check="settings", state="ok", told=told))
-        checks: tuple[Callable[[Settings], Finding], ...] = (_home, _daemon, _service, _disk, _memory)
-        findings += [check(loaded.settings) for check in checks]
-    findings.append(_hub())
+    findings = examine()
     if output.json:
         output.document([finding._asdict() for finding in findings])
     else:
@@ -82,6 +76,29 @@ def doctor(args: argparse.Namespace, output: Output) -> int:
             if finding.advice:
                 output.line(f"{finding.check}: {finding.advice}")
     return FAILED if any(finding.state == "failed" for finding in findings) else OK
+
+
+def examine() -> list[Finding]:
+    """Every check, in the order in which they build on each other."""
+    from mlxd import settings as all_settings
+    from mlxd_client.errors import MlxdError
+
+    engine, gpu = _engine()
+    findings = [_python(), _packages(), engine, *([] if gpu is None else [gpu])]
+    try:
+        loaded = all_settings.load()
+    except MlxdError as error:  # also a path that no socket can have
+        findings.append(_failed("settings", str(error), "correct it; `mlxd config` shows the others"))
+    else:
+        changed = [name for name, origin in loaded.origins.items() if origin.kind != "default"]
+        told = f"changed: {', '.join(changed)}" if changed else "all at their default"
+        findings.append(Finding(check="settings", state="ok", told=told))
+        checks: tuple[Callable[[Settings], Finding], ...] = (
+            _home, _files, _socket, _daemon, _service, _disk, _memory,
+        )  # fmt: skip
+        findings += [check(loaded.settings) for check in checks]
+    findings.append(_hub())
+    return findings
 
 
 def _ok(check: str, told: str) -> Finding:
@@ -100,6 +117,9 @@ def _python() -> Finding:
     found = ".".join(map(str, sys.version_info[:3]))
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         return _failed("python", found, "install mlxd with Python 3.11, 3.12 or 3.13")
+    if sys.platform == "darwin" and os.uname().machine != "arm64":
+        told = f"{found}, built for Intel and run by Rosetta"
+        return _failed("python", told, "install mlxd with an arm64 Python: MLX needs one")
     return _ok("python", f"{found}, {sys.executable}")
 
 
@@ -117,16 +137,31 @@ def _packages() -> Finding:
     return _ok("packages", ", ".join(found))
 
 
-def _engine() -> Finding:
-    """MLX is tried in a process of its own: it may end it."""
+def _engine() -> tuple[Finding, Finding | None]:
+    """MLX is tried in a process of its own: it may end it. Returns what it says of the GPU, too, where it runs."""
     status, told = _run(_ENGINE, ENGINE_S)
-    if status != 0:
-        return _failed("engine", f"MLX does not run: {told}", "install mlx anew; on a Mac it needs macOS 14 or later")
-    if sys.platform == "linux" and "cpu" in told and shutil.which("g++") is None:
-        return _warning(
-            "engine", f"{told}, without g++", "install g++: MLX compiles its kernels with it, and is faster so"
-        )
-    return _ok("engine", told)
+    device, _, facts = told.partition("\t")
+    if status != 0 or not facts:
+        advice = "install mlx anew; on a Mac it needs macOS 14 or later"
+        return _failed("engine", f"MLX does not run: {told}", advice), None
+    gpu = _gpu(device, *facts.split("\t"))
+    if sys.platform == "linux" and "cpu" in device and shutil.which("g++") is None:
+        advice = "install g++: MLX compiles its kernels with it, and is faster so"
+        return _warning("engine", f"{device}, without g++", advice), gpu
+    return _ok("engine", device), gpu
+
+
+def _gpu(device: str, name: str, most: str) -> Finding:
+    """Args:
+    most: bytes that the system would have the GPU use at most; 0 where that is not known.
+    """
+    if "gpu" in device:
+        room = f", {int(most) / 1e9:.0f} GB of memory at most" if int(most) else ""
+        return _ok("gpu", (name or "found") + room)
+    if sys.platform == "darwin":
+        told = "MLX computes on the processor, many times slower"
+        return _warning("gpu", told, "in a virtual machine there is no GPU; elsewhere install mlx anew")
+    return _ok("gpu", "none is used: on Linux models run on the processor")
 
 
 def _home(settings: Settings) -> Finding:
@@ -143,6 +178,52 @@ def _home(settings: Settings) -> Finding:
         told = f"{settings.home} is open to others (mode {stat.S_IMODE(found.st_mode):o})"
         return _warning("home", told, "the daemon closes it when it starts; `chmod 700` does so now")
     return _ok("home", settings.home)
+
+
+def _files(settings: Settings) -> Finding:
+    """What lies in the home folder, and whether the daemon can use it and others cannot."""
+    if not os.path.isdir(settings.home):
+        return _ok("files", "none yet")
+    mine, wrong = os.geteuid(), []
+    for name in ("", "config.toml", "logs", "logs/mlxd.log", "run", "cache", "downloads.json"):
+        path = os.path.join(settings.home, name)
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            wrong.append(f"{name or 'the folder'} ({error.strerror})")
+            continue
+        if found.st_uid != mine:
+            wrong.append(f"{name or 'the folder'} (another user's)")
+        elif not os.access(path, os.R_OK if name == "config.toml" else os.R_OK | os.W_OK):
+            wrong.append(f"{name or 'the folder'} (no permission)")
+        elif found.st_mode & 0o022 and name:
+            wrong.append(f"{name} (others may write it)")
+    if wrong:
+        return _failed("files", f"in {settings.home}: {', '.join(wrong)}", "make them yours alone: chown, chmod go-w")
+    return _ok("files", "yours, and nobody else's to write")
+
+
+def _socket(settings: Settings) -> Finding:
+    path = settings.socket
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        folder = os.path.dirname(path)
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
+            return _failed("socket", f"{folder} cannot be written", "set MLXD_SOCKET to a place that you can write")
+        return _ok("socket", f"{path}, not there yet")
+    except OSError as error:
+        return _failed("socket", f"{path}: {error.strerror}", "set MLXD_SOCKET to a place that you can use")
+    if not stat.S_ISSOCK(found.st_mode):
+        return _failed("socket", f"{path} is no socket", "move it away, or set MLXD_SOCKET to another place")
+    if found.st_uid != os.geteuid():
+        return _failed("socket", f"{path} is another user's", "set MLXD_SOCKET to another place")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        told = f"{path} is open to others (mode {stat.S_IMODE(found.st_mode):o})"
+        return _warning("socket", told, "`mlxd stop`: the next daemon makes it anew; others are refused all the same")
+    return _ok("socket", f"{path}, yours alone")
 
 
 def _daemon(settings: Settings) -> Finding:
@@ -197,6 +278,10 @@ def _disk(settings: Settings) -> Finding:
     told = f"{free / 1e9:.0f} GB free for models in {folder}"
     if not os.access(there, os.W_OK):
         return _failed("disk", f"{folder} cannot be written", "set HF_HOME or HF_HUB_CACHE to a folder that can")
+    own = settings.home if os.path.isdir(settings.home) else os.path.dirname(settings.home)
+    if os.path.isdir(own) and shutil.disk_usage(own).free < LEAST_OWN_BYTES:
+        told += f"; next to none for logs in {settings.home}"
+        return _failed("disk", told, "make room there: the daemon cannot keep what it has to remember")
     if free < LEAST_FREE_BYTES:
         return _warning("disk", told, "`mlxd list` shows what models take, `mlxd rm` deletes them")
     return _ok("disk", told)
@@ -217,7 +302,7 @@ def _hub() -> Finding:
     if status == 0 and told == "offline":
         return _ok("hub", "not asked: HF_HUB_OFFLINE is set")
     if status == 0:
-        return _ok("hub", f"{told} answers")
+        return _ok("hub", told)
     return _warning(
         "hub", f"cannot be reached: {told}", "downloads will fail; check the network, HF_ENDPOINT and proxies"
     )

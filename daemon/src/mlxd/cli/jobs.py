@@ -73,7 +73,7 @@ def _show(found: list[Job], output: Output) -> None:
         if job.total_bytes is not None:
             done = f"{done} of {bytes_text(job.total_bytes)}".strip()
         error = "" if job.error is None else f"{job.error.kind}: {job.error.message}"
-        rows.append((job.job, job.kind, job.model or "-", _state(job), done or "-", _when(job), error))
+        rows.append((job.job, job.kind, job.model or "-", state_text(job), done or "-", _when(job), error))
     header = ["JOB", "KIND", "MODEL", "STATE", "DONE", "BEGUN", "ERROR"]
     if not any(row[-1] for row in rows):
         header.pop()
@@ -81,7 +81,7 @@ def _show(found: list[Job], output: Output) -> None:
     output.table(header, rows)
 
 
-def _state(job: Job) -> str:
+def state_text(job: Job) -> str:
     if job.state != "running":
         return job.state
     far = "" if job.progress is None else f" {job.progress:.0%}"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from mlxd import __version__
 
 from . import (
+    bugreport,
     cache,
     chat,
     completion,
@@ -23,6 +24,8 @@ from . import (
     personas,
     service,
     stats,
+    status,
+    top,
     watch,
 )  # fmt: skip
 from .common import HelpFormatter
@@ -42,7 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mlxd {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for group in (
-        generate, chat, personas, models, hub, jobs, cache, watch, stats, service, manage, config, doctor, completion,
+        generate, chat, personas, models, hub, jobs, cache, watch, top, stats, status, service, manage, config,
+        doctor, bugreport, completion,
     ):  # fmt: skip
         group.register(commands)
     return parser

@@ -120,20 +120,27 @@ def _show_loaded(models: list[Model], output: Output) -> None:
     from .output import bytes_text
 
     rows = [
-        (model.id, _state(model), bytes_text(model.memory_bytes), str(model.active), str(model.waiting), _stays(model))
+        (
+            model.id,
+            state_text(model),
+            bytes_text(model.footprint_bytes or model.memory_bytes),
+            str(model.active),
+            str(model.waiting),
+            stays_text(model),
+        )
         for model in models
     ]
     output.table(("MODEL", "STATE", "MEMORY", "ACTIVE", "WAITING", "UNLOADS"), rows, right=frozenset({2, 3, 4}))
 
 
-def _state(model: Model) -> str:
+def state_text(model: Model) -> str:
     """The state, and how far it got."""
     if model.state == "Loading" and model.progress is not None:
         return f"{model.state} {model.progress:.0%}"
     return f"{model.state}, {model.phase}" if model.phase not in (None, "loading") else model.state
 
 
-def _stays(model: Model) -> str:
+def stays_text(model: Model) -> str:
     """When the model goes if nobody uses it."""
     from .output import seconds_text
 

@@ -11,8 +11,6 @@ from .common import Commands, add_command, connect
 from .exits import FAILED, OK, USAGE
 
 if TYPE_CHECKING:
-    from mlxd_client.types import Status
-
     from .output import Output
 
 
@@ -41,8 +39,6 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
         help="any setting of config.toml, e.g. --set keep_alive_s=60; may be repeated",
     )  # fmt: skip
-
-    add_command(commands, "status", status, "show how the daemon is doing")
 
     parser = add_command(commands, "stop", stop, "stop the daemon, once running requests are done or out of time")
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="how long to wait (default: 60)")
@@ -85,39 +81,6 @@ def _join(args: argparse.Namespace, output: Output) -> int:
         return USAGE
     sidecar.join(reach(args.socket))
     return OK
-
-
-def status(args: argparse.Namespace, output: Output) -> int:
-    with connect(args) as client:
-        answer = client.status()
-    if output.json:
-        output.document(answer)
-    else:
-        output.table((), _status_rows(answer))
-    return OK
-
-
-def _status_rows(answer: Status) -> list[tuple[str, str]]:
-    from .output import bytes_text, seconds_text
-
-    memory = answer.memory
-    rows = [
-        ("mlxd", f"{answer.version}, process {answer.pid}, up {seconds_text(answer.uptime_s)}"
-                 + (", stopping" if answer.draining else "")),
-        ("memory", f"{bytes_text(answer.rss_bytes)} itself, models {bytes_text(memory.used_bytes)} "
-                   f"of {bytes_text(memory.budget_bytes)}"),
-        ("models", f"{answer.models.loaded} loaded of {answer.models.known} known"),
-        ("requests", f"{answer.queue.running} running, {answer.queue.waiting} waiting"),
-        ("clients", f"{answer.clients}, of them {answer.subscribers} subscribed to events"),
-    ]  # fmt: skip
-    for worker in answer.workers:
-        told = f"{worker.model}: died {worker.deaths} times"
-        if worker.last_death is not None:
-            told += f", last: {worker.last_death.message}"
-        if worker.breaker != "closed":
-            told += f"; not started again for {seconds_text((worker.retry_at or time.time()) - time.time())}"
-        rows.append(("worker", told))
-    return rows
 
 
 def stop(args: argparse.Namespace, output: Output) -> int:

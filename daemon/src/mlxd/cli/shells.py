@@ -125,6 +125,8 @@ def zsh(commands: list[Described]) -> str:
             value = f":value:{action(word)}" if word.takes_value else ""
             specs += [f"'*{flag}[{quoted(word.help)}]{value}'" for flag in word.flags]
         for number, word in enumerate(command.positionals, 1):
+            if not word.values:
+                continue  # zsh would show what it is for in place of completing options
             place = "*" if len(command.positionals) == 1 else str(number)
             specs.append(f"'{place}:{quoted(word.help or 'argument')}:{action(word)}'")
         cases.append(f"        {command.name}) _arguments {' '.join(specs)} ;;")

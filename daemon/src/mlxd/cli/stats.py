@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,11 @@ from .common import Commands, add_command, connect, model_ref
 from .exits import OK
 
 if TYPE_CHECKING:
-    from mlxd_client.types import Distribution, ModelStats
+    from mlxd_client.types import Distribution, ModelStats, Stats
 
     from .output import Output
 
+_ANSWERED = frozenset({"stop", "length", "tool_calls", "done"})
 _Told = Callable[[float], str]
 _TIMES = (("queue", "queue_s"), ("load", "load_s"), ("first token", "first_token_s"), ("total", "total_s"))
 
@@ -45,6 +47,16 @@ def stats(args: argparse.Namespace, output: Output) -> int:
         output.table((), [("  " + name, told) for name, told in _counts(model)])
         _show_times(model, output)
     return OK
+
+
+def totals(stats: Stats) -> tuple[int, int, int]:
+    """Requests over all models: answered, failed, cancelled."""
+    ended: Counter[str] = Counter()
+    for model in stats.models:
+        for by in model.requests.values():
+            ended.update(by)
+    answered = sum(count for outcome, count in ended.items() if outcome in _ANSWERED)
+    return answered, ended.total() - answered - ended["cancelled"], ended["cancelled"]
 
 
 def _counts(model: ModelStats) -> list[tuple[str, str]]:

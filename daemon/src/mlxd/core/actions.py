@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from mlxd_client.errors import RpcError
 from mlxd_client.types import ErrorObject, Job, Model
@@ -19,7 +20,7 @@ class StartWorker:
 @dataclass(frozen=True, slots=True)
 class StopWorker:
     """Ask the worker to go, and see to it; WorkerExited will follow. Said once per worker. `why` is for the statistics:
-    `asked`, `idle`, `room` (another model needs it), `cancelled`, `load_failed`, `stopping`."""
+    `asked`, `idle`, `room` (another model needs it), `cancelled`, `load_failed`, `stopping`, `pressure`, `recycled`."""
 
     worker: int
     why: str = field(default="asked", compare=False)
@@ -75,6 +76,7 @@ class Publish:
     progress: float | None = None
     error: ErrorObject | None = None
     rid: int | None = None
+    details: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,20 @@ class Prune:
     revisions: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Measure memory now; Measured will follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """Have the worker give back memory that no request needs: of what is kept of prompts, this share may stay."""
+
+    worker: int
+    keep: float
+
+
 Action = (
     StartWorker | StopWorker | Dispatch | CancelOnWorker | Deliver | Answer | Fail | Publish | StartFetcher
-    | StopFetcher | Started | DeleteFiles | Deleted | DiscardPartial | Prune
+    | Measure | Trim | StopFetcher | Started | DeleteFiles | Deleted | DiscardPartial | Prune
 )  # fmt: skip

@@ -6,7 +6,7 @@ Each change keeps the books true in themselves; what follows from it for others 
 from __future__ import annotations
 
 from collections import deque
-from typing import Literal
+from typing import Any, Literal
 
 from mlxd_client.errors import ModelBusy, RpcError
 from mlxd_client.types import ErrorObject
@@ -56,6 +56,7 @@ class Book:
         self.draining = False
         self.touched: dict[str, None] = {}
         self.out: list[do.Action] = []
+        self.reshare = False  # what workers may take has to be said anew
         self.seq = 0
         self._job_prefix = job_prefix
         self._loads_made = 0
@@ -89,6 +90,8 @@ class Book:
         news = facts != known or (record.need_bytes, record.context_length) != needs
         record.source, record.revision, record.size_bytes, record.kind = facts
         if record.worker is None:
+            if needs[0] != record.need_bytes:
+                record.learned_bytes = 0
             record.need_bytes, record.context_length = needs
         else:
             record.later = needs
@@ -102,11 +105,14 @@ class Book:
         self.publish(transition.event, record, error=error)
 
     def publish(
-        self, name: str, record: ModelRecord, *, progress: float | None = None, error: ErrorObject | None = None
-    ) -> None:
+        self, name: str, record: ModelRecord, *, progress: float | None = None, error: ErrorObject | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         view = record.view(self.wall)
         self.touch(record)
-        self.out.append(do.Publish(name, model_id=record.id, model=view, progress=progress, error=error))
+        self.out.append(
+            do.Publish(name, model_id=record.id, model=view, progress=progress, error=error, details=details)
+        )
 
     def forget(self, record: ModelRecord) -> None:
         """Drop a model that is gone from the disk, and that nobody uses or waits for."""
@@ -153,6 +159,8 @@ class Book:
         """A goal's model stands as wished: grant the lease, if one was asked for, and answer."""
         if goal.lease is not None:
             record.leases[goal.lease] = goal.client
+            if goal.asking:
+                record.asking.add(goal.lease)
             record.last_seq = None  # whoever counted on its going must plan anew
         self.touch(record)
         self.out.append(do.Answer(goal.rid, record.view(self.wall)))

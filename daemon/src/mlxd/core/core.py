@@ -32,12 +32,14 @@ from .breaker import BreakerState
 from .deletes import Deletes
 from .downloads import DownloadLine
 from .drafts import Drafts
+from .gauge import Gauge
 from .jobs import DownloadJob
 from .limits import Limits
 from .line import LoadLine
+from .memory import Memory
 from .preloads import Preloads
 from .records import Goal, ModelRecord, Request
-from .room import room_for, shares
+from .room import room_for
 
 __all__ = ["Core", "Limits"]
 
@@ -54,11 +56,13 @@ class Core:
 
     def __init__(self, limits: Limits, *, wall: float = 0.0, job_prefix: str = "load") -> None:
         self._book = book = Book(limits, wall, job_prefix)
-        self._line = line = LoadLine(book)
+        self._gauge = gauge = Gauge(book)
+        self._line = line = LoadLine(book, gauge)
         self._downloads = downloads = DownloadLine(book)
         self._deletes = deletes = Deletes(book, line)
-        self._drafts = drafts = Drafts(book, line)
+        self._drafts = drafts = Drafts(book, line, gauge)
         self._preloads = preloads = Preloads(book, line)
+        self._memory = memory = Memory(book, line, gauge)
         self.wall = wall
         self.models, self.requests, self.goals, self.jobs = book.models, book.requests, book.goals, book.jobs
         self.breakers, self.deaths = self._line.breakers, self._line.deaths
@@ -75,6 +79,7 @@ class Core:
             ev.FetcherExited: downloads.fetcher_exited, ev.Newest: downloads.newest, ev.Delete: deletes.delete,
             ev.FilesDeleted: deletes.files_deleted, ev.Attach: drafts.attach, ev.Attached: drafts.attached,
             ev.Configure: self._configure, ev.Preload: preloads.preload, ev.Adapted: line.adapted,
+            ev.Measured: memory.measured,
         }  # fmt: skip
 
     # --- what the runtime asks ------------------------------------------------------------------------------------
@@ -92,7 +97,8 @@ class Core:
             heapq.heappop(self._deadlines)
         times = (m.idle_deadline for m in self._book.by_worker.values())
         due = [t for t in times if t is not None]
-        due += [t for t in (self._downloads.next_deadline(), self._preloads.next_deadline()) if t is not None]
+        others = (self._downloads, self._preloads, self._gauge)
+        due += [t for t in (one.next_deadline() for one in others) if t is not None]
         if self._deadlines:
             due.append(self._deadlines[0][0])
         return min(due, default=None)
@@ -103,18 +109,29 @@ class Core:
     def snapshot(self) -> types.Snapshot:
         jobs = [j.view(self.wall) for j in self.jobs.values() if j.ended_at is None]
         return types.Snapshot(
-            models=[m.view(self.wall) for m in self.models.values()], jobs=jobs, stopping=self.draining
-        )
+            models=[m.view(self.wall) for m in self.models.values()], jobs=jobs, stopping=self.draining,
+            memory_pressure=self._memory.pressure.level,
+        )  # fmt: skip
 
     def shares(self) -> dict[int, int]:
-        """See room.shares."""
-        return shares(self._book.by_worker.values(), self.limits.budget_bytes)
+        """What each worker may take beyond what its model needs, in bytes, by worker; of those that stay."""
+        workers = self._book.by_worker.items()
+        return {worker: m.allowed_bytes - m.wanted_bytes for worker, m in workers if m.allowed_bytes is not None}
+
+    def memory(self) -> types.Memory:
+        """How memory stands, by the last measurement."""
+        return self._memory.view()
+
+    @property
+    def watchful(self) -> bool:
+        """Whether memory is to be measured again and again: somebody uses it, waits for it, or it is short."""
+        return bool(self._book.by_worker or self._book.pending) or self._memory.pressure.level != "normal"
 
     def room_for(self, model: str, need_bytes: int) -> tuple[int, bool, list[str]]:
         """What loading a model would come to; see room.room_for."""
         return room_for(
             self._book.by_worker.values(), model, need_bytes, self.limits.budget_bytes,
-            pinned=model in self._book.rules.pinned,
+            pinned=model in self._book.rules.pinned, spare_bytes=self._gauge.spare_bytes,
         )  # fmt: skip
 
     def load_s(self, model: str) -> float | None:
@@ -175,6 +192,7 @@ class Core:
     def _configure(self, event: ev.Configure, now: float) -> None:
         book = self._book
         book.limits, book.rules = event.limits, event.rules
+        book.reshare = True
         book.overhang = (self.waiting, self._downloads.fetching)
         for record in self.models.values():
             if book.apply_rules(record):
@@ -189,6 +207,10 @@ class Core:
     def _submit(self, event: ev.Submit, now: float) -> None:
         record = self._admit(event.rid, event.model, now)
         if record is None:
+            return
+        refusal = self._memory.refusal(event.priority)
+        if refusal is not None:
+            self._book.fail(event.rid, refusal)
             return
         if not self._place_in_line(record, event.client):
             hint = self._retry_after(record)
@@ -218,7 +240,7 @@ class Core:
         A client may have as many waiting as there are places left: alone it may take half the line, and however many
         are greedy, the next client finds a place (dynamic thresholds, Choudhury and Hahne, 1998).
         """
-        at_once = record.serving and record.last_seq is None and not record.queue
+        at_once = record.serving and record.last_seq is None and not record.recycling and not record.queue
         if at_once and len(record.running) < record.max_batch:
             return True
         free = self._book.limits.queue - self.waiting
@@ -239,9 +261,9 @@ class Core:
         if event.keep_alive_s is not None:
             record.keep_alive_wish = event.keep_alive_s
         record.needed = True
-        goal = Goal(event.rid, event.client, "ensure", event.lease)
+        goal = Goal(event.rid, event.client, "ensure", event.lease, event.asking)
         self._book.used(record, now)
-        if record.serving and record.last_seq is None:
+        if record.serving and record.last_seq is None and not record.recycling:
             self._book.reach(record, goal)
             return
         record.goals[event.rid] = goal
@@ -318,6 +340,8 @@ class Core:
 
     def _drop_lease(self, record: ModelRecord, lease: str, now: float) -> None:
         del record.leases[lease]
+        record.asking.discard(lease)
+        record.returning = record.returning and record.held
         record.last_used = now
         self._book.rested(record, now)
 
@@ -389,6 +413,8 @@ class Core:
                 self._book.free_slot(record, request)
                 self._book.close(request, request.ending or refusal)
             record.leases.clear()
+            record.asking.clear()
+            record.returning = False
             if record.worker is not None or record.job is not None:
                 self._line.cancel(record, now)
         self._downloads.abort()
@@ -405,9 +431,13 @@ class Core:
                 self._line.pend(record, now)
             elif record.job is not None and record.job.state == "queued" and not (record.wanted or record.job.wanted):
                 self._line.unpend(record, None, now)
-        self._line.make_room(now)
+        for record in self._line.make_room(now):
+            self._dispatch(record, now)
         self._line.retire(now)
         self._drafts.settle(now)
+        if self._book.reshare:
+            self._book.reshare = False
+            self._memory.share_out()
         if self._book.deleting:
             self._deletes.settle()
         self._downloads.settle(now)
@@ -420,7 +450,7 @@ class Core:
         self._book.touched.clear()
 
     def _dispatch(self, record: ModelRecord, now: float) -> None:
-        if not record.serving:
+        if not record.serving or record.recycling:
             return
         assert record.worker is not None
         while len(record.running) < record.max_batch:

@@ -166,6 +166,8 @@ class DownloadLine:
         self._replace(record, job.old_revision)
         if record.lifecycle.state == "Downloading":
             book.move(record, "downloaded", now)
+            if record.preload:
+                record.preload_at = now
         else:
             book.publish("download_completed", record)
         book.close_job(job, "done", now)

@@ -13,6 +13,7 @@ from mlxd_client.errors import RpcError
 from . import actions as do
 from . import events as ev
 from .book import Book
+from .gauge import Gauge
 from .lifecycle import Lifecycle
 from .line import LoadLine
 from .records import Goal, ModelRecord
@@ -32,8 +33,9 @@ class Wish:
 class Drafts:
     """Grants memory to draft models. `line` stops the workers that have to go."""
 
-    def __init__(self, book: Book, line: LoadLine) -> None:
+    def __init__(self, book: Book, line: LoadLine, gauge: Gauge) -> None:
         self._book = book
+        self._gauge = gauge
         self._line = line
         self._wishes: dict[int, Wish] = {}  # by rid
 
@@ -57,7 +59,7 @@ class Drafts:
                 self._forget(rid)
             elif not wish.record.serving or wish.record.worker != wish.worker:
                 self._refuse(rid, _gone())
-            elif not self._book.pending:
+            elif not self._book.pending and self._gauge.ready(now):
                 self._make_room(rid, wish, now)
 
     def _make_room(self, rid: int, wish: Wish, now: float) -> None:
@@ -65,10 +67,12 @@ class Drafts:
         record, budget = wish.record, self._book.limits.budget_bytes
         others = [other for other in self._book.by_worker.values() if other is not record]
         draft = ModelRecord(f"the draft model of {record.id}", "path", Lifecycle(record.id), wish.lacking)
-        room = plan_room(others, draft, budget - record.reserved_bytes)
+        spare = self._gauge.spare_bytes
+        room = plan_room(others, draft, budget - record.reserved_bytes, spare_bytes=spare)
         if room.fits:
             del self._wishes[rid], record.goals[rid], self._book.goals[rid]
             record.draft_granted += wish.lacking
+            self._book.reshare = True
             self._book.touch(record)
             self._book.out.append(do.Answer(rid, record.view(self._book.wall)))
         elif room.refusal is not None or room.serve_out:
@@ -96,6 +100,7 @@ class Drafts:
         if record is None:
             return
         record.draft_granted = max(0, record.draft_granted - event.draft_bytes)
+        self._book.reshare = True
         self._book.touch(record)
         if event.draft is None:
             return

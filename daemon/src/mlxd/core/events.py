@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mlxd_client.errors import RpcError
 
 from .limits import Limits, Rules
+from .pressure import Reading
 
 Priority = Literal["interactive", "batch"]
 
@@ -55,7 +57,8 @@ class Submit:
 @dataclass(frozen=True, slots=True)
 class Ensure:
     """The goal that the model be Ready: answered once it is. With a `lease`, it stays so while the client holds it.
-    Where it is not loaded yet, room is made for a draft model of `draft_bytes`, too."""
+    Where it is not loaded yet, room is made for a draft model of `draft_bytes`, too. `asking`: the lease is for a
+    question to its worker, which must be answered before that worker goes."""
 
     rid: int
     client: int
@@ -63,6 +66,7 @@ class Ensure:
     lease: str | None = None
     keep_alive_s: float | None = None
     draft_bytes: int = 0
+    asking: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +211,15 @@ class LoadProgress:
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """`draft` is the draft model that was loaded with it: what it takes is part of the model's needs. `capabilities`
-    is what the worker says that the model can do; None where it does not."""
+    is what the worker says that the model can do; None where it does not. `needs_bytes` is what running the model
+    takes as its worker turned out, where that could be measured."""
 
     worker: int
     memory_bytes: int
     context_length: int
     draft: str | None = None
     capabilities: tuple[str, ...] | None = None
+    needs_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +240,20 @@ class WorkerExited:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
+    """What a worker's model and caches hold by MLX's count."""
+
     worker: int
     memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The system's memory, None where it cannot be read; and what the workers hold by its count, as far as known, all
+    read together from `began_at` on."""
+
+    began_at: float
+    reading: Reading | None
+    footprints: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,5 +305,5 @@ Event = (
     Found | Lost | Submit | Ensure | Release | Unload | Cancel | CancelJob | ClientGone | LoadProgress | Loaded
     | LoadFailed | WorkerExited | MemoryReport | Done | Tick | Drain | Abort | Download | FetchProgress | Fetched
     | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest | Attach | Attached | Configure
-    | Preload | Adapted
+    | Preload | Adapted | Measured
 )  # fmt: skip

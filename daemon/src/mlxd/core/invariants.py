@@ -44,7 +44,7 @@ def _check_model(core: Core, m: ModelRecord) -> None:
     _hold(not (m.stopping == "unloaded" and m.leases) or core.draining, f"{m.id} is stopping while leased")
     if m.serving and not m.running and not m.queue:
         _hold(m.idle_since is not None, f"{m.id} rests, but its idle timer does not run")
-    if m.serving and m.last_seq is None:
+    if m.serving and m.last_seq is None and not m.recycling:
         _hold(not m.queue or len(m.running) == m.max_batch, f"{m.id} lets requests wait beside free slots")
         urgent = m.queue.of_priority("interactive")
         stay = [r for r in m.running.values() if r.yields and r.ending is None]
@@ -85,7 +85,7 @@ def _check_loads(core: Core) -> None:
         _hold(not asked, f"{asked} are to make room, and nobody waits for any")
     if urgent:
         going = any(m.stopping is not None or m.last_seq is not None for m in core._book.by_worker.values())
-        _hold(going, "a load waits for room, and nothing is going to make any")
+        _hold(going or core._gauge.waited_for, "a load waits for room, and nothing is going to make any")
 
 
 def _check_files(core: Core, m: ModelRecord) -> None:

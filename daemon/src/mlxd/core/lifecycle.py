@@ -34,6 +34,7 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition("Loading", "load_cancelled", "Downloaded", "unloaded"),
     Transition("Loading", "worker_died", "Downloaded", "worker_died"),
     Transition("Ready", "unloaded", "Downloaded", "unloaded"),
+    Transition("Ready", "recycled", "Downloaded", "unloaded"),
     Transition("Ready", "worker_died", "Downloaded", "worker_died"),
 )
 
@@ -62,6 +63,11 @@ class Lifecycle:
         self._model = model
         self._story: deque[tuple[float, Transition]] = deque(maxlen=16)
         self.state: ModelState = state
+
+    @property
+    def steps(self) -> tuple[tuple[float, Transition], ...]:
+        """Its last transitions, oldest first, and when each was."""
+        return tuple(self._story)
 
     @property
     def story(self) -> tuple[str, ...]:

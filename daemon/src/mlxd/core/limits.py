@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 class Limits:
     """`budget_bytes` bounds all models together; `queue` all waiting requests; `max_batch` the running ones of a model
     that is loaded from then on; `downloads` all that move bytes at a time, `fetcher_starts` how often a fetcher that
-    dies is started anew for one download: after `fetcher_backoff_s`, doubled each time."""
+    dies is started anew for one download: after `fetcher_backoff_s`, doubled each time.
+
+    `reserve_bytes` is what loads leave of the system's memory to others, `slack_bytes` what a worker may take past its
+    share without notice; pressure is over once it was gone for `calm_s`."""
 
     budget_bytes: int
     queue: int = 512
@@ -19,6 +22,9 @@ class Limits:
     downloads: int = 2
     fetcher_starts: int = 3
     fetcher_backoff_s: float = 1.0
+    reserve_bytes: int = 0
+    slack_bytes: int = 64 * 1024 * 1024
+    calm_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from . import actions as do
 from . import events as ev
 from .book import Book, error_object
 from .breaker import Breakers
+from .gauge import Gauge
 from .records import ModelRecord, Request
-from .room import Room, plan_room, plan_shed
+from .room import Manner, Room, plan_room, plan_shed
 
 
 class LoadLine:
@@ -27,11 +28,12 @@ class LoadLine:
         deaths: how many workers died unasked, by model; `last_deaths` says how.
     """
 
-    def __init__(self, book: Book) -> None:
+    def __init__(self, book: Book, gauge: Gauge) -> None:
         self.breakers = Breakers()
         self.deaths: Counter[str] = Counter()
         self.last_deaths: dict[str, ErrorObject] = {}
         self._book = book
+        self._gauge = gauge
         self._workers = 0
 
     # --- waiting, starting, stopping ------------------------------------------------------------------------------
@@ -44,6 +46,7 @@ class LoadLine:
     def unpend(self, record: ModelRecord, refusal: RpcError | None, now: float) -> None:
         """Take the model out of the line: nobody wants it any more, or it cannot be had."""
         del self._book.pending[record.id]
+        record.returning = False
         announced = record.job is not None and record.job.announced
         if refusal is None:
             self._book.end_job(record, "cancelled", now)
@@ -55,14 +58,20 @@ class LoadLine:
         self._book.end_job(record, "failed", now, record.error)
         self._book.publish("error", record, error=record.error)
 
-    def make_room(self, now: float) -> None:
-        """Serve the line of loads: only its head is considered, so that nobody overtakes it for ever."""
+    def make_room(self, now: float) -> list[ModelRecord]:
+        """Serve the line of loads: only its head is considered, so that nobody overtakes it for ever.
+
+        Returns: models that were to go for it, and may go on.
+        """
+        released: list[ModelRecord] = []
         over = plan_shed(self._book.by_worker.values(), self._book.limits.budget_bytes)
         if over is not None:
             self._clear(over, now)
-        while (choice := self._next_load()) is not None:
+        while (choice := self._next_load(now)) is not None:
             record, room = choice
             refusal = room.refusal
+            if room.system and self._gauge.settling(now):
+                break
             if room.fits and not self.breakers.admit(record.id, now):
                 refusal = self.broken(record, now)
             if refusal is not None:
@@ -74,13 +83,18 @@ class LoadLine:
             self._clear(room, now)
             break
         if over is None and not any(self._book.models[name].urgent_load for name in self._book.pending):
-            for record in self._book.by_worker.values():
+            released = [record for record in self._book.by_worker.values() if record.last_seq is not None]
+            for record in released:
                 record.last_seq = None  # nobody needs the room any more
-        for name in self._book.pending:
+                self._book.touch(record)
+                if record.serving and not record.recycling:
+                    self._answer(record)
+        for name in self._book.pending if not self._gauge.waited_for else ():
             record = self._book.models[name]
             if record.job is not None and not record.job.announced:
                 record.job.announced = True
                 self._book.publish("loading_queued", record)
+        return released
 
     def _clear(self, room: Room, now: float) -> None:
         """Have those go that a plan names."""
@@ -91,17 +105,23 @@ class LoadLine:
             self._book.step_aside(victim, now)
             self._book.touch(victim)
 
-    def _next_load(self) -> tuple[ModelRecord, Room] | None:
+    def _next_load(self, now: float) -> tuple[ModelRecord, Room] | None:
         """The load to be decided on, and what room there is for it: the first that anybody waits for; else, of those
         that only batch jobs or the settings want, the first for which something can be done without anybody's
-        noticing."""
+        noticing. None as long as memory is being measured for it."""
         pending = [self._book.models[name] for name in self._book.pending]
-        workers, budget = self._book.by_worker.values(), self._book.limits.budget_bytes
+        if not pending:
+            self._gauge.rest()
+        since = max((record.job.started_at for record in pending if record.job is not None), default=0.0)
+        if not pending or not self._gauge.ready(now, since):
+            return None
+        workers, budget, spare = self._book.by_worker.values(), self._book.limits.budget_bytes, self._gauge.spare_bytes
         for record in pending:
             if record.urgent_load:
-                return record, plan_room(workers, record, budget)
+                return record, plan_room(workers, record, budget, spare_bytes=spare)
         for record in pending:
-            room = plan_room(workers, record, budget, "patient" if record.awaited else "modest")
+            manner: Manner = "patient" if record.awaited else "modest"
+            room = plan_room(workers, record, budget, manner, spare_bytes=spare)
             if room.fits or room.stop or room.refusal is not None:
                 return record, room
         return None
@@ -111,7 +131,9 @@ class LoadLine:
         self._workers += 1
         record.worker = self._workers
         self._book.by_worker[record.worker] = record
+        self._book.reshare = True
         record.error = None
+        record.returning = False
         record.max_batch = self._book.limits.max_batch
         record.progress = 0.0
         record.load_began = now
@@ -125,6 +147,9 @@ class LoadLine:
         """Stop the models that are idle for long enough, or that have served what they owed before making room."""
         for record in list(self._book.by_worker.values()):
             if record.stopping is not None or record.lifecycle.state != "Ready":
+                continue
+            if record.recycling and not record.running and not record.asking:
+                self.stop(record, now, "recycled", why="recycled")
                 continue
             deadline = record.idle_deadline
             if deadline is not None and deadline <= now and not record.busy:
@@ -144,6 +169,7 @@ class LoadLine:
         loading = record.lifecycle.state == "Loading"
         record.stopping = cause or ("load_cancelled" if loading else "unloaded")
         self._book.out.append(do.StopWorker(record.worker, why))
+        self._book.reshare = True
         self._book.end_job(record, "cancelled", now)
         self._book.publish("unloading_started", record)
 
@@ -181,6 +207,9 @@ class LoadLine:
         if record.stopping is not None:
             return  # it was told to go meanwhile; its exit will follow
         record.memory_bytes = event.memory_bytes
+        if event.needs_bytes is not None:
+            record.learned_bytes = event.needs_bytes
+        self._book.reshare = True
         record.context_length = event.context_length
         record.draft = event.draft
         record.capabilities = event.capabilities
@@ -189,11 +218,15 @@ class LoadLine:
         record.load_s = now - record.load_began
         self._book.move(record, "loaded", now)
         self._book.end_job(record, "done", now)
+        self._answer(record)
+        self._book.used(record, now)
+        self._book.rested(record, now)
+
+    def _answer(self, record: ModelRecord) -> None:
+        """Tell those that wait for the model to be Ready that it is."""
         for goal in [g for g in record.goals.values() if g.kind == "ensure"]:
             del record.goals[goal.rid], self._book.goals[goal.rid]
             self._book.reach(record, goal)
-        self._book.used(record, now)
-        self._book.rested(record, now)
 
     def load_failed(self, event: ev.LoadFailed, now: float) -> None:
         record = self._book.by_worker[event.worker]
@@ -206,7 +239,12 @@ class LoadLine:
 
     def worker_exited(self, event: ev.WorkerExited, now: float) -> None:
         record = self._book.by_worker.pop(event.worker)
+        self._gauge.exited(now)
+        self._book.reshare = True
         cause = record.stopping
+        record.footprint_bytes = record.allowed_bytes = record.over_step = None
+        record.granted_bytes, record.recycling = 0, False
+        record.returning = cause == "recycled" and record.held and not self._book.draining
         was_loading = record.lifecycle.state == "Loading"
         record.worker = record.stopping = record.last_seq = record.memory_bytes = record.idle_since = None
         record.progress = record.draft = record.adapter = record.capabilities = None
@@ -214,6 +252,7 @@ class LoadLine:
         record.needed = record.urgent
         if record.later is not None:
             (record.need_bytes, record.context_length), record.later = record.later, None
+            record.learned_bytes = 0
         if cause is None:
             cause = "worker_died"
             self._mourn(record, event.error, was_loading, now)
@@ -254,4 +293,5 @@ class LoadLine:
         record = self._book.by_worker.get(event.worker)
         if record is not None and record.lifecycle.state == "Ready":
             record.memory_bytes = event.memory_bytes
+            self._book.reshare = True
             self._book.touch(record)

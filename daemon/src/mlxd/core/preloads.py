@@ -1,4 +1,5 @@
-"""Models that are to be loaded although nobody waits for them: at the daemon's start, and again where a worker died.
+"""Models that are to be loaded although nobody waits for them: at the daemon's start, once they are downloaded, and
+again where a worker died.
 
 Such a load waits in the line as any other. It makes nobody go, unless its model is pinned, and where it fails it is not
 tried again; a worker that died is another matter, and its breaker says when the next may start.

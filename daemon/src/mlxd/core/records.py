@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mlxd_client.errors import RpcError
-from mlxd_client.types import ErrorObject, Model
+from mlxd_client.types import ErrorObject, ExcessStep, MemoryHolder, Model
 
 from .events import Priority
 from .jobs import DownloadJob, Fetcher, LoadJob
@@ -40,6 +40,7 @@ class Goal:
     client: int
     kind: Literal["ensure", "unload", "delete", "attach"]
     lease: str | None = None
+    asking: bool = False
 
 
 @dataclass(slots=True)
@@ -70,6 +71,15 @@ class ModelRecord:
     max_batch: int = 0  # how many requests its worker runs at a time
     worker: int | None = None
     memory_bytes: int | None = None
+    footprint_bytes: int | None = None  # what the last measurement found
+    learned_bytes: int = 0  # what running it has turned out to need, where it was loaded before
+    allowed_bytes: int | None = None  # what its worker may take in all, as things are now
+    granted_bytes: int = 0  # the most of these since the last measurement
+    over_step: ExcessStep | None = None  # what was done last about its being past that, and when
+    over_at: float = 0.0
+    recycling: bool = False  # its worker goes once it has answered what it is at, and another takes its place
+    recycled_at: float | None = None
+    returning: bool = False  # it is to be loaded again for those who hold it
     stopping: str | None = None
     last_seq: int | None = None
     queue: FairQueue[Request] = field(default_factory=FairQueue)
@@ -77,6 +87,7 @@ class ModelRecord:
     running_by_client: Counter[int] = field(default_factory=Counter)
     goals: dict[int, Goal] = field(default_factory=dict)
     leases: dict[str, int] = field(default_factory=dict)
+    asking: set[str] = field(default_factory=set)  # those of them that last as long as a question to its worker
     needed: bool = False  # something that does not yield has used it since it was loaded, or wants it to be
     last_used: float = 0.0
     idle_since: float | None = None
@@ -103,12 +114,14 @@ class ModelRecord:
     @property
     def reserved_bytes(self) -> int:
         """What the model counts with against the budget."""
-        return 0 if self.worker is None else max(self.wanted_bytes, self.memory_bytes or 0)
+        held = max(self.memory_bytes or 0, self.footprint_bytes or 0)
+        return 0 if self.worker is None else max(self.wanted_bytes, held)
 
     @property
     def wanted_bytes(self) -> int:
         """What running the model is expected to take, with its draft model."""
-        return self.need_bytes + self.draft_takes + self.draft_granted + self.draft_promised
+        needs = max(self.need_bytes, self.learned_bytes)
+        return needs + self.draft_takes + self.draft_granted + self.draft_promised
 
     @property
     def keep_alive_s(self) -> float:
@@ -116,8 +129,8 @@ class ModelRecord:
 
     @property
     def awaited(self) -> bool:
-        """Whether anybody waits for this model to be Ready."""
-        return bool(self.queue) or any(g.kind == "ensure" for g in self.goals.values())
+        """Whether anybody waits for this model to be Ready, or holds it while its worker is recycled."""
+        return self.returning or bool(self.queue) or any(g.kind == "ensure" for g in self.goals.values())
 
     @property
     def wanted(self) -> bool:
@@ -127,7 +140,13 @@ class ModelRecord:
     @property
     def urgent(self) -> bool:
         """Whether anybody waits for this model to be Ready who does not yield."""
-        return any(not request.yields for request in self.queue) or any(g.kind == "ensure" for g in self.goals.values())
+        asked = any(g.kind == "ensure" for g in self.goals.values())
+        return self.returning or asked or any(not request.yields for request in self.queue)
+
+    @property
+    def held(self) -> bool:
+        """Whether it is not to go to make room, nor for pressure."""
+        return bool(self.leases) or self.pinned
 
     @property
     def urgent_load(self) -> bool:
@@ -168,7 +187,7 @@ class ModelRecord:
             return "unloading", self.progress
         if self.lifecycle.state == "Loading":
             return "loading", self.progress
-        if self.job is not None and self.job.state == "queued":
+        if self.job is not None and self.job.state == "queued" and self.job.announced:
             return "queued", None
         fetch = self.download
         if self.fetcher is not None and self.leaving is not None:
@@ -176,7 +195,8 @@ class ModelRecord:
         return (None, None) if fetch is None else (fetch.phase, fetch.progress)
 
     def activity(self) -> tuple[object, ...]:
-        return (self.memory_bytes, len(self.running), len(self.queue), len(self.leases), self.idle_deadline)
+        memory = (self.memory_bytes, self.footprint_bytes)
+        return (*memory, len(self.running), len(self.queue), len(self.leases), self.idle_deadline)
 
     def view(self, wall: float) -> Model:
         """The model for the wire; `wall` turns the core's clock into Unix seconds."""
@@ -188,8 +208,16 @@ class ModelRecord:
             latest_revision=self.latest_revision, size_bytes=self.size_bytes, phase=phase, progress=progress,
             error=self.error,
             context_length=self.context_length, memory_bytes=self.memory_bytes if loaded else None,
+            footprint_bytes=self.footprint_bytes if loaded else None,
             active=len(self.running), waiting=len(self.queue), leases=len(self.leases),
             idle_unload_at=None if deadline is None else deadline + wall, draft_model=self.draft,
             kind=self.kind, pinned=self.pinned, preload=self.preload, adapter=self.adapter,
             capabilities=None if self.capabilities is None else list(self.capabilities),
+        )  # fmt: skip
+
+    def holding(self) -> MemoryHolder:
+        """What its worker holds, for the wire."""
+        return MemoryHolder(
+            model=self.id, reserved_bytes=self.reserved_bytes, footprint_bytes=self.footprint_bytes,
+            share_bytes=self.allowed_bytes,
         )  # fmt: skip

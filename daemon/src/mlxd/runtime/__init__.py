@@ -7,6 +7,7 @@
     preloads     models that the settings want loaded
     supply       models that are to be here: names, downloads, deletes
     crew         the workers, and what each may take of the memory
+    measuring    what the system has of memory, and what the workers hold of it
     jobs         what outlives a request: told, awaited, watched
     goals        what callers wait for the core to reach
     figures      what became of requests: the statistics, and the log of slow ones

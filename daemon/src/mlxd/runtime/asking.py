@@ -87,7 +87,7 @@ class Asking:
         """Returns the plain result; `counted` learns the model's id."""
         ref = self._settings.default_model if ref is UNSET else ref
         # Leased, so that the model cannot go between loading and asking.
-        lease = await self._holding.acquire(client, ref, keep_alive_s=keep_alive_s)
+        lease = await self._holding.acquire(client, ref, keep_alive_s=keep_alive_s, asking=True)
         try:
             counted.model = lease.model.id
             link = self._crew.link(counted.model)

@@ -21,6 +21,7 @@ from ..library import Library, draft_bytes
 from ..prompts import Prompts
 from ..stats import Statistics
 from ..workers import AnswerEvents, Attached, WorkerLink
+from .measuring import Measuring
 
 if TYPE_CHECKING:
     from ..server.runtime_api import Log
@@ -50,6 +51,7 @@ class Crew:
         supervisor: Supervisor,
         answers: AnswerEvents,
         statistics: Statistics,
+        measuring: Measuring,
         tell: Callable[[ev.Event], None],
         log: Log,
     ) -> None:
@@ -61,9 +63,12 @@ class Crew:
         self._supervisor = supervisor
         self._answers = answers
         self._statistics = statistics
+        self._measuring = measuring
         self._tell = tell
         self._log = log
         self._memory: dict[int, int] = {}  # by worker, as last told to the core
+        self._adapters: dict[str, wire.Adapter] = {}  # by model, those of workers that are recycled
+        measuring.on_told = self._share_memory
 
     def link(self, model: str) -> WorkerLink:
         """The worker of a model that is Ready. Raises WorkerDied."""
@@ -99,9 +104,16 @@ class Crew:
         assert link.child is not None
         link.child.stop()
         self._statistics.unloaded(link.model, action.why)
+        if action.why == "recycled" and link.adapter is not None:
+            self._adapters[link.model] = link.adapter
 
     def cancel(self, action: do.CancelOnWorker) -> None:
         self._links[action.worker].cancel(action.rid)
+
+    def trim(self, action: do.Trim) -> None:
+        link = self._links.get(action.worker)
+        if link is not None:
+            link.trim(action.keep)
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
@@ -153,16 +165,43 @@ class Crew:
 
     def worker_loaded(self, worker: int, loaded: wire.Loaded) -> None:
         self._links[worker].ready_at = time.monotonic()
-        self._log.info("loaded", worker=worker, load_s=round(loaded.load_s, 3), memory_bytes=loaded.memory_bytes)
+        held = self._measuring.footprint(worker)
+        self._log.info(
+            "loaded", worker=worker, load_s=round(loaded.load_s, 3), memory_bytes=loaded.memory_bytes,
+            footprint_bytes=held,
+        )  # fmt: skip
+        adapter = self._bring_back_adapter(worker)
         self._tell(
             ev.Loaded(
                 worker, loaded.memory_bytes, loaded.context_length, self._draft_of(worker, loaded),
-                tuple(loaded.capabilities) or None,
+                tuple(loaded.capabilities) or None, self._needs(worker, held),
             )
         )  # fmt: skip
+        if adapter is not None:
+            self._tell(ev.Adapted(worker, adapter.id))
         model = self._links[worker].model
         self._statistics.loaded(model, self._core.load_s(model) or loaded.load_s)
         self._share_memory()
+
+    def _needs(self, worker: int, held: int | None) -> int | None:
+        """What running a model takes, as its worker turned out: what that holds now, and the KV cache it is to have."""
+        return None if held is None else held + self._library.kv_bytes.get(self._links[worker].model, 0)
+
+    def _bring_back_adapter(self, worker: int) -> wire.Adapter | None:
+        """What a model's requests got that named none, before its worker was recycled, they get again."""
+        link = self._links[worker]
+        adapter = self._adapters.pop(link.model, None)
+        if adapter is not None:
+
+            def answered(told: Any) -> None:
+                if isinstance(told, errors.RpcError):
+                    self._log.warning("no adapter", model=link.model, adapter=adapter.id, reason=told.message)
+                    link.adapter = None
+                    self._tell(ev.Adapted(worker, None))
+
+            link.adapter = adapter
+            link.adapt(adapter, answered)
+        return adapter
 
     def worker_load_failed(self, worker: int, error: errors.RpcError) -> None:
         self._log.warning("load failed", worker=worker, kind=error.kind, reason=error.message)

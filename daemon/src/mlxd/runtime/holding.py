@@ -66,7 +66,9 @@ class Holding:
         lease = None if params.adapter is UNSET and params.system is UNSET else self._new_lease()
         try:
             view: types.Model = await self._goals.reach(
-                lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive, draft_bytes=room)
+                lambda rid: ev.Ensure(
+                    rid, client, model, lease=lease, keep_alive_s=keep_alive, draft_bytes=room, asking=True
+                )
             )
             if draft is not None:
                 view = await self._attach(client, model, draft)
@@ -118,12 +120,15 @@ class Holding:
     def _new_lease(self) -> str:
         return f"{self._epoch[:6]}-{next(self._leases)}"
 
-    async def acquire(self, client: int, ref: str, *, keep_alive_s: float | None = None) -> types.Lease:
+    async def acquire(
+        self, client: int, ref: str, *, keep_alive_s: float | None = None, asking: bool = False
+    ) -> types.Lease:
+        """`asking`: it is for a question to the worker, which must be answered before that may be recycled."""
         model = await self._supply.have(ref)
         lease = self._new_lease()
         try:
             view = await self._goals.reach(
-                lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive_s)
+                lambda rid: ev.Ensure(rid, client, model, lease=lease, keep_alive_s=keep_alive_s, asking=asking)
             )
         except asyncio.CancelledError:
             self._tell(ev.Release(client, lease))

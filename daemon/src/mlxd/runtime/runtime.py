@@ -23,6 +23,7 @@ from ..core.core import Core
 from ..core.limits import Limits, Rules
 from ..fetchers import Fetchers
 from ..library import Library
+from ..measure import this_system
 from ..prompts import Prompts
 from ..server.events import EventLog
 from ..stats import Gauges, exposition
@@ -34,6 +35,7 @@ from .generations import Generations
 from .goals import Goals
 from .holding import Holding
 from .jobs import Jobs
+from .measuring import Measuring
 from .preloads import Preloads
 from .supply import Supply
 
@@ -69,6 +71,7 @@ class Runtime:
         self.loop = loop
         self.epoch = secrets.token_hex(8)
         self.on_shutdown: Callable[[], None] = lambda: None
+        self.activated = False  # somebody else holds the socket, and starts daemons for it
         self.log_lines_dropped: Callable[[], int] = lambda: 0
         self.on_settled: Callable[[], None] = lambda: None  # all that followed from an event is done
         self._supervisor = supervisor
@@ -99,9 +102,11 @@ class Runtime:
         self._jobs = jobs = Jobs(core, tell, loop)
         self._supply = supply = Supply(settings, library, core, goals, jobs, tell, log, adapting=self._adapting)
         self._generations = Generations(links, settings, core, goals, supply, figures, tell, log, loop)
+        self._measuring = measuring = Measuring(this_system(settings.system_root), links, core, tell, log, loop)
         self._crew = crew = Crew(
-            links, settings, library, prompts, core, self._supervisor, self._generations, figures.statistics, tell, log
-        )
+            links, settings, library, prompts, core, self._supervisor, self._generations, figures.statistics,
+            measuring, tell, log,
+        )  # fmt: skip
         holding = Holding(settings, core, goals, supply, crew, tell, loop, epoch=self.epoch)
         self._preloads = Preloads(supply, tell, self.events.publish, log, loop)
         asking = Asking(settings, holding, crew, figures, tell)
@@ -127,6 +132,7 @@ class Runtime:
             do.Dispatch: generations.dispatch, do.Deliver: generations.deliver, do.Fail: self._fail,
             do.Publish: self._publish, do.StartFetcher: downloads.start, do.StopFetcher: downloads.stop,
             do.DeleteFiles: self._delete_files, do.DiscardPartial: downloads.discard, do.Prune: self._prune,
+            do.Measure: self._measuring.measure, do.Trim: crew.trim,
             do.Answer: lambda action: goals.reached(action.rid, action.model),
             do.Started: lambda action: goals.reached(action.rid, action.job),
             do.Deleted: lambda action: goals.reached(action.rid, action.freed_bytes),
@@ -147,6 +153,7 @@ class Runtime:
         finally:
             self._performing = False
         self._set_timer()
+        self._measuring.rest()
         if self.core.draining and self.core.quiet:
             self._quiet.set()
         self.on_settled()
@@ -180,8 +187,10 @@ class Runtime:
     def _publish(self, action: do.Publish) -> None:
         self.events.publish(
             action.name, model_id=action.model_id, model=action.model, job=action.job, progress=action.progress,
-            error=action.error, request=self._generations.name(action.rid),
+            error=action.error, request=self._generations.name(action.rid), details=action.details,
         )  # fmt: skip
+        if action.name in ("memory_pressure", "memory_exceeded"):
+            self._log.warning(action.name.replace("_", " "), model=action.model_id, **(action.details or {}))
         if action.job is not None:
             if action.job.kind == "download":
                 self._downloads.remember(action.job)
@@ -249,14 +258,32 @@ class Runtime:
             ),
             queue=types.StatusQueue(waiting=core.waiting, running=core.running),
             clients=clients, subscribers=subscribers,
-            memory=types.Memory(budget_bytes=core.limits.budget_bytes, used_bytes=core.used_bytes),
+            memory=self._measuring.look(),
             workers=[self._health(model, now) for model in core.deaths],
-            draining=core.draining,
+            draining=core.draining, activated=self.activated,
         )  # fmt: skip
 
     async def stats(self, ref: str | None, clients: types.ClientTotals) -> types.Stats:
         only = None if ref is None else await self._library.resolve(ref)
         return self._figures.told(self._gauges(clients), only)
+
+    async def stories(self, ref: str | None) -> types.StoriesResult:
+        """The last changes of state of one model or of all."""
+        models = (
+            list(self.core.models.values()) if ref is None else [self.core.models[await self._library.resolve(ref)]]
+        )
+        return types.StoriesResult(
+            stories=[
+                types.ModelStory(
+                    model=model.id,
+                    steps=[
+                        types.StoryStep(at=at + self.core.wall, cause=t.cause, source=t.source, target=t.target)
+                        for at, t in model.lifecycle.steps
+                    ],
+                )
+                for model in models
+            ]
+        )
 
     def metrics(self, clients: types.ClientTotals) -> types.MetricsResult:
         stats = self._figures.told(self._gauges(clients))
@@ -324,6 +351,7 @@ class Runtime:
         """Learn what is there, and go on with what an earlier daemon had begun."""
         self._prompts.begin()
         self._configure_core()
+        await self._measuring.begin()
         await self._supply.begin()
         self._preloads.begin(self._settings.preload)
 
@@ -348,6 +376,7 @@ class Runtime:
     async def close(self, grace_s: float) -> None:
         """Wait until no child is left; they get `grace_s` seconds to go by themselves."""
         await self._supervisor.close(grace_s)
+        self._measuring.close()
         if self._timer is not None:
             self._timer.cancel()
         self._library.close()
@@ -361,4 +390,6 @@ def _bounds(settings: Settings) -> Limits:
         max_batch=settings.max_batch,
         keep_alive_s=settings.keep_alive_s,
         downloads=settings.downloads,
+        reserve_bytes=settings.memory_reserve_bytes,
+        calm_s=settings.memory_calm_s,
     )

@@ -5,6 +5,8 @@ python -m mlxd.server.document docs/wire.md     rewrites the generated parts of 
 
 from __future__ import annotations
 
+import inspect
+import json
 import sys
 from functools import cache
 from pathlib import Path
@@ -99,9 +101,11 @@ def _method(method: Method, schemas: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"type": "object"}
     if method.result is not None:
         result = {"$ref": _REF + method.result.__name__}
+    told = "\n\n".join(text for _, text in _told_of(method))
     return {
         "name": method.name,
         "summary": method.summary,
+        **({"description": told} if told else {}),
         "paramStructure": "by-name",
         "params": [
             {"name": name, "required": name in required, "schema": schema}
@@ -111,6 +115,13 @@ def _method(method: Method, schemas: dict[str, Any]) -> dict[str, Any]:
         "errors": [{"$ref": f"#/components/errors/{cls.kind}"} for cls in _errors_of(method)],
         "x-since": method.since,
     }
+
+
+def _told_of(method: Method) -> list[tuple[type[Any], str]]:
+    """What the struct of a method's parameters says of them, and those that it extends, each with its text."""
+    structs = [struct for struct in method.params.__mro__ if struct not in types.Empty.__mro__]
+    texts = [(struct, inspect.cleandoc(struct.__dict__.get("__doc__") or "")) for struct in structs]
+    return [(struct, text) for struct, text in texts if text and text != method.summary]
 
 
 def _errors_of(method: Method) -> list[type[errors.RpcError]]:
@@ -149,8 +160,15 @@ def markdown_parts() -> dict[str, str]:
 
 def _methods_text(document: dict[str, Any]) -> str:
     lines: list[str] = []
+    told: dict[type[Any], str] = {}
     for method in document["methods"]:
         lines += [f"### `{method['name']}`", "", method["summary"], ""]
+        texts = _told_of(METHODS[method["name"]])
+        firsts = [told.setdefault(struct, method["name"]) for struct, _ in texts]
+        for (_, text), first in zip(texts, firsts, strict=True):
+            lines += [text, ""] if first == method["name"] else []
+        for first in dict.fromkeys(name for name in firsts if name != method["name"]):
+            lines += [f"The other options are those of [`{first}`](#{first}).", ""]
         if method["params"]:
             lines += ["| parameter | type | |", "|---|---|---|"]
             lines += [
@@ -161,8 +179,21 @@ def _methods_text(document: dict[str, Any]) -> str:
         own = [f"`{cls.kind}`" for cls in _errors_of(METHODS[method["name"]]) if cls not in _COMMON]
         lines.append(f"Result: {_type_text(method['result']['schema'])}.")
         lines += [f"Errors: {', '.join(own)}."] if own else []
-        lines.append("")
+        lines += ["", *_example_text(method["name"])]
     return "\n".join(lines)
+
+
+def _example_text(name: str) -> list[str]:
+    """The method's request and answer, as they go over the wire in JSON."""
+    from .methods.examples import EXAMPLES  # for people: rpc.discover does without
+
+    if name not in EXAMPLES:
+        return []
+    params, result, _ = EXAMPLES[name]
+    head = {"jsonrpc": "2.0", "id": list(EXAMPLES).index(name) + 1}
+    request = head | {"method": name} | ({"params": params} if params else {})
+    lines = (json.dumps(line, ensure_ascii=False) for line in (request, head | {"result": result}))
+    return ["```", *(f"{sign} {line}" for sign, line in zip(("->", "<-"), lines, strict=True)), "```", ""]
 
 
 def _structs_text(document: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@
     results    what one answer is once it ended
     faults     whose an error is: a request's own, or the device's
     keeping    what is kept of what was computed for requests
+    givingback memory that is free goes back to the system
     warming    what the first request would otherwise wait for
     answers    several answers to one prompt, as one result
     lanes      a batch for each kind of rows that cannot share one, and whose turn it is

@@ -27,6 +27,7 @@ from .diskcache import DiskCache
 from .draft import Draft, check_pair
 from .embed import ALONE_S, BESIDE_S, Embedder
 from .faults import check_alive, own, typed
+from .givingback import give_back
 from .grammar import Compiler
 from .keeping import Keeping
 from .kvcache import PromptCache, RowView
@@ -238,6 +239,11 @@ class Engine:
         What is running goes on."""
         self._generator.allow(kv_bytes)
         self._keeping.allow(kv_bytes)
+
+    def trim(self, keep: float) -> None:
+        """Give back memory that no request needs; of the prefixes that are kept, this share may stay."""
+        self._keeping.trim(keep)
+        give_back()
 
     def warm_up(self) -> RowView | None:
         """See warming.py."""

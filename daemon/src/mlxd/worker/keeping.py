@@ -103,6 +103,11 @@ class Keeping:
 
     # --- for the daemon
 
+    def trim(self, keep: float) -> None:
+        """Let go of what is kept in memory, the least valuable first, but for this share of it."""
+        if self.cache is not None:
+            self.cache.tree.shrink(int(self.cache.nbytes * keep))
+
     def stats(self) -> PromptCacheStats | None:
         """What became of the prompt cache; None where nothing is kept."""
         if self.cache is None:

@@ -45,6 +45,7 @@ from .blas import Blas
 from .diskcache import open_disk
 from .engine import Engine
 from .faults import EngineLost
+from .givingback import give_back
 from .load import LoadedModel, load
 from .running import Outcome
 
@@ -184,6 +185,8 @@ class Worker:
             self._send(self._engine.cancel(params.get("id", -1)))
         if method == "allow" and self._engine is not None and isinstance(params, dict):
             self._engine.allow(int(params["kv_bytes"]))
+        if method == "trim" and self._engine is not None and isinstance(params, dict):
+            self._engine.trim(min(1.0, max(0.0, float(params["keep"]))))
 
     def _load(self, request_id: int, params: Any) -> None:
         request = _convert(params, LoadModel)
@@ -207,7 +210,7 @@ class Worker:
             row = engine.warm_up()
         except Exception as error:
             raise ModelInvalid(f"the model loads but does not run: {type(error).__name__}: {error}") from error
-        mx.clear_cache()
+        give_back(for_good=False)  # what the daemon measures next is what running it takes
         if facts is not None and engine.cache is not None:
             engine.disk = open_disk(
                 engine.cache, row, root=request.disk_cache, model=request.model, path=request.path, identity=facts,

@@ -273,6 +273,10 @@ class PrefixTree:
         if self.nbytes + live_bytes > self.budget_bytes:
             self._make_room(0, set())
 
+    def shrink(self, most_bytes: int) -> None:
+        """Drop until no more than so much is kept."""
+        self._make_room(self.room + max(0, self.nbytes - most_bytes), set())
+
     def clear(self) -> None:
         self._roots.clear()
         self._heap.clear()

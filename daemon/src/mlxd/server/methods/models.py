@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mlxd_client.types import (
+    UNSET,
     CatalogResult,
     DeleteResult,
     DownloadParams,
@@ -17,8 +18,10 @@ from mlxd_client.types import (
     Model,
     ModelParams,
     ModelsResult,
+    OptionalModelParams,
     Plan,
     PlanParams,
+    StoriesResult,
     VerifyResult,
 )
 
@@ -35,6 +38,10 @@ async def list_models(call: Call, params: ListParams) -> ModelsResult:
 
 async def get(call: Call, params: ModelParams) -> Model:
     return await call.runtime.model(params.model)
+
+
+async def story(call: Call, params: OptionalModelParams) -> StoriesResult:
+    return await call.runtime.stories(None if params.model is UNSET else params.model)
 
 
 async def load(call: Call, params: LoadParams) -> Model:

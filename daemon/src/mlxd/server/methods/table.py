@@ -146,6 +146,14 @@ _TABLE = (
         errors=(errors.ModelNotFound, errors.ModelInvalid),
     ),
     Method(
+        "models.story",
+        models.story,
+        types.OptionalModelParams,
+        types.StoriesResult,
+        "What became of a model lately, or of all: its last changes of state, and what caused each.",
+        errors=(errors.ModelNotFound, errors.ModelInvalid),
+    ),
+    Method(
         "models.load",
         models.load,
         types.LoadParams,
