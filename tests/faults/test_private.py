@@ -58,8 +58,9 @@ def test_nobody_else_could_have_come_in_at_any_instant(folder: Path, place: str)
             stale_socket(path, 0o600)
     looks = folder / "looks"
     program = [sys.executable, str(SUPPORT / "looking_start.py"), str(looks)]
-    with Daemon(bad_child="worker", program=program, env={"MLXD_HOME": str(home), "MLXD_SOCKET": str(path)}) as daemon:
-        daemon.socket = path
+    daemon = Daemon(bad_child="worker", program=program, env={"MLXD_HOME": str(home), "MLXD_SOCKET": str(path)})
+    daemon.socket = path
+    with daemon:
         assert (mode(home.resolve()), mode(path.parent.resolve()), mode(path)) == (0o700, 0o700, 0o600)
     found = looks.read_text().splitlines()
     assert [line for line in found if line.startswith("WRONG")] == []

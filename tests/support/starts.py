@@ -40,7 +40,7 @@ STEPS = 24
 class Start:
     """One process, and what became of it: running, stopped, ended."""
 
-    def __init__(self, how: str, env: dict[str, str], told: queue.Queue[Start]) -> None:
+    def __init__(self, how: str, env: dict[str, str], told: queue.Queue[tuple[Start, str]]) -> None:
         command = [sys.executable, str(SCRIPT), how, "serve"]
         self.how = how
         self.process = subprocess.Popen(
@@ -57,15 +57,15 @@ class Start:
         return self.process.pid
 
     def _watch(self) -> None:
-        """The kernel tells of stops and of the end, in this order."""
+        """The kernel tells of stops and of the end, in this order. The state is set by whom takes notice."""
         while True:
             _, status = os.waitpid(self.pid, os.WUNTRACED)
-            self.state = "stopped" if os.WIFSTOPPED(status) else "ended"
-            if self.state == "ended":
-                self.process.returncode = os.waitstatus_to_exitcode(status)
-            self._told.put(self)
-            if self.state == "ended":
-                return
+            if os.WIFSTOPPED(status):
+                self._told.put((self, "stopped"))
+                continue
+            self.process.returncode = os.waitstatus_to_exitcode(status)
+            self._told.put((self, "ended"))
+            return
 
     def step(self) -> str:
         """The step that it stopped before."""
@@ -103,7 +103,7 @@ class StartLoop:
         self._homes = [self._folder / name for name in "ab"]
         # In the first home, where that home's own lock is; or in neither.
         self.path = self._homes[0] / "mlxd.sock"
-        self._told: queue.Queue[Start] = queue.Queue()
+        self._told: queue.Queue[tuple[Start, str]] = queue.Queue()
         self._alive: list[Start] = []
         self._serving: Start | None = None
         self._watch: Client | None = None  # a client of it that was there before the others began
@@ -199,10 +199,11 @@ class StartLoop:
 
     def _next_told(self, timeout_s: float) -> Start | None:
         try:
-            one = self._told.get(timeout=timeout_s)
+            one, state = self._told.get(timeout=timeout_s)
         except queue.Empty:
             return None
-        if one.state == "ended" and one in self._alive:
+        one.state = state
+        if state == "ended" and one in self._alive:
             self._alive.remove(one)
         return one
 
@@ -213,9 +214,10 @@ class StartLoop:
             assert time.monotonic() < give_up_at, "a killed process does not end"
             one = self._next_told(0.05)
             if one is not None and one.state == "stopped":
+                one.state = "running"
                 stopped.append(one)
         for one in stopped:
-            self._told.put(one)
+            self._told.put((one, "stopped"))
 
     def _see_who_serves(self) -> None:
         """Who answers on the socket must be who answered before, unless that one was killed."""
