@@ -132,7 +132,7 @@ class StartLoop:
             self._new_place()
         litter = self._leave_litter() if self._serving is None else self._disturb()
         before = self._serving
-        crowd = [self._start() for _ in range(self._draw.choice((1, 1, 2, 3, 5)))]
+        crowd = [self._start() for _ in range(self._draw.choice((1, 1, 1, 2, 3, 5)))]
         steps = self._play(crowd)
         blocked = litter in BLOCKING
         self._check(crowd, blocked=blocked)
@@ -153,7 +153,7 @@ class StartLoop:
 
     def _start(self, how: str | None = None, *, home: int | None = None) -> Start:
         if how is None:
-            how = self._draw.choice(("0", "reused", *(str(self._draw.randint(1, STEPS)) for _ in range(3))))
+            how = self._draw.choice(("0", "reused", *(str(self._draw.randint(1, STEPS)) for _ in range(8))))
         home = self._draw.choice((0, 0, 1)) if home is None else home
         env = self._base.env | {"MLXD_HOME": str(self._homes[home]), "MLXD_SOCKET": str(self.path)}
         self._homes[0].mkdir(mode=0o700, exist_ok=True)  # where the socket may be
@@ -362,7 +362,7 @@ class StartLoop:
 
 
 LITTER = (
-    "nothing", "nothing", "nothing", "a dead socket", "a file", "a folder", "a link to nothing",
+    *["nothing"] * 8, "a dead socket", "a file", "a folder", "a link to nothing",
     "a link to a dead socket", "a lock of a living process", "a lock full of noise", "a folder that is open to all",
 )  # fmt: skip
 BLOCKING = {"a file", "a folder", "a link to nothing", "a link to a dead socket"}
