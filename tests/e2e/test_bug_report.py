@@ -75,7 +75,9 @@ def test_what_helps_is_in_it_and_no_secret(tmp_path: Path, person: Path) -> None
         "HOME": str(person), "HF_TOKEN": TOKEN, "https_proxy": f"http://anna:{PASSWORD}@proxy:3128",
         "HF_ENDPOINT": f"https://hub.example/?token={SIGNATURE}",
     }  # fmt: skip
-    with Daemon(bad_child="worker", env=env, log_prompts=True, log_level="debug") as daemon, daemon.client() as client:
+    made = Daemon(bad_child="worker", env=env, log_prompts=True, log_level="debug")
+    (made.home / "config.toml").write_text(f'[personas.butler]\nsystem = "{DIARY}"\n')
+    with made as daemon, daemon.client() as client:
         model = daemon.model("m")
         client.process(DIARY, model=model)
         with pytest.raises(errors.WorkerDied):
@@ -94,6 +96,7 @@ def test_what_helps_is_in_it_and_no_secret(tmp_path: Path, person: Path) -> None
         stories = {story["model"]: story["steps"] for story in parts["stories.json"]}
         assert [step["cause"] for step in stories[model]] == ["found", "load", "loaded", "worker_died"]
         assert parts["settings.json"]["log_prompts"] == {"value": True, "from": "the environment's MLXD_LOG_PROMPTS"}
+        assert parts["settings.json"]["personas"]["value"] == ["butler"]
         assert parts["versions.json"]["packages"]["msgspec"]
         assert {finding["check"] for finding in parts["doctor.json"]} >= {"python", "engine", "socket", "hub"}
         assert any(line.get("event") == "worker ended" for line in parts["log.jsonl"])

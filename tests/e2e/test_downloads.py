@@ -87,6 +87,8 @@ def test_from_the_hub_to_an_answer(hub: Hub) -> None:
         model = client.model("org/tiny")
         assert (model.state, model.source, model.revision) == ("Downloaded", "hub", commit)
         assert client.plan("org/tiny").download_bytes == 0
+        counted = client.stats().downloads
+        assert (counted.ended, counted.fetched_bytes) == ({"done": 1}, plan.download_bytes)
         assert client.chat("hello", model="org/tiny", max_tokens=3).usage.completion_tokens == 3
         assert client.verify("org/tiny").ok
         genuine = "import sys, huggingface_hub as h; print(h.snapshot_download(sys.argv[1], local_files_only=True))"
@@ -207,6 +209,9 @@ def test_discarding_leaves_nothing(hub: Hub) -> None:
         client.cancel_job(job, discard=True)
         until(events, "download_cancelled")
         client.delete(MODEL)  # comes after the discarding, on the same thread
+        counted = client.stats().downloads
+        assert counted.ended == {"cancelled": 1}
+        assert MIB <= counted.fetched_bytes <= 13 * MIB
         assert not list((daemon.home / "hub").rglob("*.mlxd-part"))
 
 

@@ -106,8 +106,13 @@ def test_slow_requests_are_told_and_nothing_that_was_said() -> None:
         client.process("a secret of mine !mute 0.002", model=model)
         with pytest.raises(errors.DeadlineExceeded):
             client.process("!slow 1000 secret", model=model, timeout_s=0.05)
+        client.process("patient !mute 0.002", model=model, priority="batch")  # may take its time
         answered, late = slow_lines(daemon)
-        assert client.stats().models[0].slow_requests == 2
+        (counted,) = client.stats().models
+        assert counted.slow_requests == 2
+        assert counted.total_s is not None
+        assert counted.total_s.count == 1
+        assert counted.requests == {"process": {"stop": 2, "deadline_exceeded": 1}}
     assert answered["model"] == model
     assert answered["phase"] == "loading"  # a process had to start for it
     assert answered["total_s"] >= answered["loading_s"] > 0.01

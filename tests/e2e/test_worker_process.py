@@ -170,6 +170,15 @@ def test_heartbeats_come_from_idle_workers_too(child: Child, tiny: Path) -> None
     assert beat["params"].get("active", 0) == 0
 
 
+def test_heartbeats_tell_how_many_tokens_were_made(child: Child, tiny: Path) -> None:
+    load(child, tiny)
+    made = sum(child.call("generate", ask("hello"))["result"]["completion_tokens"] for _ in range(2))
+    beat, _ = child.until(lambda frame: frame.get("method") == "heartbeat" and frame["params"].get("made_tokens", 0))
+    while beat["params"]["made_tokens"] < made:  # one may have come between the two
+        beat, _ = child.until(lambda frame: frame.get("method") == "heartbeat")
+    assert beat["params"]["made_tokens"] == made
+
+
 def test_errors_are_typed_and_the_worker_goes_on(child: Child, tiny: Path) -> None:
     assert child.call("generate", ask("too early"))["error"]["data"]["kind"] == "load_failed"
     assert child.call("sing", {})["error"]["data"]["kind"] == "method_not_found"

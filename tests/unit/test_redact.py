@@ -25,6 +25,7 @@ REDACTOR = Redactor(secrets=["correct horse"], home="/home/anna")
         ("the correct horse", "the ***"),
         ("/home/anna/models/x and /home/annabel/y", "~/models/x and /home/***/y"),
         ("in /home/anna.", "in /home/***"),
+        ("personas.butler cannot be {'system': 'dear diary'} (x.toml:3)", "personas.butler cannot be …"),
         ("/Users/bert/Library", "/Users/***/Library"),
     ],
 )

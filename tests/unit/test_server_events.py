@@ -185,6 +185,7 @@ def test_overflow_is_announced_with_a_fresh_snapshot() -> None:
     (lagged,) = slow.events()
     assert (lagged.name, lagged.rev, lagged.dropped) == ("lagged", 10, 10)
     assert lagged.snapshot == Snapshot(models=[A, B], jobs=[JOB])
+    assert (log.dropped, log.lagged) == (10, 1)  # as the statistics tell
     log.publish("unloaded", model=B)
     assert [event.rev for event in slow.events()] == [11]
 

@@ -171,6 +171,8 @@ def test_the_text_is_as_the_specification_has_it() -> None:
     assert found["mlxd_prompt_cache_hits_total"].value(model="org/a") == 2
     assert found["mlxd_model_requests_running"].value(model="org/a") == 2
     assert found["mlxd_events_dropped_total"].value() == 4
+    assert found["mlxd_memory_pressure"].value(level="normal") == 1
+    assert sum(found["mlxd_memory_pressure"].samples.values()) == 1
     took = found["mlxd_request_seconds"].samples
 
     def bucket(le: str) -> float:

@@ -333,12 +333,14 @@ class Fetch(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Fetching(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """`phase`: planning, downloading, verifying, retrying. `attempts`: the most that any file has needed."""
+    """`phase`: planning, downloading, verifying, retrying. `attempts`: the most that any file has needed.
+    `fetched_bytes` crossed the network so far."""
 
     phase: str
     done_bytes: int = 0
     total_bytes: int = 0
     rate_bytes_s: float = 0.0
+    fetched_bytes: int = 0
     attempts: int = 1
 
 

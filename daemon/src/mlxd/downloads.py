@@ -157,7 +157,7 @@ class Downloads:
         self._remover = ThreadPoolExecutor(1, "mlxd-remover")  # unlinking gigabytes takes a while
         self.records = Records(Path(settings.home) / "downloads.json", log)
         self.fetched_bytes = 0
-        self._coming: dict[int, tuple[int, int]] = {}  # by fetcher: bytes on disk when it began to fetch, and now
+        self._coming: dict[int, int] = {}  # by fetcher: what it has fetched so far
         self._links: dict[int, FetcherLink[wire.Fetched]] = {}
         self._asked: dict[tuple[str, int | None], tuple[float, wire.FetchPlan | errors.RpcError]] = {}
         self._asking: dict[tuple[str, int | None], asyncio.Task[wire.FetchPlan | errors.RpcError]] = {}
@@ -263,8 +263,7 @@ class Downloads:
 
     def _progressed(self, fetcher: int, at: wire.Fetching) -> None:
         phase: Any = at.phase
-        if phase in ("downloading", "retrying"):
-            self._coming[fetcher] = self._coming.get(fetcher, (at.done_bytes, 0))[0], at.done_bytes
+        self._coming[fetcher] = max(at.fetched_bytes, self._coming.get(fetcher, 0))
         self._tell(
             ev.FetchProgress(fetcher, phase, at.done_bytes, at.total_bytes, at.rate_bytes_s, max(1, at.attempts))
         )
@@ -293,8 +292,7 @@ class Downloads:
 
     def _exited(self, fetcher: int, model: str, death: Death) -> None:
         self._links.pop(fetcher, None)
-        began, came = self._coming.pop(fetcher, (0, 0))
-        self.fetched_bytes += max(0, came - began)
+        self.fetched_bytes += self._coming.pop(fetcher, 0)  # it had no last word
         self.forget_plans(model)  # a part of it may be here by now
         if not death.expected:
             self._log.error("fetcher ended", model=model, cause=death.cause, told=death.describe())

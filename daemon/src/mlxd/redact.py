@@ -43,6 +43,7 @@ _FORMS: tuple[tuple[re.Pattern[str], str], ...] = (
         ),
         r"\1\2***",
     ),
+    (re.compile(r"\b((?:personas|templates)\b\S*) cannot be .*", re.DOTALL), r"\1 cannot be …"),
     (re.compile(r"/(Users|home)/[^/\s'\":]+"), r"/\1/***"),
 )
 # Of a traceback, or of what a C library says before it ends a process. What else is printed may be anybody's text.

@@ -51,14 +51,15 @@ class ModelStats(Result, kw_only=True):
     `requests` counts those that have ended, by method and by how: a finish reason, or the kind of an error. The
     distributions are in seconds, but `tokens_per_s`: `queue_s` of all requests that a worker got, and of those whose
     deadline passed before; `first_token_s`, from when the request was accepted, of all that got one; `total_s` and
-    `tokens_per_s`, the rate of decoding, of those that were answered; `load_s` of loads. A distribution of nothing is
+    `tokens_per_s`, the rate of decoding, of those that were answered; `load_s` of loads. Requests of priority
+    `batch`, which wait for as long as others want the model, count in `tokens_per_s` only. A distribution of nothing is
     absent. `now_tokens_per_s` and `recent_tokens_per_s` are what the model makes at present, over all requests: in the
     last second or so, and in the last ten.
 
-    `load_failures` are by kind of error; `unloads` by reason: `asked`, `idle`, `room` (it was evicted for another
-    model), `cancelled`, `load_failed`, `stopping`, `pressure` (the machine was short of memory), `recycled` (it held
-    more than its share); `deaths` of workers by cause: `exit`, `hang`, `garbage`, `never_ready`, `spawn_failed`, or the
-    name of a signal.
+    `load_failures` are by kind of error. `unloads` are by reason: `asked`, `idle`, `room` (it was evicted for another
+    model), `pressure` (the machine is short of memory), `recycled` (it grew past its share), `cancelled`,
+    `load_failed`, `stopping`. `deaths` of workers are by cause: `exit`, `hang`, `garbage`, `never_ready`,
+    `spawn_failed`, or the name of a signal.
     """
 
     model: str

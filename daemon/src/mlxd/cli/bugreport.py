@@ -164,14 +164,17 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _settings(loaded: Loaded, redactor: Redactor) -> dict[str, Any]:
+def _settings(loaded: Loaded, redactor: Redactor) -> bytes:
+    """Each by its own name, so that what is known of that is heeded."""
     import msgspec
 
     values: dict[str, Any] = msgspec.to_builtins(loaded.settings)
-    return {
-        name: {"value": redactor.value(value, name), "from": str(loaded.origins[name])}
-        for name, value in values.items()
-    }
+    return _json(
+        {
+            name: {"value": redactor.value(value, name), "from": redactor.text(str(loaded.origins[name]))}
+            for name, value in values.items()
+        }
+    )
 
 
 def _findings() -> list[dict[str, str]]:

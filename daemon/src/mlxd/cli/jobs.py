@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = add_command(
-        commands, "jobs", jobs, "list downloads and loads, or cancel one",
+        commands, "jobs", jobs, "list downloads, loads and batch jobs, or cancel one",
         epilog="A cancelled download leaves what has come, and a later pull goes on from there, unless --discard is "
                "given.",
     )  # fmt: skip

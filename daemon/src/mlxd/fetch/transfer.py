@@ -105,6 +105,7 @@ class Transfer:
                 done_bytes=sum(min(target.have, target.file.size) for target in self._targets),
                 total_bytes=sum(target.file.size for target in self._targets),
                 rate_bytes_s=self._rate.rate(now),
+                fetched_bytes=self._fetched,
                 attempts=1 + max((target.failures.count for target in self._targets), default=0),
             )
 

@@ -42,13 +42,16 @@ class Figures:
         """
         spent = timings(request, made)
         first = spent.first_token_s if made is not None and made.timings.first_token_s else None
-        slow = self._is_slow(spent.total_s, first)
+        # One of a batch waits for as long as others want the model: that is no news, and no measure for the others.
+        urgent = request.params.priority != "batch"
+        slow = urgent and self._is_slow(spent.total_s, first)
         waited = request.dispatched_at is not None or (how == "deadline_exceeded" and request.model != "")
         answered = made is not None and how == made.finish_reason and how != "cancelled"
         self.statistics.finished(
             Finished(
-                request.model, request.kind, how, queue_s=spent.queue_s if waited else None, first_token_s=first,
-                decode_s=spent.decode_s, total_s=spent.total_s if answered else None,
+                request.model, request.kind, how, queue_s=spent.queue_s if waited and urgent else None,
+                first_token_s=first if urgent else None, decode_s=spent.decode_s if answered else 0.0,
+                total_s=spent.total_s if answered and urgent else None,
                 usage=None if made is None else usage(made), speculation=None if made is None else made.speculation,
                 slow=slow,
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from mlxd_client import types
 
@@ -122,6 +123,15 @@ def _daemon(text: _Text, stats: types.Stats, status: types.Status, process: Proc
     one("process_open_fds", "gauge", "Open file descriptors of the daemon.", process.open_files)
     one("mlxd_memory_budget_bytes", "gauge", "What all models may hold together.", status.memory.budget_bytes)
     one("mlxd_memory_used_bytes", "gauge", "What the models are counted with.", status.memory.used_bytes)
+    memory = status.memory
+    one("mlxd_memory_footprint_bytes", "gauge", "What the workers hold by the system's count.", memory.footprint_bytes)
+    if memory.available_bytes is not None:
+        one("mlxd_memory_available_bytes", "gauge", "What the system has for new users.", memory.available_bytes)
+    pressure = memory.pressure.level
+    text.family(
+        "mlxd_memory_pressure", "gauge", "1 for how short of memory the machine is now, 0 for the others.",
+        [({"level": level}, level == pressure) for level in get_args(types.PressureLevel)],
+    )  # fmt: skip
     one("mlxd_clients", "gauge", "Open connections.", stats.clients.open)
     one("mlxd_subscribers", "gauge", "Subscriptions to events.", stats.clients.subscribers)
     one("mlxd_clients_accepted_total", "counter", "Connections that were served.", stats.clients.accepted)

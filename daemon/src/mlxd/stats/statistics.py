@@ -30,6 +30,7 @@ class Finished:
     Attributes:
         outcome: its finish reason, or the kind of its error.
         queue_s: None where it did not count as waiting for a worker.
+        decode_s: 0 where its rate is not to be counted.
         total_s: of one that was answered.
     """
 
@@ -189,7 +190,7 @@ class Statistics:
             counts.cached_tokens += usage.cached_tokens
             counts.completion_tokens += usage.completion_tokens
             # The first token is the prompt's; a rate needs one more.
-            if request.total_s is not None and usage.completion_tokens > 1 and request.decode_s > 0:
+            if usage.completion_tokens > 1 and request.decode_s > 0:
                 counts.tokens_per_s.add((usage.completion_tokens - 1) / request.decode_s)
         if request.speculation is not None:
             counts.speculation["drafted_tokens"] += request.speculation.drafted_tokens
