@@ -464,6 +464,7 @@ export interface Model {
   preload?: boolean;
   adapter?: string;
   capabilities?: string[];
+  prewarmed?: number;
 }
 
 export interface ModelCache {
@@ -694,6 +695,7 @@ export interface Status {
   subscribers: number;
   memory: Memory;
   workers: WorkerHealth[];
+  tasks?: number;
   draining?: boolean;
   activated?: boolean;
   config_error?: ErrorObject;

@@ -382,6 +382,14 @@ class Adapted:
 
 
 @dataclass(frozen=True, slots=True)
+class Prewarmed:
+    """So many system turns have been computed ahead by the worker since its model was loaded."""
+
+    worker: int
+    turns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed: whatever is due is done."""
 
@@ -402,5 +410,5 @@ Event = (
     | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest | Attach | Attached | BatchFound | BatchGrew
     | BatchStarted | BatchItems | BatchItemEnded | BatchRecorded | BatchGone | BatchStoreFailed | BatchStoreWorks
     | BatchLost
-    | Configure | Preload | Adapted | Measured
+    | Configure | Preload | Adapted | Prewarmed | Measured
 )  # fmt: skip
