@@ -483,6 +483,7 @@ class World(RuleBasedStateMachine):
     @rule(data=st.data(), adapter=st.sampled_from([None, "org/adapter"]))
     def adapted(self, data: st.DataObject, adapter: str | None) -> None:
         self.tell(ev.Adapted(data.draw(st.sampled_from(sorted(self.ready))), adapter))
+        self.tell(ev.Prewarmed(data.draw(st.sampled_from(sorted(self.ready))), data.draw(st.integers(0, 2))))
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 5.0, 31.0, 400.0]))
     def time_passes(self, seconds: float) -> None:

@@ -465,6 +465,7 @@ export interface Model {
   preload?: boolean;
   adapter?: string;
   capabilities?: string[];
+  prewarmed?: number;
 }
 
 export interface ModelCache {
@@ -704,6 +705,7 @@ export interface Status {
   subscribers: number;
   memory: Memory;
   workers: WorkerHealth[];
+  tasks?: number;
   draining?: boolean;
   activated?: boolean;
   config_error?: ErrorObject;

@@ -129,7 +129,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             or no model loads.
         queue_limit: how many requests may wait, over all models.
         requests_in_flight: how many requests one connection may have open.
-        max_clients: how many connections are taken at a time.
+        max_clients: how many connections are taken at a time; one more is told `queue_full`, and closed.
         subscriber_events, subscriber_bytes: how much may wait for one subscriber before it is told that it lags.
         event_log: how many events are kept for subscribers that resume.
         write_stall_s: a connection that takes nothing for so long is closed.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlxd_client.errors import RpcError
-from mlxd_client.types import ErrorObject
+from mlxd_client.types import ErrorObject, Job
 
 from . import actions as do
 from . import events as ev
@@ -363,9 +363,14 @@ class BatchLine:
         if seen == known and job.shown_at is not None:
             del self._changed[job.job]
             return
-        same = known is not None and (known.state, known.phase, known.error) == (seen.state, seen.phase, seen.error)
+        same = known is not None and _known_by(known) == _known_by(seen)
         if same and job.shown_at is not None and now < job.shown_at + PROGRESS_S:
             return
         job.shown, job.shown_at = seen, now
         del self._changed[job.job]
         self._book.out.append(do.Publish("job", job=seen))
+
+
+def _known_by(job: Job) -> tuple[object, ...]:
+    """What callers act on."""
+    return job.state, job.phase, job.error, job.total_items

@@ -88,6 +88,7 @@ class Core:
             ev.BatchGone: batches.gone, ev.BatchStoreFailed: batches.store_failed,
             ev.BatchStoreWorks: batches.store_works, ev.BatchLost: batches.lost,
             ev.Configure: self._configure, ev.Preload: preloads.preload, ev.Adapted: line.adapted,
+            ev.Prewarmed: line.prewarmed,
             ev.Measured: memory.measured,
         }  # fmt: skip
 

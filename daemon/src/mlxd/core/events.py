@@ -382,6 +382,14 @@ class Adapted:
 
 
 @dataclass(frozen=True, slots=True)
+class Prewarmed:
+    """So many system turns have been computed ahead by the worker since its model was loaded."""
+
+    worker: int
+    turns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed: whatever is due is done."""
 
@@ -423,7 +431,7 @@ Event = (
     Found | Lost | Submit | Ensure | Release | Unload | Cancel | CancelJob | ClientGone | LoadProgress | Loaded
     | LoadFailed | WorkerExited | MemoryReport | Done | Tick | Drain | Hold | GoOn | Leave | Elsewhere | Abort
     | Download | FetchProgress | Fetched | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest | Attach
-    | Attached | Configure | Preload | Adapted | Measured
+    | Attached | Configure | Preload | Adapted | Prewarmed | Measured
     | BatchFound | BatchGrew | BatchStarted | BatchItems | BatchItemEnded | BatchRecorded | BatchGone | BatchStoreFailed
     | BatchStoreWorks | BatchLost
 )  # fmt: skip

@@ -257,6 +257,7 @@ class LoadLine:
         was_loading = record.lifecycle.state == "Loading"
         record.worker = record.stopping = record.last_seq = record.memory_bytes = record.idle_since = None
         record.progress = record.draft = record.adapter = record.capabilities = None
+        record.prewarmed = 0
         record.draft_takes = record.draft_granted = record.draft_promised = 0
         record.needed = record.urgent
         if record.later is not None:
@@ -296,6 +297,12 @@ class LoadLine:
         record = self._book.by_worker.get(event.worker)
         if record is not None and record.adapter != event.adapter and record.lifecycle.state == "Ready":
             record.adapter = event.adapter
+            self._book.publish("model_changed", record)
+
+    def prewarmed(self, event: ev.Prewarmed, now: float) -> None:
+        record = self._book.by_worker.get(event.worker)
+        if record is not None and record.prewarmed != event.turns and record.lifecycle.state == "Ready":
+            record.prewarmed = event.turns
             self._book.publish("model_changed", record)
 
     def memory_report(self, event: ev.MemoryReport, now: float) -> None:

@@ -19,7 +19,7 @@ from .records import ModelRecord
 from .room import shares
 
 # Seconds that a worker past its share gets before the next step is taken.
-GRACE_S = 3.0
+GRACE_S = 2.0
 # A model's worker is not recycled again within so many seconds: where that does not help, it would only cost.
 RECYCLE_S = 300.0
 # While pressure lasts, caches are trimmed and a model goes so often, in seconds.

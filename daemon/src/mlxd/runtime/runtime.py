@@ -278,7 +278,7 @@ class Runtime:
             clients=clients, subscribers=subscribers,
             memory=self._measuring.look(),
             workers=[self._health(model, now) for model in core.deaths],
-            draining=core.draining, activated=self.activated,
+            tasks=len(asyncio.all_tasks(self.loop)), draining=core.draining, activated=self.activated,
         )  # fmt: skip
 
     async def stats(self, ref: str | None, clients: types.ClientTotals) -> types.Stats:

@@ -34,6 +34,7 @@ __all__ = [
     "Peer",
     "SocketPathError",
     "adopt",
+    "first_byte",
     "listen",
     "peer_gone",
     "peer_of",
@@ -43,7 +44,7 @@ __all__ = [
 _DARWIN = sys.platform == "darwin"
 # sockaddr_un.sun_path holds 104 bytes on macOS and 108 on Linux, the last of them zero.
 _MAX_PATH_BYTES = 103 if _DARWIN else 107
-_LOCK_NAME = "mlxd.lock"
+_LOCK_NAME, _SOCKET_NAME = "mlxd.lock", "mlxd.sock"
 
 
 class ListenError(Exception):
@@ -79,7 +80,7 @@ def prepare_home(home: Path) -> None:
     Raises: HomeError.
     """
     try:
-        home.parent.mkdir(parents=True, exist_ok=True)
+        _make_parents(home.parent)
         with contextlib.suppress(FileExistsError):
             home.mkdir(mode=0o700)
         folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -97,6 +98,15 @@ def prepare_home(home: Path) -> None:
         raise HomeError(f"the mode of {home} cannot be set to 0700: {error.strerror}") from None
     finally:
         os.close(folder)
+
+
+def _make_parents(folder: Path) -> None:
+    """Folders that are missing on the way, private ones: who may write there could put another home in its place."""
+    mask = os.umask(0o077)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    finally:
+        os.umask(mask)
 
 
 def _check_socket_folder(folder: Path) -> None:
@@ -150,6 +160,11 @@ def _sign(lock: int) -> None:
     """Write down who holds it. Raises OSError."""
     os.ftruncate(lock, 0)
     os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+
+
+def _lock_of(path: Path) -> Path:
+    """The lock of a socket, for daemons of whichever homes. That of a home's own socket is the home's."""
+    return path.with_name(_LOCK_NAME if path.name == _SOCKET_NAME else f"{path.name}.lock")
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
@@ -230,7 +245,7 @@ def listen(home: Path, path: Path | None = None, *, backlog: int = 1024) -> List
 
     Raises: AlreadyRunning, HomeError, SocketPathError.
     """
-    path = path if path is not None else home / "mlxd.sock"
+    path = path if path is not None else home / _SOCKET_NAME
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     _check_length(path, aside)
     prepare_home(home)
@@ -238,7 +253,9 @@ def listen(home: Path, path: Path | None = None, *, backlog: int = 1024) -> List
     try:
         if path.parent.resolve() != home.resolve():
             _check_socket_folder(path.parent)
-            locks.append(_lock(path.with_name(f"{path.name}.lock"), path))
+        beside = _lock_of(path)
+        if not _same_file(locks[0], beside):
+            locks.append(_lock(beside, path))
         _clear(path)
         return Listener(_bind(path, aside, backlog), path, locks)
     except BaseException:
@@ -355,6 +372,15 @@ def peer_of(sock: socket.socket) -> Peer:
         return Peer(uid, pid or None)
     pid, uid, _ = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return Peer(uid, pid or None)
+
+
+def first_byte(descriptor: int) -> bytes:
+    """What a connection begins with, left where it is; empty where nothing has come yet."""
+    with socket.socket(fileno=os.dup(descriptor)) as sock:
+        try:
+            return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            return b""
 
 
 def peer_gone(sock: socket.socket) -> bool:

@@ -204,9 +204,12 @@ class Server:
         """Why a peer is not served, before a byte of it is read; None where it is."""
         if peer is None or peer.uid != self._uid:
             return "another user"
-        if len(self._sessions) >= self.limits.connections:
-            return f"more than {self.limits.connections} connections"
         return None
+
+    @property
+    def full(self) -> bool:
+        """Whether one more connection would be one too many."""
+        return len(self._sessions) >= self.limits.connections
 
     def session_refused(self) -> None:
         self._refused += 1

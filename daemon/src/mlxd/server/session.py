@@ -28,7 +28,7 @@ from mlxd_client.errors import (
 from mlxd_client.types import ClientInfo
 
 from .call import PENDING, Call
-from .listen import Peer, peer_gone, peer_of
+from .listen import Peer, first_byte, peer_gone, peer_of
 from .methods.table import METHODS
 from .requests import MAX_ID_CHARS, MEMBERS, checked_params, what_is_wrong
 from .stall import StallWatch
@@ -94,10 +94,23 @@ class Session(asyncio.Protocol):
             self.server.log.warning("client_refused", client=self.client, reason=refusal, peer=peer)
             self._transport.abort()
             return
+        if self.server.full:
+            self._turn_away()
+            return
         self.peer = peer
         self._open = True
         self._transport.set_write_buffer_limits(high=0)
         self.server.session_opened(self)
+
+    def _turn_away(self) -> None:
+        """One connection too many is told so, in the encoding that it has begun to speak, if it has."""
+        limit = self.server.limits.connections
+        self.server.log.warning("client_refused", client=self.client, reason="too many connections", limit=limit)
+        error = QueueFull(f"{limit} clients are connected, and the daemon takes no more", limit=limit)
+        spoken = first_byte(self._transport.get_extra_info("socket").fileno())
+        encoding = codec.Encoding.JSON if spoken == b"{" else codec.Encoding.MSGPACK
+        self._transport.write(codec.encode({"jsonrpc": "2.0", "id": None, "error": error.to_wire()}, encoding))
+        self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         if not self._open or self._ending:
