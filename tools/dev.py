@@ -5,7 +5,7 @@
     test [ARG...]    the whole suite: style, types and tests; arguments go to pytest
     exec CMD [ARG...]  run any command inside the environment, e.g. `exec mlxd status`
     bench [ARG...]   speed and size against mlx_lm, as ratios in one run
-    soak [ARG...]    downloads that are killed again and again, and very large ones
+    soak [ARG...]    everything at once for hours; downloads and batch jobs that are killed again and again
     faults WHAT      what docs/guarantees.md promises, while workers and daemons are killed
     fuzz [ARG...]    broken frames for the codec; --session, a daemon's conversations; --engine, requests mixed
     lint [--fix]     style and types alone

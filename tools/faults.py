@@ -8,6 +8,7 @@
                                                                     how long each lives on
     python3 tools/dev.py faults stop [--rounds N]                   daemons told to end under full load, and how long
                                                                     they take
+    python3 tools/dev.py faults failpoints                          daemons killed before each of their steps on disk
 
 The suite has the short forms (tests/faults). Each run has a folder of its own; the first thing that is wrong ends it,
 and it exits with 1 then. The same seed draws the same faults; their moments are the machine's.
@@ -138,8 +139,22 @@ def stop(options: argparse.Namespace) -> list[str]:
     return lines
 
 
+def failpoints(options: argparse.Namespace) -> list[str]:
+    from support.failpoints import Failpoints
+    from support.hub import Hub
+
+    step, kills = 0, 0
+    with Hub() as hub:
+        points = Failpoints(hub)
+        while not points.steps or step < points.steps:
+            step += 1
+            kills += points.kill_at(step)
+    return [f"{kills} kills, one before each of {points.steps} steps; each time the next daemon found old or new files"]
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
     "answers": answers, "mirrors": mirrors, "deaths": deaths, "orphans": orphans, "stop": stop,
+    "failpoints": failpoints,
 }  # fmt: skip
 
 if __name__ == "__main__":

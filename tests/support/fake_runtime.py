@@ -193,7 +193,7 @@ class FakeRuntime:
         await self._wait(job)
         return self.job(job)
 
-    def cancel_job(self, job: str, *, discard: bool = False) -> Job:
+    async def cancel_job(self, job: str, *, discard: bool = False) -> Job:
         return self.job(job)
 
     async def plan(self, params: types.PlanParams) -> types.Plan:

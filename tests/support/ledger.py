@@ -213,6 +213,9 @@ class Traffic:
         draw: decides everything.
         models: ids that answer as tests/support/bad_child.py does.
         hostile: also prompts that kill or stop the worker.
+
+    Attributes:
+        more: further requests, by method and params, that are asked as often as the others.
     """
 
     def __init__(
@@ -220,6 +223,7 @@ class Traffic:
     ) -> None:
         self.socket, self.draw, self.models = socket, draw, models
         self.connections, self.hostile = connections, hostile
+        self.more: list[tuple[str, dict[str, Any] | None]] = []
         self.tally: Counter[str] = Counter()
         self.lines: list[Line] = []
         self._ended: list[asyncio.Task[None]] = []
@@ -303,7 +307,7 @@ class Traffic:
             ("process", {"prompt": "x", "max_tokens": -1}), ("process", {"prompt": "x", "model": "no/such"}),
             ("events.unsubscribe", {"subscription": 1}), ("config.get", None), ("models.verify", {"model": model}),
         ]  # fmt: skip
-        return line.frame(*draw.choice(simple))
+        return line.frame(*draw.choice(simple + self.more))
 
     def _generate(self, line: Line, model: str) -> bytes:
         draw, chance = self.draw, self.draw.random()

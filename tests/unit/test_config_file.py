@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxd import configfile
+from mlxd import configfile, configuration
 from mlxd.settings import MAX_FILE_BYTES, SettingsError, load, read_file
+from mlxd_client.errors import PermissionDenied
 
 WRITTEN = """\
 # my daemon
@@ -146,6 +147,26 @@ def test_a_link_stays_one_and_permissions_are_kept(tmp_path: Path) -> None:
     assert (real.read_text(), real.stat().st_mode & 0o777) == ("a = 2\n", 0o640)
     configfile.write(tmp_path / "new.toml", "")
     assert (tmp_path / "new.toml").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_an_editor_saved_meanwhile_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("max_batch = 1\n")
+    edit, texts = configfile.edited, ["max_batch = 2\n"]
+
+    def edited(*order: Any) -> str:
+        if texts:
+            path.write_text(texts.pop())
+        return edit(*order)
+
+    monkeypatch.setattr(configfile, "edited", edited)
+    before = load({"HOME": str(tmp_path), "MLXD_HOME": str(tmp_path)})
+    configuration.change_file(before, {"drain_s": 1})
+    assert path.read_text() == "max_batch = 2\ndrain_s = 1\n"
+    texts[:] = [f"max_batch = {n}\n" for n in range(10, 20)]
+    with pytest.raises(PermissionDenied, match="keeps changing"):
+        configuration.change_file(before, {"drain_s": 2})
+    assert "drain_s" not in path.read_text()
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:

@@ -65,12 +65,14 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
         {"mlxd_client", "mlxd.childwire", "mlxd.promptfiles", "mlxd.server", "mlxd.settings", "mlxd.workers"},
         {"msgspec"},
     ),
+    "mlxd.batch": ({"mlxd_client"}, {"msgspec"}),
     "mlxd.runtime": (
-        {"mlxd_client", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers", "mlxd.generation",
-         "mlxd.library", "mlxd.logs", "mlxd.measure", "mlxd.personas", "mlxd.prompts", "mlxd.server", "mlxd.settings",
-         "mlxd.stats", "mlxd.store", "mlxd.texts", "mlxd.workers"},
+        {"mlxd_client", "mlxd.batch", "mlxd.childwire", "mlxd.children", "mlxd.core", "mlxd.fetchers",
+         "mlxd.generation", "mlxd.library", "mlxd.logs", "mlxd.measure", "mlxd.personas", "mlxd.prompts",
+         "mlxd.server", "mlxd.settings", "mlxd.stateversion", "mlxd.stats", "mlxd.store", "mlxd.texts", "mlxd.workers"},
         {"msgspec", "psutil"},
     ),
+    "mlxd.lean": (set(), {"uvloop"}),
     "mlxd.notify": (set(), set()),
     "mlxd.sidecar": (set(), set()),
     "mlxd.service": ({"mlxd_client", "mlxd.settings", "mlxd.server", "mlxd.wholefiles"}, {"msgspec"}),
@@ -84,7 +86,8 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
         {"uvloop", "msgspec"},
     ),
     "mlxd.cli": (
-        {"mlxd_client", "mlxd.app", "mlxd.catalog", "mlxd.configuration", "mlxd.redact", "mlxd.server", "mlxd.service",
+        {"mlxd_client", "mlxd.app", "mlxd.batch", "mlxd.catalog", "mlxd.configuration", "mlxd.lean", "mlxd.redact",
+         "mlxd.server", "mlxd.service",
          "mlxd.settings", "mlxd.sidecar", "mlxd.store"},
         {"msgspec", "psutil", "rich"},
     ),
@@ -194,7 +197,10 @@ def test_only_fetchers_ask_the_hub() -> None:
 
 def test_the_daemon_loads_nothing_heavy() -> None:
     """Everything that `mlxd serve` imports, and nothing that would cost memory for nothing."""
-    script = "import sys, mlxd.cli.main, mlxd.settings, mlxd.app; print(*{name.split('.')[0] for name in sys.modules})"
+    script = (
+        "import sys; from mlxd.lean import without_openssl; without_openssl(); import mlxd.cli.main, mlxd.settings, "
+        "mlxd.app; print(*{name.split('.')[0] for name in sys.modules})"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     heavy = {
         "mlx",
@@ -211,6 +217,8 @@ def test_the_daemon_loads_nothing_heavy() -> None:
         "httpx",
         "httpx2",
         "yaml",
+        "_ssl",
+        "_hashlib",
         "tomlkit",
     }
     assert heavy.isdisjoint(done.stdout.split())

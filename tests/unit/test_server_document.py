@@ -148,7 +148,8 @@ def test_it_describes_every_method_of_version_1(discovered: dict[str, Any]) -> N
         "config.get config.set config.reload personas.list "
         "models.list models.get models.story models.load models.unload models.acquire "
         "models.release models.plan models.download models.delete models.verify models.catalog jobs.list jobs.get "
-        "jobs.wait jobs.cancel cache.list cache.clear process chat tokens.count tokens.encode tokens.decode embed "
+        "jobs.wait jobs.cancel batch.submit batch.append batch.start batch.list batch.get batch.results batch.cancel "
+        "batch.delete cache.list cache.clear process chat tokens.count tokens.encode tokens.decode embed "
         "cancel events.subscribe "
         "events.unsubscribe"
     ).split()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 
-from mlxd.settings import Settings, SettingsError, load
+from mlxd.settings import APPLIES, NOT_BY_CLIENTS, Settings, SettingsError, load
+
+SOURCE = Path(__file__).parents[2] / "daemon" / "src" / "mlxd"
 
 
 @pytest.fixture
@@ -125,3 +129,37 @@ def test_every_setting_is_described() -> None:
     assert Settings.__doc__ is not None
     undescribed = [name for name in Settings.__struct_fields__ if name not in Settings.__doc__]
     assert undescribed == []
+
+
+# What runs once, when a daemon starts, or describes one that does not run.
+AT_THE_START = {"__init__", "run", "serve", "begin", "_equip", "describe"}
+
+
+def readers(names: Collection[str]) -> dict[str, set[str]]:
+    """The functions of the daemon that read each setting of its Settings."""
+    found: dict[str, set[str]] = {name: set() for name in names}
+    for path in SOURCE.rglob("*.py"):
+        if {"cli", "worker", "fetch"} & set(path.parts) or path.name == "settings.py":
+            continue
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            for node in ast.walk(function):
+                match node:
+                    case ast.Attribute(attr=name, value=ast.Name(id="settings")) if name in found:
+                        found[name].add(function.name)
+                    case ast.Attribute(attr=name, value=ast.Attribute(attr="settings" | "_settings")) if name in found:
+                        found[name].add(function.name)
+    return found
+
+
+def test_what_can_change_while_a_daemon_runs_is_not_only_read_when_it_starts() -> None:
+    found = readers(APPLIES)
+    stale = {name for name, where in found.items() if where and APPLIES[name] != "restart" and where <= AT_THE_START}
+    assert not stale, f"read where they are needed, or say `restart` in APPLIES: {stale}"
+
+
+def test_the_rest_waits_for_the_next_daemon() -> None:
+    assert {name for name, when in APPLIES.items() if when == "restart"} >= {"home", "socket"}
+    assert set(APPLIES) == set(Settings.__struct_fields__)
+    assert set(APPLIES) >= NOT_BY_CLIENTS

@@ -35,6 +35,9 @@ class Scale:
     mixed_tokens: int = 16
     mixed_prompt: int = 500
     mixed_rounds: int = 5
+    job_items: int = 200
+    job_tokens: int = 16
+    job_rounds: int = 5
     fairness_tokens: int = 3_000
     profile_tokens: int = 64
     profile_rounds: int = 8

@@ -14,6 +14,7 @@ from . import (
     download_rows,
     fairness_rows,
     generation_rows,
+    job_rows,
     load_rows,
     mixed_rows,
     models,
@@ -35,7 +36,7 @@ NAMES = (
     "download",
     *(f"speculation/{kind}" for kind in ("copy", "clean-ups", "draft")),
     *(f"{kind}/{model}" for model in MODELS for kind in ("stream", "batch", "schema", "http", "prefix", "restart")),
-    *(f"{kind}/cleanup" for kind in ("load", "profile")),
+    *(f"{kind}/cleanup" for kind in ("jobs", "load", "profile")),
     *(f"{kind}/dense" for kind in ("load", "blas", "mixed", "fairness", "profile")),
 )
 
@@ -121,6 +122,8 @@ def generation(
                     yield from load_rows.load_rows(label, daemon, reference, path, scale)
         if f"blas/{model}" in wanted and sys.platform == "linux":
             yield from load_rows.blas_rows(label, daemon, path, scale)
+        if f"jobs/{model}" in wanted:
+            yield from job_rows.job_rows(label, daemon, path, scale)
         if f"mixed/{model}" in wanted:
             yield from mixed_rows.mixed_rows(label, daemon, temp, path, scale)
         if f"schema/{model}" in wanted:

@@ -7,16 +7,17 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
 from . import types
+from .batching import REFUSED, AnyItem, frames
 from .connect import Backoff, Start, dial, resolve
 from .errors import ClientError, ConnectFailed, ConnectionLost, MlxdError, RequestTimeout, ShuttingDown
 from .methods import Awaiting, Methods, Request, Wait
 from .rpc import Call, Cursor, Session, Subscription, fresh
-from .types import UNSET
+from .types import UNSET, BatchResult, Job
 
 __all__ = ["AsyncClient", "AsyncEventStream", "AsyncModelLease", "AsyncStream"]
 
@@ -215,6 +216,47 @@ class AsyncClient(Methods, Awaiting):
     def hello(self) -> types.HelloResult | None:
         """What the daemon said of itself; None before its first answer."""
         return self._link.session.hello if self._link is not None else None
+
+    async def submit_items(
+        self,
+        items: Iterable[AnyItem],
+        *,
+        model: str | None = None,
+        key: str | None = None,
+        name: str | None = None,
+    ) -> Job:
+        """Put in a batch job of any size, frame by frame, and return it once all of it is on disk and runs.
+
+        Args:
+            items: as for `submit_batch`, read as they are sent; they may be generated.
+            key: makes it safe to ask again after any failure, with the same items: what is there is not added twice.
+
+        Raises what `submit_batch` does for the first item that cannot be; the job, of which nothing has run, is
+        deleted then.
+        """
+        rest = frames(items)
+        first = next(rest, [])
+        job = await self.submit_batch(first, model=model, key=key, name=name, open=True)
+        try:
+            at = len(first)
+            for frame in rest:
+                await self.append_batch(job.job, frame, at=at)
+                at += len(frame)
+        except REFUSED:
+            if job.phase == "open":
+                await self.delete_batch(job.job, cancel=True)
+            raise
+        return await self.start_batch(job.job)
+
+    async def results(self, job: str, *, after: int | None = None) -> AsyncIterator[BatchResult]:
+        """All results of a batch job that there are in the order of its items, page by page; see `batch_results`."""
+        while True:
+            page = await self.batch_results(job, after=after)
+            for result in page.results:
+                yield result
+            if not page.more:
+                return
+            after = page.results[-1].index
 
     def events(
         self,

@@ -17,9 +17,17 @@ from array import array
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
+from .errors import InvalidParams
 from .types import (
+    BatchAppendParams,
+    BatchDeleteParams,
+    BatchItem,
+    BatchResultsParams,
+    BatchResultsResult,
+    BatchSubmitParams,
     CacheResult,
     CancelJobParams,
     CancelParams,
@@ -72,13 +80,14 @@ from .types import (
 if TYPE_CHECKING:
     from . import aio, sync
 
-__all__ = ["ChatOptions", "GenerateOptions", "Messages", "Methods", "Request", "Wait"]
+__all__ = ["ChatOptions", "GenerateOptions", "Items", "Messages", "Methods", "Request", "Wait"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 Wait = float | UnsetType | None
 Messages = str | Sequence[Message | Mapping[str, Any]]
+Items = Sequence[BatchItem | Mapping[str, Any]]
 
 
 class Request(Generic[T]):
@@ -471,6 +480,86 @@ class Methods:
         return Request("jobs.cancel", CancelJobParams(job=job, discard=discard), Job, wait_s)
 
     @remote
+    def submit_batch(
+        self,
+        items: Items,
+        *,
+        model: str | None = None,
+        key: str | None = None,
+        name: str | None = None,
+        open: bool = False,
+        wait_s: Wait = UNSET,
+    ) -> Request[Job]:
+        """Put in a batch job and return it, once it is on disk. It is worked off in idle slots and survives the daemon.
+
+        Args:
+            items: {method: `process` or `chat`, params, custom_id?}, at most 1,000 and 16 MiB; more are appended.
+            model: for items that name none.
+            key: makes it safe to ask again: the same items under the same key are one job.
+            name: for people.
+            open: further items will be appended, and none runs before `start_batch`.
+
+        Raises InvalidParams and others, with `details["field"]`, for items that cannot be; QueueFull, InsufficientDisk.
+        """
+        params = BatchSubmitParams(
+            items=_items(items), model=_unset(model), key=_unset(key), name=_unset(name), open=open
+        )
+        return Request("batch.submit", params, Job, wait_s, long=True)
+
+    @remote
+    def append_batch(self, job: str, items: Items, *, at: int | None = None, wait_s: Wait = UNSET) -> Request[Job]:
+        """Add items to a batch job that was submitted `open`.
+
+        Args:
+            at: how many items the job has so far (`Job.total_items`); makes it safe to ask again.
+        """
+        params = BatchAppendParams(job=job, items=_items(items), at=_unset(at))
+        return Request("batch.append", params, Job, wait_s, long=True)
+
+    @remote
+    def start_batch(self, job: str, *, wait_s: Wait = UNSET) -> Request[Job]:
+        """Have an open batch job run, or one that has failed or was cancelled go on. Raises NotFound."""
+        return Request("batch.start", JobParams(job=job), Job, wait_s, long=True)
+
+    @remote
+    def batches(self, *, wait_s: Wait = UNSET) -> Request[list[Job]]:
+        """Every batch job. `wait_job` and `events` follow one as they do other jobs."""
+        return Request("batch.list", None, JobsResult, wait_s, pick=_jobs)
+
+    @remote
+    def batch(self, job: str, *, wait_s: Wait = UNSET) -> Request[Job]:
+        """One batch job. Raises NotFound."""
+        return Request("batch.get", JobParams(job=job), Job, wait_s)
+
+    @remote
+    def batch_results(
+        self, job: str, *, after: int | None = None, limit: int = 100, wait_s: Wait = UNSET
+    ) -> Request[BatchResultsResult]:
+        """Some of a batch job's results, in the order of its items. Raises NotFound.
+
+        Args:
+            after: the `index` of the last result that the caller has; None from the beginning.
+            limit: at most so many, up to 1,000.
+        """
+        params = BatchResultsParams(job=job, after=_unset(after), limit=limit)
+        return Request("batch.results", params, BatchResultsResult, wait_s, long=True)
+
+    @remote
+    def cancel_batch(self, job: str, *, wait_s: Wait = UNSET) -> Request[Job]:
+        """End a batch job; the results that there are stay. Raises NotFound."""
+        return Request("batch.cancel", JobParams(job=job), Job, wait_s, long=True)
+
+    @remote
+    def delete_batch(self, job: str, *, cancel: bool = False, wait_s: Wait = UNSET) -> Request[None]:
+        """Remove a batch job with its prompts and results.
+
+        Args:
+            cancel: also where it has not ended, which otherwise raises InvalidParams.
+        """
+        params = BatchDeleteParams(job=job, cancel=cancel)
+        return Request("batch.delete", params, Any, wait_s, pick=_nothing, long=True)
+
+    @remote
     def process(self, prompt: str, *, wait_s: Wait = UNSET, **options: Unpack[ProcessOptions]) -> Request[Completion]:
         """One prompt in, one text out.
 
@@ -590,6 +679,14 @@ class Methods:
             result_type: a struct or other type that msgspec converts to; Any gives the plain result.
         """
         return Request(method, params, result_type, wait_s)
+
+
+def _items(items: Items) -> list[BatchItem]:
+    """Items as structs. Raises InvalidParams that names the first that is none."""
+    try:
+        return msgspec.convert(list(items), list[BatchItem])
+    except msgspec.ValidationError as error:
+        raise InvalidParams(f"items: {error}", field="items") from None
 
 
 def _nothing(result: Any) -> None:

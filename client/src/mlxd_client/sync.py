@@ -13,16 +13,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from . import types
+from .batching import REFUSED, AnyItem, frames
 from .connect import Backoff, Start, dial, resolve
 from .errors import ClientError, ConnectFailed, ConnectionLost, MlxdError, RequestTimeout, ShuttingDown
 from .methods import Blocking, Methods, Request, Wait
 from .rpc import Call, Cursor, Session, Subscription, fresh
-from .types import UNSET
+from .types import UNSET, BatchResult, Job
 
 __all__ = ["Client", "EventStream", "ModelLease", "Stream"]
 
@@ -311,6 +312,46 @@ class Client(Methods, Blocking):
     def hello(self) -> types.HelloResult | None:
         """What the daemon said of itself; None before its first answer."""
         return self._link.session.hello if self._link is not None else None
+
+    def submit_items(
+        self,
+        items: Iterable[AnyItem],
+        *,
+        model: str | None = None,
+        key: str | None = None,
+        name: str | None = None,
+    ) -> Job:
+        """Put in a batch job of any size, frame by frame, and return it once all of it is on disk and runs.
+
+        Args:
+            items: as for `submit_batch`, read as they are sent; they may be generated.
+            key: makes it safe to ask again after any failure, with the same items: what is there is not added twice.
+
+        Raises what `submit_batch` does for the first item that cannot be; the job, of which nothing has run, is
+        deleted then.
+        """
+        rest = frames(items)
+        first = next(rest, [])
+        job = self.submit_batch(first, model=model, key=key, name=name, open=True)
+        try:
+            at = len(first)
+            for frame in rest:
+                self.append_batch(job.job, frame, at=at)
+                at += len(frame)
+        except REFUSED:
+            if job.phase == "open":
+                self.delete_batch(job.job, cancel=True)
+            raise
+        return self.start_batch(job.job)
+
+    def results(self, job: str, *, after: int | None = None) -> Iterator[BatchResult]:
+        """All results of a batch job that there are in the order of its items, page by page; see `batch_results`."""
+        while True:
+            page = self.batch_results(job, after=after)
+            yield from page.results
+            if not page.more:
+                return
+            after = page.results[-1].index
 
     def events(
         self,

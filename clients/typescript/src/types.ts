@@ -16,6 +16,44 @@ export interface BadFile {
   reason: string;
 }
 
+export interface BatchAppendParams {
+  job: string;
+  items: (ProcessItem | ChatItem)[];
+  at?: number;
+}
+
+export interface BatchDeleteParams {
+  job: string;
+  cancel?: boolean;
+}
+
+export interface BatchResult {
+  index: number;
+  custom_id?: string;
+  result?: Completion;
+  error?: ErrorObject;
+}
+
+export interface BatchResultsParams {
+  job: string;
+  after?: number;
+  limit?: number;
+}
+
+export interface BatchResultsResult {
+  results: BatchResult[];
+  more?: boolean;
+  complete?: boolean;
+}
+
+export interface BatchSubmitParams {
+  items?: (ProcessItem | ChatItem)[];
+  model?: string;
+  key?: string;
+  name?: string;
+  open?: boolean;
+}
+
 export interface CacheInMemory {
   hits?: number;
   misses?: number;
@@ -68,6 +106,12 @@ export interface CatalogEntry {
 export interface CatalogResult {
   entries: CatalogEntry[];
   memory_bytes: number;
+}
+
+export interface ChatItem {
+  method: "chat";
+  params: ChatParams;
+  custom_id?: string;
 }
 
 export interface ChatParams {
@@ -312,6 +356,10 @@ export interface Job {
   total_bytes?: number;
   rate_bytes_s?: number;
   revision?: string;
+  name?: string;
+  total_items?: number;
+  done_items?: number;
+  failed_items?: number;
   error?: ErrorObject;
   started_at?: number;
   ended_at?: number;
@@ -527,6 +575,12 @@ export interface Pressure {
   since_at?: number;
 }
 
+export interface ProcessItem {
+  method: "process";
+  params: ProcessParams;
+  custom_id?: string;
+}
+
 export interface ProcessParams {
   model?: string;
   max_tokens?: number;
@@ -640,6 +694,7 @@ export interface Status {
   subscribers: number;
   memory: Memory;
   workers: WorkerHealth[];
+  tasks?: number;
   draining?: boolean;
   activated?: boolean;
   config_error?: ErrorObject;
@@ -791,6 +846,14 @@ export interface Methods {
   "jobs.get": { params: { job: string }; result: Job };
   "jobs.wait": { params: { job: string }; result: Job };
   "jobs.cancel": { params: { job: string; discard?: boolean }; result: Job };
+  "batch.submit": { params: { items?: (ProcessItem | ChatItem)[]; model?: string; key?: string; name?: string; open?: boolean }; result: Job };
+  "batch.append": { params: { job: string; items: (ProcessItem | ChatItem)[]; at?: number }; result: Job };
+  "batch.start": { params: { job: string }; result: Job };
+  "batch.list": { params: Record<string, never>; result: JobsResult };
+  "batch.get": { params: { job: string }; result: Job };
+  "batch.results": { params: { job: string; after?: number; limit?: number }; result: BatchResultsResult };
+  "batch.cancel": { params: { job: string }; result: Job };
+  "batch.delete": { params: { job: string; cancel?: boolean }; result: Empty };
   "personas.list": { params: Record<string, never>; result: PersonasResult };
   "process": { params: { prompt: string; model?: string; max_tokens?: number; temperature?: number; top_p?: number; top_k?: number; min_p?: number; repetition_penalty?: number; presence_penalty?: number; frequency_penalty?: number; logit_bias?: Record<string, number>; seed?: number; stop?: string[]; logprobs?: number; schema?: Record<string, unknown> | boolean; grammar?: string; thinking?: boolean; keep_alive?: number; timeout_s?: number; cache_prompt?: boolean; xtc_probability?: number; xtc_threshold?: number; thinking_budget?: number; n?: number; adapter?: string; speculation?: "auto" | "draft" | "lookup" | "off"; context_policy?: "drop_oldest" | "refuse" | "rotate"; kv_bits?: 4 | 8; deterministic?: boolean; stream?: boolean; priority?: "batch" | "interactive"; persona?: string; system?: string; template?: string; values?: Record<string, string> }; result: Completion };
   "chat": { params: { messages: Message[]; model?: string; max_tokens?: number; temperature?: number; top_p?: number; top_k?: number; min_p?: number; repetition_penalty?: number; presence_penalty?: number; frequency_penalty?: number; logit_bias?: Record<string, number>; seed?: number; stop?: string[]; logprobs?: number; schema?: Record<string, unknown> | boolean; grammar?: string; thinking?: boolean; keep_alive?: number; timeout_s?: number; cache_prompt?: boolean; xtc_probability?: number; xtc_threshold?: number; thinking_budget?: number; n?: number; adapter?: string; speculation?: "auto" | "draft" | "lookup" | "off"; context_policy?: "drop_oldest" | "refuse" | "rotate"; kv_bits?: 4 | 8; deterministic?: boolean; stream?: boolean; priority?: "batch" | "interactive"; persona?: string; tools?: Record<string, unknown>[]; tool_choice?: string | Record<string, unknown> }; result: Completion };

@@ -54,15 +54,20 @@ def settle(fd: int) -> socket.socket:
     return socket.socket(fileno=fd)
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """On Linux, have the kernel end this process when its parent dies; elsewhere the pipe's end tells.
+
+    Args:
+        parent: its pid, where that is known; one that has no pipe could not tell otherwise that it is gone already.
 
     Raises:
         PipeClosed: the parent died before the kernel was asked.
     """
+    parent = os.getppid() if parent is None else parent
     if sys.platform != "linux":
+        if os.getppid() != parent:
+            raise PipeClosed("the parent died while this child started")
         return
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         raise PipeClosed("the parent died while this child started")

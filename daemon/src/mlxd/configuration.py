@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 LOOK_S = 1.0
 NOTHING: frozenset[str] = frozenset()
+_TRIES = 5
 By = Literal["client", "signal", "file"]
 _ORIGINS: dict[str, Literal["default", "file", "environment", "flag"]] = {
     "default": "default", "file": "file", "env": "environment", "flag": "flag",
@@ -224,14 +225,18 @@ def _written(
     path = config_file(before.settings.home)
     try:
         with configfile.locked(path.parent):
-            text = edited(read_file(path), values, unset)
-            loaded = load(before.env, before.flags, text)
-            configfile.write(path, text)
+            for _ in range(_TRIES):
+                old = read_file(path)
+                text = edited(old, values, unset)
+                loaded = load(before.env, before.flags, text)
+                if read_file(path) == old:  # an editor knows nothing of our lock
+                    configfile.write(path, text)
+                    return loaded
     except SettingsError as error:
         raise _invalid(error) from None
     except OSError as error:
         raise _unwritten(error, str(path)) from None
-    return loaded
+    raise errors.PermissionDenied(f"{path} keeps changing: somebody else writes it", path=str(path))
 
 
 def _overridden(loaded: Loaded, names: Iterable[str]) -> dict[str, str]:

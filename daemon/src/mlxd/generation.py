@@ -43,7 +43,7 @@ class Generation:
 
     __slots__ = (
         "accepted_at", "adapter", "client", "dispatched_at", "found_at", "gave_up", "kind", "model", "outcome",
-        "params", "ready_at", "rid", "sink", "tell", "waiting",
+        "params", "ready_at", "rid", "sink", "tell", "waiting", "yields",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +54,8 @@ class Generation:
         kind: str,
         params: types.GenerateParams,
         sink: Sink,
+        *,
+        yields: bool = False,
     ):
         self.tell = tell
         self.rid = rid
@@ -61,6 +63,7 @@ class Generation:
         self.kind = kind
         self.params = params
         self.sink = sink
+        self.yields = yields
         self.accepted_at = time.monotonic()  # as fine as a token is short; the loop's own clock counts milliseconds
         self.found_at: float | None = None  # its model was here
         self.dispatched_at: float | None = None

@@ -141,6 +141,12 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         heartbeat_s: the longest silence of a child before it counts as hung.
         worker_command: what runs a worker. Tests put a misbehaving one here.
         fetcher_command: what runs a fetcher.
+        batch_slots: how many items of batch jobs run at a time, in slots that interactive requests leave free; never
+            more than max_batch.
+        batch_retry_s: how long an item of a batch job whose worker died under it again waits for its last try, and a
+            job whose model could not be loaded.
+        batch_keep_s: how long batch jobs are kept that have ended, with their prompts and results.
+        batch_disk_bytes: what batch jobs may take on disk; the oldest that have ended go before others have to wait.
         system_root: the folder that holds the `proc` and `sys` that memory is measured by. Tests put files of their own
             there.
         download: what becomes of a request for a model of the hub that is not here: `ask` refuses it and tells what
@@ -192,6 +198,10 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     heartbeat_s: Seconds = 15.0
     worker_command: Annotated[list[Name], Meta(min_length=1)] = msgspec.field(default_factory=default_worker_command)
     fetcher_command: Annotated[list[Name], Meta(min_length=1)] = msgspec.field(default_factory=default_fetcher_command)
+    batch_slots: Annotated[int, Meta(ge=1, le=1024)] = 8
+    batch_retry_s: Seconds = 60.0
+    batch_keep_s: Annotated[float, Meta(ge=0, le=315_360_000)] = 2_592_000.0
+    batch_disk_bytes: Annotated[int, Meta(ge=65_536, le=2**53)] = 4 * 1024**3
     system_root: Annotated[str, Meta(pattern=r"^/[^\0]*$", max_length=4096)] = "/"
     download: Literal["ask", "auto", "never"] = "ask"
     downloads: Annotated[int, Meta(ge=1, le=64)] = 2
@@ -315,7 +325,7 @@ _ENTRIES: dict[str, Any] = {name: get_args(kind)[1] for name, kind in _TYPES.ite
 
 # When a change takes effect, where that is not at once: see Applies in the wire's types.
 _APPLIES: dict[str, Applies] = {
-    "home": "restart", "socket": "restart", "system_root": "restart",
+    "home": "restart", "socket": "restart", "system_root": "restart", "batch_disk_bytes": "restart",
     "write_stall_s": "connection",
     "draft_models": "load", "context_length": "load", "prompt_cache_bytes": "load", "prompt_disk_cache_bytes": "load",
     "kv_bits": "load", "max_batch": "load", "blas": "load", "ready_s": "load", "load_s": "load", "heartbeat_s": "load",

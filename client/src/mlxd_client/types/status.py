@@ -78,6 +78,7 @@ class Status(Result, kw_only=True):
     subscribers: int
     memory: Memory
     workers: list[WorkerHealth]
+    tasks: int = 0
     draining: bool = False
     activated: bool = False
     config_error: ErrorObject | None = None

@@ -94,7 +94,7 @@ def examine() -> list[Finding]:
         told = f"changed: {', '.join(changed)}" if changed else "all at their default"
         findings.append(Finding(check="settings", state="ok", told=told))
         checks: tuple[Callable[[Settings], Finding], ...] = (
-            _home, _files, _socket, _daemon, _service, _disk, _memory,
+            _home, _files, _socket, _daemon, _service, _disk, _memory, _batches,
         )  # fmt: skip
         findings += [check(loaded.settings) for check in checks]
     findings.append(_hub())
@@ -285,6 +285,25 @@ def _disk(settings: Settings) -> Finding:
     if free < LEAST_FREE_BYTES:
         return _warning("disk", told, "`mlxd list` shows what models take, `mlxd rm` deletes them")
     return _ok("disk", told)
+
+
+def _batches(settings: Settings) -> Finding:
+    from pathlib import Path
+
+    from mlxd.batch.header import FILE, VERSION, version_of
+
+    file = Path(settings.home) / FILE
+    damaged = sorted(file.parent.glob(f"{FILE}.damaged-*"))
+    version = version_of(file)
+    if version is not None and version > VERSION:
+        told = f"{file} was written by a newer mlxd (version {version}, this one reads up to {VERSION})"
+        return _failed("batches", told, "use that mlxd, or move the file away")
+    if damaged:
+        told = f"a file of batch jobs was damaged, and is set aside: {damaged[-1]}"
+        return _warning("batches", told, "submit what was not done again; delete the file when nothing is missing")
+    if not file.exists():
+        return _ok("batches", "none were ever put in")
+    return _ok("batches", f"{sum(each.stat().st_size for each in file.parent.glob(FILE + '*')) / 1e6:.1f} MB in {file}")
 
 
 def _memory(settings: Settings) -> Finding:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from mlxd import __version__
 
 from . import (
+    batch,
     bugreport,
     cache,
     chat,
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mlxd {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for group in (
-        generate, chat, personas, models, hub, jobs, cache, watch, top, stats, status, service, manage, config,
+        generate, chat, personas, models, hub, jobs, batch, cache, watch, top, stats, status, service, manage, config,
         doctor, bugreport, completion,
     ):  # fmt: skip
         group.register(commands)

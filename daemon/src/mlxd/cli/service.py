@@ -53,6 +53,9 @@ def serve(args: argparse.Namespace, output: Output) -> int:
     flags: dict[str, Any] = {
         "home": args.home, "socket": args.socket, "log_level": args.log_level, "log_prompts": args.log_prompts,
     }  # fmt: skip
+    from mlxd.lean import without_openssl
+
+    without_openssl()
     from mlxd import app
 
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from mlxd_client.errors import RpcError
 from mlxd_client.types import ErrorObject, Job, Model
@@ -135,6 +135,72 @@ class Prune:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadItems:
+    """Read items of a batch job that are not recorded, about `count` from this place on; BatchItems will follow."""
+
+    job: str
+    after: tuple[int, int]
+    count: int
+    run: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunItem:
+    """Ask the item's model, as one that yields, in the name of this client; BatchItemEnded will follow."""
+
+    job: str
+    place: int
+    ticket: int
+    client: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelItem:
+    """Nobody waits for this item any more; what it comes to is dropped."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordItem:
+    """Record what came of the item; BatchRecorded will follow, or BatchStoreFailed."""
+
+    job: str
+    place: int
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class CountTry:
+    """Record, some time, how often the item was tried in vain. Nothing follows."""
+
+    job: str
+    place: int
+    tries: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndBatch:
+    """Record that the job has ended so; BatchRecorded will follow, or BatchStoreFailed."""
+
+    job: str
+    state: Literal["failed", "cancelled"]
+    error: ErrorObject | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteBatch:
+    """Remove all that is recorded of a job that has ended; BatchGone will follow."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriteAgain:
+    """Try to record again what could not be; BatchStoreWorks will follow, or BatchStoreFailed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Measure:
     """Measure memory now; Measured will follow."""
 
@@ -149,5 +215,6 @@ class Trim:
 
 Action = (
     StartWorker | StopWorker | Dispatch | CancelOnWorker | Deliver | Answer | Fail | Publish | StartFetcher
-    | Measure | Trim | StopFetcher | Started | DeleteFiles | Deleted | DiscardPartial | Prune
+    | Measure | Trim | StopFetcher | Started | DeleteFiles | Deleted | DiscardPartial | Prune | ReadItems | RunItem
+    | CancelItem | RecordItem | CountTry | EndBatch | DeleteBatch | WriteAgain
 )  # fmt: skip

@@ -13,7 +13,7 @@ from mlxd_client.types import ErrorObject
 
 from . import actions as do
 from .events import Found
-from .jobs import DownloadJob, Fetcher, LoadJob
+from .jobs import BatchJob, DownloadJob, Fetcher, LoadJob
 from .lifecycle import Lifecycle
 from .limits import Limits, Rules
 from .records import Goal, ModelRecord, Request
@@ -45,7 +45,7 @@ class Book:
         self.models: dict[str, ModelRecord] = {}
         self.requests: dict[int, Request] = {}
         self.goals: dict[int, str] = {}  # rid → model
-        self.jobs: dict[str, LoadJob | DownloadJob] = {}
+        self.jobs: dict[str, LoadJob | DownloadJob | BatchJob] = {}
         self.pending: dict[str, None] = {}
         self.by_worker: dict[int, ModelRecord] = {}
         self.downloads: dict[str, DownloadJob] = {}

@@ -15,7 +15,8 @@ How a request runs, decided by `_settle` after every event:
     5. A model that was idle for its keep_alive goes, unless it is pinned.
     6. Where the budget was lowered below what the models need, they go in the same order.
 
-How models come to the disk and leave it is decided in downloads.py and deletes.py.
+How models come to the disk and leave it is decided in downloads.py and deletes.py, which items of batch jobs run next
+in batches.py.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from mlxd_client.errors import RpcError
 
 from . import actions as do
 from . import events as ev
+from .batches import BatchLine
 from .book import Book
 from .breaker import BreakerState
 from .deletes import Deletes
 from .downloads import DownloadLine
 from .drafts import Drafts
 from .gauge import Gauge
-from .jobs import DownloadJob
+from .jobs import BatchJob, DownloadJob
 from .limits import Limits
 from .line import LoadLine
 from .memory import Memory
@@ -61,6 +63,7 @@ class Core:
         self._downloads = downloads = DownloadLine(book)
         self._deletes = deletes = Deletes(book, line)
         self._drafts = drafts = Drafts(book, line, gauge)
+        self._batches = batches = BatchLine(book)
         self._preloads = preloads = Preloads(book, line)
         self._memory = memory = Memory(book, line, gauge)
         self.wall = wall
@@ -78,6 +81,10 @@ class Core:
             ev.Fetched: downloads.fetched, ev.FetchFailed: downloads.fetch_failed,
             ev.FetcherExited: downloads.fetcher_exited, ev.Newest: downloads.newest, ev.Delete: deletes.delete,
             ev.FilesDeleted: deletes.files_deleted, ev.Attach: drafts.attach, ev.Attached: drafts.attached,
+            ev.BatchFound: batches.found, ev.BatchGrew: batches.grew, ev.BatchStarted: batches.started,
+            ev.BatchItems: batches.items, ev.BatchItemEnded: batches.ended, ev.BatchRecorded: batches.recorded,
+            ev.BatchGone: batches.gone, ev.BatchStoreFailed: batches.store_failed,
+            ev.BatchStoreWorks: batches.store_works, ev.BatchLost: batches.lost,
             ev.Configure: self._configure, ev.Preload: preloads.preload, ev.Adapted: line.adapted,
             ev.Measured: memory.measured,
         }  # fmt: skip
@@ -97,7 +104,7 @@ class Core:
             heapq.heappop(self._deadlines)
         times = (m.idle_deadline for m in self._book.by_worker.values())
         due = [t for t in times if t is not None]
-        others = (self._downloads, self._preloads, self._gauge)
+        others = (self._downloads, self._preloads, self._gauge, self._batches)
         due += [t for t in (one.next_deadline() for one in others) if t is not None]
         if self._deadlines:
             due.append(self._deadlines[0][0])
@@ -350,6 +357,9 @@ class Core:
         if isinstance(job, DownloadJob):
             self._downloads.cancel(job, event.discard, now)
             return
+        if isinstance(job, BatchJob):
+            self._batches.cancel(job, now)
+            return
         if job is None or job.ended_at is not None:
             return
         record = self.models[job.model]
@@ -441,6 +451,7 @@ class Core:
         if self._book.deleting:
             self._deletes.settle()
         self._downloads.settle(now)
+        self._batches.settle(now)
         for name in self._book.touched:
             record = self.models[name]
             activity = record.activity()

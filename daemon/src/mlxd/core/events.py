@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mlxd_client.errors import RpcError
+from mlxd_client.types import ErrorObject
 
 from .limits import Limits, Rules
 from .pressure import Reading
@@ -264,6 +265,100 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchFound:
+    """There is this batch job: a new one, or one that an earlier daemon had. Times are Unix seconds."""
+
+    job: str
+    total: int
+    created_at: float
+    model: str | None = None
+    name: str | None = None
+    open: bool = False
+    state: Literal["running", "queued", "done", "failed", "cancelled"] = "running"
+    done: int = 0
+    failed: int = 0
+    started_at: float | None = None
+    ended_at: float | None = None
+    error: ErrorObject | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchGrew:
+    """An open job has so many items now, all of this model if that is given."""
+
+    job: str
+    total: int
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStarted:
+    """The job's items are to run, as recorded at `started_at` (Unix seconds): all that are not recorded themselves."""
+
+    job: str
+    started_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class BatchItems:
+    """The answer to a ReadItems of this run: each item's place, and how often it was tried already."""
+
+    job: str
+    run: int
+    items: tuple[tuple[int, int], ...]
+    cursor: tuple[int, int]
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BatchItemEnded:
+    """An item was answered, or refused with an `error`; `began`: a worker had it by then."""
+
+    ticket: int
+    error: RpcError | None = None
+    began: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecorded:
+    """What ended under these tickets is recorded, and with it how many of the job's items are. `ended`: so has the job
+    itself, at `ended_at` (Unix seconds)."""
+
+    job: str
+    tickets: tuple[int, ...]
+    done: int
+    failed: int
+    ended: Literal["done", "failed", "cancelled"] | None = None
+    ended_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchGone:
+    """Nothing is recorded of this job any more, which had ended."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStoreFailed:
+    """Batch jobs cannot be read or recorded at present."""
+
+    error: RpcError
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStoreWorks:
+    """They can again."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLost:
+    """What was recorded of batch jobs is damaged, and set aside: all of them are lost."""
+
+    error: RpcError
+
+
+@dataclass(frozen=True, slots=True)
 class Configure:
     """The settings are these from now on. What is accepted already stays so; models that do not fit any more go."""
 
@@ -304,6 +399,8 @@ class Abort:
 Event = (
     Found | Lost | Submit | Ensure | Release | Unload | Cancel | CancelJob | ClientGone | LoadProgress | Loaded
     | LoadFailed | WorkerExited | MemoryReport | Done | Tick | Drain | Abort | Download | FetchProgress | Fetched
-    | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest | Attach | Attached | Configure
-    | Preload | Adapted | Measured
+    | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest | Attach | Attached | BatchFound | BatchGrew
+    | BatchStarted | BatchItems | BatchItemEnded | BatchRecorded | BatchGone | BatchStoreFailed | BatchStoreWorks
+    | BatchLost
+    | Configure | Preload | Adapted | Measured
 )  # fmt: skip

@@ -6,7 +6,7 @@ from collections import Counter
 
 from .book import ENDED_JOBS_KEPT, REMAINS_KEPT
 from .core import Core
-from .jobs import DownloadJob, repo_of
+from .jobs import BatchJob, DownloadJob, repo_of
 from .records import ModelRecord
 
 
@@ -23,6 +23,7 @@ def check(core: Core) -> None:
     _check_loads(core)
     _check_downloads(core)
     _check_jobs(core)
+    _check_batches(core)
 
 
 def _hold(condition: object, what: str) -> None:
@@ -134,6 +135,8 @@ def _check_downloads(core: Core) -> None:
 
 def _check_jobs(core: Core) -> None:
     for job in core.jobs.values():
+        if isinstance(job, BatchJob):
+            continue
         if job.ended_at is None:
             m = core.models[job.model]
             held = m.download if isinstance(job, DownloadJob) else m.job
@@ -141,6 +144,32 @@ def _check_jobs(core: Core) -> None:
         else:
             _hold(job.state in ("done", "failed", "cancelled"), f"{job.job} has ended {job.state}")
             _hold((job.state == "failed") == (job.error is not None), f"{job.job} is {job.state} with {job.error}")
-    ended = sum(job.ended_at is not None for job in core.jobs.values())
+    ended = sum(job.ended_at is not None for job in core.jobs.values() if not isinstance(job, BatchJob))
     fetching = max(core.limits.downloads, core._book.overhang[1])
     _hold(ended <= ENDED_JOBS_KEPT and len(core._book.remains) <= REMAINS_KEPT + fetching, "all is kept")
+
+
+def _check_batches(core: Core) -> None:
+    line, limits = core._batches, core.limits
+    jobs = {name: job for name, job in core.jobs.items() if isinstance(job, BatchJob)}
+    _hold(
+        all(jobs.get(name) is job and job.ended_at is None for name, job in line._jobs.items()), "an ended job is open"
+    )
+    _hold(all(job.ended_at is not None for job in line._kept.values()), "an open job counts as ended")
+    _hold(all(j.ended_at is not None or name in line._jobs for name, j in jobs.items()), "an open job is forgotten")
+    _hold(len(line.flights) <= limits.batch_slots, "too many items run")
+    alone = [flight for flight in line.flights.values() if flight.alone]
+    _hold(not alone or len(line.flights) == 1, "a suspect does not run alone")
+    places = Counter((f.job.job, f.place) for f in (*line.flights.values(), *line.unrecorded.values()))
+    places.update((flight.job.job, flight.place) for _, flight in line._suspects)
+    places.update((job.job, place) for job in jobs.values() for place, _ in job.ready)
+    _hold(all(n == 1 for n in places.values()), "an item is in two places")
+    for job in jobs.values():
+        _hold(job.failed <= job.done <= job.total, f"{job.job} has recorded {job.done} of {job.total} items")
+        _hold(job.live or not job.ready, f"{job.job} has items ready, and does not run")
+        _hold(job.shown is not None, f"{job.job} was never shown")
+    if line.fault is None and not core.draining and not alone:
+        due = any(at <= line._now and flight.job.retry_at is None for at, flight in line._suspects)
+        able = [job.job for job in line._jobs.values() if job.live and job.ready and job.retry_at is None]
+        busy = len(line.flights) >= limits.batch_slots or len(line.unrecorded) >= limits.batch_slots
+        _hold(not able or busy or (due and line.flights), f"{able} have items ready beside free slots")

@@ -1,12 +1,16 @@
 """Jobs: what outlives the request that began it. State only; load jobs are decided on in line.py, downloads in
-downloads.py."""
+downloads.py, batch jobs in batches.py."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mlxd_client.types import ErrorObject, Job
+
+# How long a batch job waits at first for what it lacks, in seconds.
+FIRST_WAIT_S = 0.5
 
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 
@@ -95,6 +99,76 @@ class Fetcher:
     @property
     def model(self) -> str:
         return self.job.model
+
+
+@dataclass(slots=True)
+class BatchJob:
+    """One batch job. Times are on the core's clock.
+
+    Attributes:
+        open: it still takes items, and has not been started.
+        total, done, failed: items; those that are recorded; those of them that are errors.
+        shown: how subscribers know it.
+        ready: items that were read and do not run: place and tries so far.
+        cursor: up to where items were read; `exhausted` says that there are no more.
+        strikes: how often in a row its model could not be had.
+        retry_at: until when it waits, for the reason in `error`.
+        closing: it is to end so, once that is recorded.
+        run: how often it was started again.
+        served: its place among the jobs whose items run in turn.
+        client: the number that its items are asked under; those of connections are positive.
+    """
+
+    job: str
+    total: int
+    created_at: float
+    model: str | None = None
+    name: str | None = None
+    state: JobState = "running"
+    open: bool = False
+    done: int = 0
+    failed: int = 0
+    started_at: float | None = None
+    ended_at: float | None = None
+    error: ErrorObject | None = None
+    shown: Job | None = None
+    shown_at: float | None = None
+    ready: deque[tuple[int, int]] = field(default_factory=deque)
+    cursor: tuple[int, int] = (0, -1)
+    reading: bool = False
+    exhausted: bool = False
+    strikes: int = 0
+    wait_s: float = FIRST_WAIT_S
+    retry_at: float | None = None
+    closing: Literal["cancelled", "failed"] | None = None
+    run: int = 0
+    served: int = 0
+    client: int = 0
+
+    @property
+    def live(self) -> bool:
+        """Its items are to run."""
+        return self.ended_at is None and not self.open and self.closing is None
+
+    def view(self, wall: float) -> Job:
+        """The job as it was told last; `wall` turns the core's clock into Unix seconds."""
+        assert self.shown is not None
+        return self.shown
+
+    def seen(self, wall: float, fault: ErrorObject | None) -> Job:
+        """The job as it is."""
+        error = self.error if self.ended_at is not None or fault is None else fault
+        phase = None
+        if self.ended_at is None:
+            phase = "open" if self.open else "cancelling" if self.closing else "waiting" if error else None
+        progress = self.done / self.total if self.total else None
+        return Job(
+            job=self.job, kind="batch", state=self.state, model=self.model, name=self.name, phase=phase,
+            progress=1.0 if self.state == "done" else progress, total_items=self.total, done_items=self.done,
+            failed_items=self.failed, error=error,
+            started_at=(self.created_at if self.started_at is None else self.started_at) + wall,
+            ended_at=None if self.ended_at is None else self.ended_at + wall,
+        )  # fmt: skip
 
 
 def repo_of(model: str) -> str:

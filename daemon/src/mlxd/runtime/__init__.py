@@ -1,6 +1,8 @@
 """The only loop between the core and the world, and what it performs with.
 
     runtime      whatever happens becomes an event, whatever the core wants is done; what the server calls
+    batches      batch jobs: checked, put in, run item by item, read out
+    ledger       the file that batch jobs are kept in
     generations  the generations under way, from admission to their last word
     asking       what a model's worker is asked that is no generation
     holding      models that are to be loaded, for a while or as long as somebody holds them

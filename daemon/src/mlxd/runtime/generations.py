@@ -68,12 +68,18 @@ class Generations:
         kind: Literal["process", "chat"],
         params: types.ProcessParams | types.ChatParams,
         sink: Sink,
+        *,
+        yields: bool = False,
     ) -> Generation:
-        """Admit a generation; see runtime_api.py. The disk is asked only where the model is not loaded."""
+        """Admit a generation; see runtime_api.py. The disk is asked only where the model is not loaded.
+
+        Args:
+            yields: it may have to step aside at any time; see ev.Submit.
+        """
         params = completed(params, self._settings.personas, self._settings.templates)
         refuse_unsupported(params)
         ref = self._settings.default_model if params.model is UNSET else params.model
-        request = Generation(self._tell, self._goals.number(), client, kind, params, sink)
+        request = Generation(self._tell, self._goals.number(), client, kind, params, sink, yields=yields)
         self._open[request.rid] = request
         known = self._supply.library.known(ref)
         if known is not None and params.adapter is UNSET:
@@ -135,6 +141,7 @@ class Generations:
                 timeout_s=None if params.timeout_s is UNSET else params.timeout_s,
                 waited_s=time.monotonic() - request.accepted_at,
                 keep_alive_s=None if params.keep_alive is UNSET else params.keep_alive,
+                yields=request.yields,
             )
         )  # fmt: skip
         if request.dispatched_at is None and request.rid in self._open:

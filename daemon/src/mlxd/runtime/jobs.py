@@ -1,4 +1,4 @@
-"""What outlives a request: downloads and loads, by the names that callers know them by."""
+"""What outlives a request: downloads, loads and batch jobs, by the names that callers know them by."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from mlxd_client import errors, types
 
 from ..core import events as ev
 from ..core.core import Core
+from ..core.jobs import BatchJob
 
 Watcher = Callable[[float | None], None]
 
@@ -25,7 +26,10 @@ class Jobs:
 
     @property
     def under_way(self) -> bool:
-        return any(job.ended_at is None for job in self._core.jobs.values())
+        """Whether any is to go on; a batch job that nobody has started yet is not."""
+        return any(
+            job.ended_at is None and not (isinstance(job, BatchJob) and job.open) for job in self._core.jobs.values()
+        )
 
     def list(self) -> list[types.Job]:
         return [job.view(self._core.wall) for job in self._core.jobs.values()]

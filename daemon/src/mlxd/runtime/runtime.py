@@ -29,6 +29,7 @@ from ..server.events import EventLog
 from ..stats import Gauges, exposition
 from ..workers import WorkerLink
 from .asking import Asking
+from .batches import Batches
 from .crew import Crew
 from .figures import Figures
 from .generations import Generations
@@ -110,12 +111,13 @@ class Runtime:
         holding = Holding(settings, core, goals, supply, crew, tell, loop, epoch=self.epoch)
         self._preloads = Preloads(supply, tell, self.events.publish, log, loop)
         asking = Asking(settings, holding, crew, figures, tell)
+        self.batches = Batches(settings, core, self._generations, supply, jobs, tell, log, loop, epoch=self.epoch)
         self._offer(supply, jobs, holding, asking)
 
     def _offer(self, supply: Supply, jobs: Jobs, holding: Holding, asking: Asking) -> None:
         """What the server calls of the parts."""
         self.generate = self._generations.generate
-        self.jobs, self.job, self.wait_job, self.cancel_job = jobs.list, jobs.get, jobs.wait, jobs.cancel
+        self.jobs, self.job, self.wait_job = jobs.list, jobs.get, jobs.wait
         self.models, self.model, self.plan, self.catalog = supply.models, supply.model, supply.plan, supply.catalog
         self.download, self.delete, self.verify = supply.download, supply.delete, supply.verify
         self.load, self.unload, self.acquire, self.release = (
@@ -127,6 +129,7 @@ class Runtime:
 
     def _performers(self) -> dict[type, Callable[[Any], object]]:
         crew, generations, goals, downloads = self._crew, self._generations, self._goals, self._downloads
+        batches = self.batches
         return {
             do.StartWorker: crew.start, do.StopWorker: crew.stop, do.CancelOnWorker: crew.cancel,
             do.Dispatch: generations.dispatch, do.Deliver: generations.deliver, do.Fail: self._fail,
@@ -136,6 +139,9 @@ class Runtime:
             do.Answer: lambda action: goals.reached(action.rid, action.model),
             do.Started: lambda action: goals.reached(action.rid, action.job),
             do.Deleted: lambda action: goals.reached(action.rid, action.freed_bytes),
+            do.ReadItems: batches.read, do.RunItem: batches.run, do.CancelItem: batches.cancel_item,
+            do.RecordItem: batches.record, do.CountTry: batches.count_try, do.EndBatch: batches.end,
+            do.DeleteBatch: batches.delete_ended, do.WriteAgain: batches.write_again,
         }  # fmt: skip
 
     # --- the loop: event → core → actions -------------------------------------------------------------------------
@@ -217,6 +223,11 @@ class Runtime:
         users = [*(link.adapter for link in self._links.values()), *self._generations.adapters]
         return sum(user is not None and user.id == model for user in users)
 
+    async def cancel_job(self, job: str, *, discard: bool = False) -> types.Job:
+        if self.job(job).kind == "batch":
+            return await self.batches.cancel(job)
+        return self._jobs.cancel(job, discard=discard)
+
     def personas(self) -> types.PersonasResult:
         return types.PersonasResult(personas=self._settings.personas, templates=self._settings.templates)
 
@@ -260,7 +271,7 @@ class Runtime:
             clients=clients, subscribers=subscribers,
             memory=self._measuring.look(),
             workers=[self._health(model, now) for model in core.deaths],
-            draining=core.draining, activated=self.activated,
+            tasks=len(asyncio.all_tasks(self.loop)), draining=core.draining, activated=self.activated,
         )  # fmt: skip
 
     async def stats(self, ref: str | None, clients: types.ClientTotals) -> types.Stats:
@@ -294,7 +305,7 @@ class Runtime:
             process = exposition.Process(
                 resident_bytes=status.rss_bytes, cpu_s=spent.user + spent.system, open_files=self._process.num_fds()
             )
-        text = exposition.render(self._figures.statistics.models, stats, status, loaded, process)
+        text = exposition.render(self._figures.statistics.models, stats, status, loaded, self.jobs(), process)
         return types.MetricsResult(content_type=exposition.CONTENT_TYPE, text=text)
 
     def _gauges(self, clients: types.ClientTotals) -> Gauges:
@@ -316,7 +327,7 @@ class Runtime:
     @property
     def idle(self) -> bool:
         """Nothing is loaded, under way or waited for."""
-        return not (self._generations or self._goals or self._links or self._jobs.under_way)
+        return not (self._generations or self._goals or self._links or self._jobs.under_way or self.batches.busy)
 
     # --- the settings ---------------------------------------------------------------------------------------------
 
@@ -346,6 +357,7 @@ class Runtime:
         self._downloads.records.refuse_newer()
         self._prompts.refuse_newer()
         self._supervisor.refuse_newer()
+        self.batches.ledger.refuse_newer()
 
     async def begin(self) -> None:
         """Learn what is there, and go on with what an earlier daemon had begun."""
@@ -353,6 +365,7 @@ class Runtime:
         self._configure_core()
         await self._measuring.begin()
         await self._supply.begin()
+        await self.batches.ledger.begin()
         self._preloads.begin(self._settings.preload)
 
     def request_shutdown(self) -> None:
@@ -376,6 +389,7 @@ class Runtime:
     async def close(self, grace_s: float) -> None:
         """Wait until no child is left; they get `grace_s` seconds to go by themselves."""
         await self._supervisor.close(grace_s)
+        await self.batches.ledger.close()
         self._measuring.close()
         if self._timer is not None:
             self._timer.cancel()
@@ -390,6 +404,9 @@ def _bounds(settings: Settings) -> Limits:
         max_batch=settings.max_batch,
         keep_alive_s=settings.keep_alive_s,
         downloads=settings.downloads,
+        batch_slots=min(settings.batch_slots, settings.max_batch),
+        batch_retry_s=settings.batch_retry_s,
+        batch_keep_s=settings.batch_keep_s,
         reserve_bytes=settings.memory_reserve_bytes,
         calm_s=settings.memory_calm_s,
     )

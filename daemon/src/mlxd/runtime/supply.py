@@ -162,6 +162,34 @@ class Supply:
         """
         return await self._bring(ref, self.library.resolve, "model", watcher)
 
+    async def expect(self, ref: str) -> str:
+        """The id of the model that `ref` names, which is here or would be fetched for a request. Raises as `have`."""
+        try:
+            model = await self.library.resolve(ref)
+        except errors.ModelNotFound:
+            named = self._hub_model(ref)
+            if named is None or "/" not in named or not self._fetches:
+                return await self.have(ref)  # which says what there is to say
+            return named
+        if self._core.models[model].kind == "adapter":
+            told = f"{model} is an adapter: name it as `adapter`, beside the model that it was made for"
+            raise errors.ModelInvalid(told, model=model)
+        return model
+
+    async def expect_adapter(self, ref: str) -> None:
+        """The same for an adapter. Raises as `adapter`."""
+        try:
+            await self.library.adapter(ref)
+        except errors.ModelNotFound:
+            named = self._hub_model(ref)
+            if named is None or "/" not in named or not self._fetches:
+                await self.adapter(ref)
+
+    @property
+    def _fetches(self) -> bool:
+        """Whether requests bring the models that they want."""
+        return self._settings.download == "auto" and not self._downloads.fetchers.offline
+
     async def _bring(
         self, ref: str, look: Callable[[str], Awaitable[T]], kind: Literal["model", "adapter"], watcher: Watcher | None
     ) -> T:

@@ -1,4 +1,4 @@
-"""`python -m mlxd.worker.trial`: compile the rule on standard input, in a process that may be lost; exit 0 if it ended.
+"""`python -m mlxd.worker.trial PARENT`: compile the rule on standard input, and exit 0 if that ended; it may be lost.
 
 llguidance counts most of what compiling costs, but not how long it looks for a text that several regular expressions
 match at once, which may be for ever, nor how deep its stack gets. A thread cannot be stopped, or overflow alone; a
@@ -7,6 +7,7 @@ process can.
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import subprocess
@@ -34,7 +35,7 @@ LIMITS = LLParserLimits(
 
 def ends(source: str) -> bool:
     """Whether compiling `source`, a rule as llguidance takes it, comes to an end, be it by an error."""
-    command = [sys.executable, "-m", "mlxd.worker.trial"]
+    command = [sys.executable, "-m", "mlxd.worker.trial", str(os.getpid())]
     try:
         done = subprocess.run(
             command,
@@ -50,7 +51,7 @@ def ends(source: str) -> bool:
 
 def main() -> None:
     try:
-        die_with_parent()
+        die_with_parent(int(sys.argv[1]))
     except PipeClosed:
         return
     if sys.platform != "linux":

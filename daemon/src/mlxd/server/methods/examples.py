@@ -17,7 +17,15 @@ VALUES = frozenset(  # any value of the same type
 )
 NAMES = frozenset({"epoch", "job", "lease", "revision"})  # likewise, and what a later request that names it uses
 CHANCE = frozenset(  # may be there or not
-    {"capabilities", "idle_unload_at", "now_tokens_per_s", "prompt_cache", "recent_tokens_per_s", "speculation"}
+    {
+        "capabilities",
+        "footprint_bytes",
+        "idle_unload_at",
+        "now_tokens_per_s",
+        "prompt_cache",
+        "recent_tokens_per_s",
+        "speculation",
+    }
 )
 ANYTHING = "…"  # as a value: anything; as the last of a list: further entries
 
@@ -37,7 +45,12 @@ _CLEANUP = {
     "size_bytes": 8268534,
     "context_length": 1024,
 }
-_LOADED = _CLEANUP | {"state": "Ready", "memory_bytes": 17895988, "capabilities": ["process", ANYTHING]}
+_LOADED = _CLEANUP | {
+    "state": "Ready",
+    "memory_bytes": 17895988,
+    "footprint_bytes": 77410304,
+    "capabilities": ["process", ANYTHING],
+}
 _COMMIT = "0c291d0cb5d0e90f290e8780acd2593aa6c5c969"
 _DOWNLOADED = {
     "job": "download-2ba772-1",

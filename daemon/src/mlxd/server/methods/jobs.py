@@ -22,5 +22,5 @@ async def wait(call: Call, params: JobParams) -> Job:
     return await call.runtime.wait_job(params.job)
 
 
-def cancel(call: Call, params: CancelJobParams) -> Job:
-    return call.runtime.cancel_job(params.job, discard=params.discard)
+async def cancel(call: Call, params: CancelJobParams) -> Job:
+    return await call.runtime.cancel_job(params.job, discard=params.discard)

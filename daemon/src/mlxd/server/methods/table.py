@@ -10,7 +10,7 @@ from mlxd_client import errors, types
 from mlxd_client.errors import RpcError
 from mlxd_client.types import Empty
 
-from . import admin, cache, config, connection, events, generation, jobs, models
+from . import admin, batch, cache, config, connection, events, generation, jobs, models
 
 __all__ = ["METHODS", "Method"]
 
@@ -112,6 +112,16 @@ _HUB = (
     errors.DownloadFailed,
     errors.PermissionDenied,
     errors.Unsupported,
+)
+
+_KEPT = (errors.InsufficientDisk, errors.PermissionDenied, errors.Unsupported)
+_BATCH = (
+    errors.ModelNotFound,
+    errors.ModelNotDownloaded,
+    errors.ModelInvalid,
+    errors.QueueFull,
+    errors.ShuttingDown,
+    *_KEPT,
 )
 
 _TABLE = (
@@ -266,6 +276,59 @@ _TABLE = (
         errors=(errors.NotFound,),
     ),
     Method("jobs.cancel", jobs.cancel, types.CancelJobParams, types.Job, "End a job.", errors=(errors.NotFound,)),
+    Method(
+        "batch.submit",
+        batch.submit,
+        types.BatchSubmitParams,
+        types.Job,
+        "Put in a batch job, which is worked off in idle slots and survives the daemon. Answered once it is on disk.",
+        errors=_BATCH,
+        work=True,
+    ),
+    Method(
+        "batch.append",
+        batch.append,
+        types.BatchAppendParams,
+        types.Job,
+        "Add items to a batch job that was submitted `open`.",
+        errors=(errors.NotFound, *_BATCH),
+        work=True,
+    ),
+    Method(
+        "batch.start",
+        batch.start,
+        types.JobParams,
+        types.Job,
+        "Have an open batch job run, or one that has failed or was cancelled go on.",
+        errors=(errors.NotFound, *_KEPT),
+        work=True,
+    ),
+    Method("batch.list", batch.list_batches, Empty, types.JobsResult, "Every batch job."),
+    Method("batch.get", batch.get, types.JobParams, types.Job, "One batch job.", errors=(errors.NotFound,)),
+    Method(
+        "batch.results",
+        batch.results,
+        types.BatchResultsParams,
+        types.BatchResultsResult,
+        "Some of a batch job's results, in the order of its items.",
+        errors=(errors.NotFound, *_KEPT),
+    ),
+    Method(
+        "batch.cancel",
+        batch.cancel,
+        types.JobParams,
+        types.Job,
+        "End a batch job; the results that there are stay.",
+        errors=(errors.NotFound,),
+    ),
+    Method(
+        "batch.delete",
+        batch.delete,
+        types.BatchDeleteParams,
+        Empty,
+        "Remove a batch job with its prompts and results.",
+        errors=(errors.NotFound, errors.ModelBusy, *_KEPT),
+    ),
     Method(
         "personas.list",
         generation.personas,
