@@ -118,7 +118,7 @@ class Runtime:
         """What the server calls of the parts."""
         self.generate = self._generations.generate
         self.jobs, self.job, self.wait_job = jobs.list, jobs.get, jobs.wait
-        self.models, self.model, self.plan, self.catalog = supply.models, supply.model, supply.plan, supply.catalog
+        self.models, self.model, self.catalog = supply.models, supply.model, supply.catalog
         self.download, self.delete, self.verify = supply.download, supply.delete, supply.verify
         self.load, self.unload, self.acquire, self.release = (
             holding.load, holding.unload, holding.acquire, holding.release
@@ -246,6 +246,12 @@ class Runtime:
                 raise
             model = ref
         return await self._prompts.clear(model)
+
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    async def plan(self, params: types.PlanParams) -> types.Plan:
+        self._measuring.look()  # where nothing is loaded, the last measurement may be from long ago
+        return await self._supply.plan(params)
 
     # --- clients, status ------------------------------------------------------------------------------------------
 
