@@ -11,7 +11,7 @@ from mlxd_client.errors import RpcError
 
 from . import actions as do
 from . import events as ev
-from .book import Book
+from .book import ELSEWHERE, Book
 from .gauge import Gauge
 from .line import LoadLine
 from .pressure import Pressure, Reading, judge
@@ -57,7 +57,8 @@ class Memory:
         """
         self._gauge.note(event, now)
         for worker, record in self._book.by_worker.items():
-            self._count(record, event.footprints.get(worker))
+            if worker != ELSEWHERE:  # which says itself what it holds
+                self._count(record, event.footprints.get(worker))
         self._feel(event.reading or Reading(), now)
         self._relieve(now)
         for record in list(self._book.by_worker.values()):
