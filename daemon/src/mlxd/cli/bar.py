@@ -128,7 +128,7 @@ def figures_of(job: Job) -> list[str]:
     """Bytes of bytes, bytes a second, and the time left; of a batch job its items; as far as they are known."""
     told = []
     if job.total_items is not None:
-        told.append(f"{job.done_items or 0} of {job.total_items} items")
+        told.append(f"{job.done_items or 0:,} of {job.total_items:,} items")
         if job.failed_items:
             told.append(f"{job.failed_items} failed")
     if job.done_bytes is not None and job.total_bytes:
