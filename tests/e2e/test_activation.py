@@ -90,6 +90,24 @@ def test_it_stays_while_a_client_or_a_model_needs_it() -> None:
         assert activator.end()[0] == 0
 
 
+def test_a_batch_job_is_done_before_it_goes() -> None:
+    """Nobody is connected, and the model would have gone long since."""
+    with Activator(idle_exit_s=0.01, keep_alive_s=0.01) as activator:
+        activator.on_demand()
+        items = [{"method": "process", "params": {"prompt": f"um the number {n} is it"}} for n in range(12)]
+        with activator.client() as client:
+            job = client.submit_batch(items)
+        activator.hear_until("STOPPING=1")
+        assert activator.starts == 1
+        with activator.client() as client:  # starts the next one
+            ended = client.batch(job.job)
+            assert (ended.state, ended.done_items) == ("done", 12)
+            opened = client.submit_batch(items, open=True)
+        activator.hear_until("STOPPING=1")  # one that is open keeps nobody up
+        with activator.client() as client:
+            assert client.batch(opened.job).phase == "open"
+
+
 def test_how_long_it_stays_can_be_changed_while_it_runs() -> None:
     with Activator() as activator:
         activator.start()

@@ -111,15 +111,17 @@ class BatchLine:
         job.shown = job.seen(wall, None)
 
     def grew(self, event: ev.BatchGrew, now: float) -> None:
-        job = self._jobs[event.job]
+        job = self._jobs.get(event.job)
+        if job is None:
+            return  # all jobs were lost meanwhile
         job.total, job.model = event.total, event.model
         self._changed[job.job] = job
 
     def started(self, event: ev.BatchStarted, now: float) -> None:
         """Also again, where it had failed or was cancelled: what is not recorded is still to be done."""
-        found = self._book.jobs.get(event.job)
-        assert isinstance(found, BatchJob)
-        job = found
+        job = self._book.jobs.get(event.job)
+        if not isinstance(job, BatchJob):
+            return  # all jobs were lost meanwhile
         job.open, job.state, job.ended_at, job.error, job.closing = False, "running", None, None, None
         job.started_at = event.started_at - self._book.wall
         job.ready.clear()

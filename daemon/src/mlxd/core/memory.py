@@ -151,6 +151,10 @@ class Memory:
         if self.pressure.level == "critical":
             for record in self._book.models.values():
                 self._book.step_aside(record, now)
+        elif self.pressure.level == "normal":
+            for record in self._book.by_worker.values():
+                if record.serving:
+                    self._trim(record, 1.0)
 
     def _relieve(self, now: float) -> None:
         level, since = self.pressure.level, self.pressure.since

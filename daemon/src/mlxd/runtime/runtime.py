@@ -122,7 +122,7 @@ class Runtime:
         """What the server calls of the parts."""
         self.generate = self._generations.generate
         self.jobs, self.job, self.wait_job = jobs.list, jobs.get, jobs.wait
-        self.models, self.model, self.plan, self.catalog = supply.models, supply.model, supply.plan, supply.catalog
+        self.models, self.model, self.catalog = supply.models, supply.model, supply.catalog
         self.download, self.delete, self.verify = supply.download, supply.delete, supply.verify
         self.load, self.unload, self.acquire, self.release = (
             holding.load, holding.unload, holding.acquire, holding.release
@@ -254,6 +254,12 @@ class Runtime:
             model = ref
         return await self._prompts.clear(model)
 
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    async def plan(self, params: types.PlanParams) -> types.Plan:
+        self._measuring.look()  # where nothing is loaded, the last measurement may be from long ago
+        return await self._supply.plan(params)
+
     # --- clients, status ------------------------------------------------------------------------------------------
 
     def client_gone(self, client: int) -> None:
@@ -312,7 +318,7 @@ class Runtime:
             process = exposition.Process(
                 resident_bytes=status.rss_bytes, cpu_s=spent.user + spent.system, open_files=self._process.num_fds()
             )
-        text = exposition.render(self._figures.statistics.models, stats, status, loaded, process)
+        text = exposition.render(self._figures.statistics.models, stats, status, loaded, self.jobs(), process)
         return types.MetricsResult(content_type=exposition.CONTENT_TYPE, text=text)
 
     def _gauges(self, clients: types.ClientTotals) -> Gauges:
