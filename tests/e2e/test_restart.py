@@ -168,7 +168,6 @@ def test_models_of_both_never_take_more_than_there_is(tmp_path: Path) -> None:
     with (
         Relay(bad_child="worker", steps=True, memory_budget_bytes=budget) as daemon,
         daemon.client() as client,
-        ThreadPoolExecutor(1) as pool,
     ):
         large = daemon.model("large", weights_bytes=size)
         with client.events() as events:
@@ -176,15 +175,26 @@ def test_models_of_both_never_take_more_than_there_is(tmp_path: Path) -> None:
             active(events, 1)
         old = daemon.newest()
         client.restart()
-        with daemon.client() as other, other.events(topics=["models"]) as events:
-            waiting = pool.submit(other.process, "hello", model=large)
-            until(events, "loading_queued")
+        with daemon.client() as other:
+            waiting = other.stream_process("hello", model=large)
+            first = next(waiting.pieces())
+            assert first.phase in ("queued", "loading")
             assert daemon.newest().children() == []
             daemon.step(0)
             assert stream.wait().text == "piece0"
-            until(events, "loading_completed")
-            assert waiting.result(PATIENCE_S).text == "hello"
+            assert waiting.wait().text == "hello"
         old.wait(PATIENCE_S)
+
+
+def test_what_was_loaded_is_loaded_again() -> None:
+    with Relay(bad_child="worker") as daemon, daemon.client() as client:
+        client.process("hello")
+        client.restart()
+        with client.events(topics=["models"]) as events:
+            assert events.snapshot is not None
+            if not any(model.state == "Ready" for model in events.snapshot.models):
+                until(events, "loading_completed")
+        assert client.model(CLEANUP).state == "Ready"
 
 
 def test_leases_end_and_waiting_loads_ask_the_new_one(tmp_path: Path) -> None:
