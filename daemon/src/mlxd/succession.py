@@ -92,6 +92,8 @@ class Succession:
     async def _restart(self) -> RestartResult:
         if self.under_way:
             raise RestartFailed("another daemon has taken over already")
+        if self._keeps_pid and self._listener.path is not None:
+            raise RestartFailed("a service manager runs this daemon and would not start the next: restart it there")
         self.under_way = True
         successor = None
         try:
