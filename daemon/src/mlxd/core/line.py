@@ -157,6 +157,15 @@ class LoadLine:
             elif record.last_seq is not None and not record.running:
                 self.stop(record, now, why="room")  # what may still be served was dispatched before this
 
+    def leave(self, now: float) -> None:
+        """Let models go that nobody uses any more, and loads that nobody waits for: another daemon has taken over."""
+        for record in list(self._book.by_worker.values()):
+            if not (record.busy or record.leases):
+                self.stop(record, now)
+        for name in list(self._book.pending):
+            if not self._book.models[name].wanted:
+                self.unpend(self._book.models[name], None, now)
+
     def stop(self, record: ModelRecord, now: float, cause: str | None = None, *, why: str = "asked") -> None:
         """Tell the model's worker to go. The model keeps its state, and its memory, until it is gone.
 
