@@ -65,6 +65,10 @@ def test_shells_accept_them(shell: str, tmp_path: Path) -> None:
         (["jobs", "cancel", "org"], {"org/a", "org/b"}),
         (["catalog", "--use", "c"], {"coding"}),
         (["status", "x"], set()),
+        (["config", "keep_alive_"], {"keep_alive_s"}),
+        (["config", "rel"], {"reload"}),
+        (["events", "--topic", "sys"], {"system"}),
+        (["load", "--draft-model", "org/b"], {"org/b"}),
     ],
 )
 def test_bash_completes(words: list[str], found: set[str], tmp_path: Path) -> None:

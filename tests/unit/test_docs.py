@@ -200,7 +200,7 @@ def test_settings_exist(page: Path) -> None:
 @named
 def test_methods_and_events_exist(page: Path) -> None:
     groups = "|".join(sorted({name.partition(".")[0] for name in METHODS if "." in name}))
-    for name in re.findall(rf"`((?:{groups})\.(?!(?:py|toml)\b)[a-z_]+)`", prose(page.read_text("utf-8"))):
+    for name in re.findall(rf"`((?:{groups})\.(?!(?:json|py|toml)\b)[a-z_]+)`", prose(page.read_text("utf-8"))):
         field = name in {f"events.{field}" for field in ("epoch", "rev", "snapshot")}
         assert name in METHODS or field, f"{page.name} names the method {name}"
     for name in re.findall(r"\bevents? `(\w+)`", prose(page.read_text("utf-8"))):

@@ -6,6 +6,9 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mlxd.settings import Settings
+from mlxd_client.types import EVENT_TOPICS
+
 __all__ = ["Described", "Word", "bash", "describe", "fish", "zsh"]
 
 # What lists the ids of each kind, asked only of a daemon that already runs: a tab key should not start one.
@@ -14,6 +17,7 @@ _LISTS = {
     "catalog": "mlxd catalog --quiet --no-start 2>/dev/null",
     "jobs": "mlxd jobs --quiet --no-start 2>/dev/null",
 }
+_CONFIG = ("get", "set", "unset", "reload", "path", "edit")
 _USES = ("general", "light", "coding", "vision")
 
 
@@ -53,13 +57,18 @@ def describe(parser: argparse.ArgumentParser) -> Iterator[Described]:
 
 def _word(command: str, action: argparse.Action) -> Word:
     values: tuple[str, ...] | str = tuple(map(str, action.choices or ()))
-    if action.dest in ("model", "models"):
+    metavar = action.metavar if isinstance(action.metavar, str) else ""
+    if action.dest in ("model", "models", "adapter", "draft_model"):
         values = "catalog" if command == "pull" else "models"
     elif action.dest == "job":
         values = "jobs"
     elif action.dest == "use":
         values = _USES
-    elif action.dest in ("socket", "home", "schema", "system_file"):
+    elif action.dest == "topic":
+        values = (*dict.fromkeys(EVENT_TOPICS.values()), *EVENT_TOPICS)
+    elif (command, action.dest) == ("config", "words"):
+        values = (*_CONFIG, *Settings.__struct_fields__)
+    elif "PATH" in metavar or "FILE" in metavar:
         values = "files"
     return Word(tuple(action.option_strings), action.help or "", action.nargs != 0, values)
 
