@@ -330,8 +330,11 @@ def inherited() -> Inherited | None:
     text = os.environ.pop(_VARIABLE, None)
     if text is None:
         return None
-    told = msgspec.json.decode(text, type=_Told)
-    if told.pid != os.getppid():  # it came down from somebody else's, or that one has died
+    try:
+        told = msgspec.json.decode(text, type=_Told)
+    except msgspec.MsgspecError:  # somebody else's
+        return None
+    if told.pid != os.getppid():  # it came down from a parent's, or that one has died
         return None
     return Inherited(told)
 

@@ -318,7 +318,7 @@ class Runtime:
             process = exposition.Process(
                 resident_bytes=status.rss_bytes, cpu_s=spent.user + spent.system, open_files=self._process.num_fds()
             )
-        text = exposition.render(self._figures.statistics.models, stats, status, loaded, process)
+        text = exposition.render(self._figures.statistics.models, stats, status, loaded, self.jobs(), process)
         return types.MetricsResult(content_type=exposition.CONTENT_TYPE, text=text)
 
     def _gauges(self, clients: types.ClientTotals) -> Gauges:
