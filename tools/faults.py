@@ -1,5 +1,9 @@
 """Faults, injected into real daemons for as long as one likes, and what docs/guarantees.md promises checked meanwhile.
 
+    python3 tools/dev.py faults starts [--starts N] [--seed N]      daemons that start against each other and are killed
+                                                                    at every step of it
+    python3 tools/dev.py faults crowd [--clients N] [--rounds N]    what 1,000 clients, most of them followers of
+                                                                    events, cost the others
     python3 tools/dev.py faults answers [--seconds S] [--seed N]    requests, while workers and daemons are killed
     python3 tools/dev.py faults mirrors [--steps N] [--seed N]      followers of events, while all is restarted
     python3 tools/dev.py faults deaths [--rounds N]                 real workers that die of each cause, and how soon it
@@ -38,6 +42,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=_positive, default=60.0, help="how long; 60 where it is not given")
     parser.add_argument("--steps", type=int, default=10_000, help="how many; 10000 where it is not given")
     parser.add_argument("--rounds", type=int, default=5, help="how often each; 5 where it is not given")
+    parser.add_argument("--starts", type=int, default=500, help="how many; 500 where it is not given")
+    parser.add_argument("--clients", type=int, default=1000, help="how many; 1000 where it is not given")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="drawn where it is not given")
     options = parser.parse_args(arguments)
     print(f"{options.what}, seed {options.seed}", flush=True)
@@ -61,6 +67,40 @@ def _positive(text: str) -> float:
 
 def _table(tally: Counter[str]) -> list[str]:
     return [f"{count:9,}  {what}" for what, count in sorted(tally.items())]
+
+
+def starts(options: argparse.Namespace) -> list[str]:
+    from support.starts import StartLoop
+
+    with StartLoop(options.seed, lambda line: None) as loop:
+        try:
+            loop.run(options.starts)
+        finally:
+            print(f"{loop.starts:9,}  starts", *_table(loop.tally), sep="\n", flush=True)
+    return []
+
+
+def crowd(options: argparse.Namespace) -> list[str]:
+    from support.crowd import Shape
+    from support.crowded import measure
+    from support.daemon import Daemon
+
+    with Daemon() as daemon:
+        figures = measure(daemon, options.clients, options.rounds, 10.0)
+    shape, (before, after) = Shape.of(options.clients), figures.rss_bytes
+    lines = [", ".join(f"{count} {name}" for name, count in shape._asdict().items())]
+    for (alone, beside), seen in zip(figures.speeds, figures.seen, strict=True):
+        late = ", ".join(f"{late * 1e3:.1f}" for late in seen.late)
+        lines.append(f"{alone:8,.0f} tokens/s alone, {beside:8,.0f} beside the crowd ({beside / alone:.3f})")
+        lines.append(f"{seen.events:8,} events, late by {late} ms (median, 90 %, 99 %, worst); {seen.lost} lost")
+    lines.append(
+        f"{figures.ratio:8.3f} of its speed; {before / 1e6:.1f} MB with all connected, {after / 1e6:.1f} at most"
+    )
+    print(*lines, sep="\n", flush=True)
+    assert not any(seen.lost for seen in figures.seen), "a follower was cut off, or told that it lags"
+    assert figures.late_s <= 0.1, f"events are {figures.late_s * 1e3:.0f} ms late"
+    assert figures.ratio >= 0.95, f"generation has {figures.ratio:.3f} of its speed"
+    return []
 
 
 def answers(options: argparse.Namespace) -> list[str]:
@@ -153,8 +193,8 @@ def failpoints(options: argparse.Namespace) -> list[str]:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
-    "answers": answers, "mirrors": mirrors, "deaths": deaths, "orphans": orphans, "stop": stop,
-    "failpoints": failpoints,
+    "starts": starts, "crowd": crowd, "answers": answers, "mirrors": mirrors, "deaths": deaths, "orphans": orphans,
+    "stop": stop, "failpoints": failpoints,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -71,6 +71,22 @@ def test_two_homes_cannot_share_a_socket(folder: Path) -> None:
     listen(folder / "two", shared / "s").close()
 
 
+def test_a_homes_own_socket_is_locked_for_other_homes_too(folder: Path) -> None:
+    """Else two that start at once could both find nobody there, and the later one take the socket of the other."""
+    for name in ("mlxd.sock", "other.sock"):
+        path = folder / "one" / name
+        first = listen(folder / "one", path)
+        path.unlink()  # so that only a lock can tell
+        with pytest.raises(AlreadyRunning):
+            listen(folder / "two", path)
+        first.close()
+        second = listen(folder / "two", path)
+        path.unlink()
+        with pytest.raises(AlreadyRunning):
+            listen(folder / "one", path)
+        second.close()
+
+
 def test_a_stale_socket_and_leftovers_are_replaced(folder: Path) -> None:
     for name in ("mlxd.sock", ".mlxd.sock.12345"):
         with socket.socket(socket.AF_UNIX) as dead:

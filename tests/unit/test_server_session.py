@@ -14,7 +14,7 @@ from mlxd_client.codec import Encoding
 from mlxd_client.types import MalformedToolCall, ToolCall
 from support.fake_runtime import completion
 from support.loops import run
-from support.serving import Closed, RawClient, serving
+from support.serving import RawClient, serving
 
 both = pytest.mark.parametrize("encoding", list(Encoding))
 
@@ -505,15 +505,27 @@ def test_another_user_is_closed_before_a_byte_is_read() -> None:
     run(main())
 
 
-def test_connections_beyond_the_limit_are_closed() -> None:
+@both
+def test_a_connection_beyond_the_limit_is_told_so_and_closed(encoding: Encoding) -> None:
+    """In the encoding that its first byte is in, where that had come."""
+
     async def main() -> None:
         async with serving(ServerLimits(connections=2)) as served:
             first, second = await served.connect(), await served.connect()
             assert await first.call("ping") == await second.call("ping") == {}
-            third = await served.connect()
-            with pytest.raises(Closed):
-                await third.next()
+            with socket.socket(socket.AF_UNIX) as made:
+                made.connect(str(served.path))
+                made.sendall(codec.encode({"jsonrpc": "2.0", "id": 1, "method": "ping"}, encoding))
+                made.setblocking(False)
+                third = RawClient(*await asyncio.open_unix_connection(sock=made.dup()), encoding)
+            (told,) = await third.closed()
+            assert told["id"] is None
+            assert told["error"]["data"] == {"kind": "queue_full", "details": {"limit": 2}}
             assert await first.call("ping") == {}
+            await third.close()
+            await second.close()
+            assert await first.call("ping") == {}
+            assert await (await served.connect(encoding)).call("ping") == {}
 
     run(main())
 

@@ -43,6 +43,7 @@ _ASK_EVERY = 50
 # What may be held beyond what the first tenth of the conversations left: a full log of events is some of it.
 _GROWTH_BYTES = 48 * 1024 * 1024
 _SPARE_FILES = 16
+_LOG_LINES = 100  # of the daemon's log are shown with a finding
 
 
 class Report(msgspec.Struct):
@@ -188,8 +189,8 @@ def play(path: Path, talk: Talk, draw: random.Random) -> list[str]:
                 if line.sock in readable:
                     line.receive()
             if time.monotonic() > give_up_at:
-                missing = [(line.due, line.answered.total(), line.broken) for line in waiting]
-                raise Wrong(f"not answered within {_ANSWER_S:g} s: (due, answered, broken) {missing}")
+                missing = [(dict(line.asked - line.answered), line.broken) for line in waiting]
+                raise Wrong(f"not answered within {_ANSWER_S:g} s: (ids, broken) {missing}")
         for line in lines:
             if not line.closed:
                 line.receive()  # one answer too many would be here
@@ -280,7 +281,7 @@ def fuzz(frames: int | None, seed: int = 0, *, seconds: float | None = None, fol
         try:
             _play_all(run, steady, frames, seconds)
         except Wrong as error:
-            report.findings.append(str(error))
+            report.findings.append("\n".join([str(error), *daemon.log().splitlines()[-_LOG_LINES:]]))
         report.seconds = time.monotonic() - began
         report.blocks, report.kept = _MAP_BYTES - hits[:].count(0), len(run.corpus.inputs)
     return report

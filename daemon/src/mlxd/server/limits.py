@@ -17,7 +17,7 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
         depth: how deep maps and arrays of a frame may nest.
         in_flight: requests of one connection that wait for their answer; one more gets `queue_full`.
         queue: how many requests wait in the daemon's scheduler; only told to clients, the scheduler enforces it.
-        connections: open connections; one more is closed at once.
+        connections: open connections; one more is told `queue_full`, and closed.
         backlog: connections the kernel holds until they are accepted.
         subscriptions: per connection; one more gets `queue_full`.
         subscriber_events: events that wait for one subscription; overflow drops them all and is announced (`lagged`).

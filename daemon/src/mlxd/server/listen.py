@@ -34,6 +34,7 @@ __all__ = [
     "Peer",
     "SocketPathError",
     "adopt",
+    "first_byte",
     "listen",
     "peer_gone",
     "peer_of",
@@ -43,7 +44,7 @@ __all__ = [
 _DARWIN = sys.platform == "darwin"
 # sockaddr_un.sun_path holds 104 bytes on macOS and 108 on Linux, the last of them zero.
 _MAX_PATH_BYTES = 103 if _DARWIN else 107
-_LOCK_NAME = "mlxd.lock"
+_LOCK_NAME, _SOCKET_NAME = "mlxd.lock", "mlxd.sock"
 
 
 class ListenError(Exception):
@@ -79,7 +80,7 @@ def prepare_home(home: Path) -> None:
     Raises: HomeError.
     """
     try:
-        home.parent.mkdir(parents=True, exist_ok=True)
+        _make_parents(home.parent)
         with contextlib.suppress(FileExistsError):
             home.mkdir(mode=0o700)
         folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -97,6 +98,15 @@ def prepare_home(home: Path) -> None:
         raise HomeError(f"the mode of {home} cannot be set to 0700: {error.strerror}") from None
     finally:
         os.close(folder)
+
+
+def _make_parents(folder: Path) -> None:
+    """Folders that are missing on the way, private ones: who may write there could put another home in its place."""
+    mask = os.umask(0o077)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    finally:
+        os.umask(mask)
 
 
 def _check_socket_folder(folder: Path) -> None:
@@ -139,12 +149,22 @@ def _lock(path: Path, guarded: Path) -> int:
             break
         os.close(lock)  # somebody removed the file meanwhile: a lock on it would keep nobody out
     try:
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+        _sign(lock)
     except OSError as error:
         os.close(lock)
         raise HomeError(f"the lock file {path} cannot be written: {error.strerror}") from None
     return lock
+
+
+def _sign(lock: int) -> None:
+    """Write down who holds it. Raises OSError."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+
+
+def _lock_of(path: Path) -> Path:
+    """The lock of a socket, for daemons of whichever homes. That of a home's own socket is the home's."""
+    return path.with_name(_LOCK_NAME if path.name == _SOCKET_NAME else f"{path.name}.lock")
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
@@ -176,26 +196,48 @@ class Listener:
     Attributes:
         sock: non-blocking and listening.
         path: where it is; None where it was handed over by a service manager, which then owns the path.
+        locks: their descriptors.
+
+    Args:
+        mine: whether socket and locks are this process's to remove. They may be shared with another daemon, from which
+            this one takes over, or which takes over from this one.
     """
 
-    def __init__(self, sock: socket.socket, path: Path | None, locks: list[int]) -> None:
+    def __init__(self, sock: socket.socket, path: Path | None, locks: list[int], *, mine: bool = True) -> None:
         self.sock = sock
         self.path = path
-        self._locks = locks
+        self.locks = locks
+        self._mine = mine
         self._inode = _inode(path) if path is not None else None
+
+    def claim(self) -> None:
+        """From now on it is this process's, as far as others can tell."""
+        self._mine = True
+        for lock in self.locks:
+            _sign(lock)
+
+    def give_away(self) -> None:
+        """It is another daemon's. The locks stay held until this process closes them, too."""
+        self._mine = False
+        self.sock.close()
+
+    def hide(self) -> None:
+        """Remove the socket's file if it is still this one: nobody else can connect. Idempotent."""
+        if self._mine and self.path is not None and self._inode is not None and _inode(self.path) == self._inode:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        self._inode = None
 
     def close(self) -> None:
         """Close the socket, remove its file if it is still this one, and let go of the locks. Idempotent."""
         self.sock.close()
-        if self.path is not None and self._inode is not None and _inode(self.path) == self._inode:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
-        self._inode = None
-        for lock in self._locks:
-            with contextlib.suppress(OSError):
-                os.ftruncate(lock, 0)
+        self.hide()
+        for lock in self.locks:
+            if self._mine:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(lock, 0)
             os.close(lock)
-        self._locks = []
+        self.locks = []
 
 
 def listen(home: Path, path: Path | None = None, *, backlog: int = 1024) -> Listener:
@@ -203,7 +245,7 @@ def listen(home: Path, path: Path | None = None, *, backlog: int = 1024) -> List
 
     Raises: AlreadyRunning, HomeError, SocketPathError.
     """
-    path = path if path is not None else home / "mlxd.sock"
+    path = path if path is not None else home / _SOCKET_NAME
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     _check_length(path, aside)
     prepare_home(home)
@@ -211,7 +253,9 @@ def listen(home: Path, path: Path | None = None, *, backlog: int = 1024) -> List
     try:
         if path.parent.resolve() != home.resolve():
             _check_socket_folder(path.parent)
-            locks.append(_lock(path.with_name(f"{path.name}.lock"), path))
+        beside = _lock_of(path)
+        if not _same_file(locks[0], beside):
+            locks.append(_lock(beside, path))
         _clear(path)
         return Listener(_bind(path, aside, backlog), path, locks)
     except BaseException:
@@ -328,6 +372,15 @@ def peer_of(sock: socket.socket) -> Peer:
         return Peer(uid, pid or None)
     pid, uid, _ = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return Peer(uid, pid or None)
+
+
+def first_byte(descriptor: int) -> bytes:
+    """What a connection begins with, left where it is; empty where nothing has come yet."""
+    with socket.socket(fileno=os.dup(descriptor)) as sock:
+        try:
+            return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            return b""
 
 
 def peer_gone(sock: socket.socket) -> bool:

@@ -64,6 +64,18 @@ _DOWNLOADED = {
     "started_at": 1795285436.7,
     "ended_at": 1795285437.2,
 }
+_BATCH = {
+    "job": "batch-2ba772-1",
+    "kind": "batch",
+    "state": "running",
+    "model": "mlxd/cleanup",
+    "progress": 0.0,
+    "total_items": 2,
+    "done_items": 0,
+    "failed_items": 0,
+    "started_at": 1795285440.3,
+}
+_BATCH_DONE = _BATCH | {"state": "done", "progress": 1.0, "done_items": 2, "ended_at": 1795285440.4}
 _TIMINGS = {
     "queue_s": 0.00007,
     "load_s": 0.0,
@@ -243,6 +255,46 @@ EXAMPLES: dict[str, Example] = {
         },
     ),
     "cache.clear": Example({"model": "mlxd/cleanup"}, {"memory_bytes": 301252, "disk_bytes": 0}),
+    "batch.submit": Example(
+        {
+            "items": [{"method": "process", "custom_id": "note-1", "params": {"prompt": "um so hello"}}],
+            "key": "notes",
+            "open": True,
+        },
+        _BATCH | {"state": "queued", "phase": "open", "total_items": 1},
+    ),
+    "batch.append": Example(
+        {
+            "job": "batch-2ba772-1",
+            "items": [{"method": "chat", "params": {"messages": [{"role": "user", "content": "uh thanks"}]}}],
+            "at": 1,
+        },
+        _BATCH | {"state": "queued", "phase": "open"},
+    ),
+    "batch.start": Example({"job": "batch-2ba772-1"}, _BATCH),
+    "batch.get": Example({"job": "batch-2ba772-1"}, _BATCH_DONE, before=(("jobs.wait", {"job": "batch-2ba772-1"}),)),
+    "batch.results": Example(
+        {"job": "batch-2ba772-1", "limit": 1},
+        {
+            "results": [
+                {
+                    "index": 0,
+                    "custom_id": "note-1",
+                    "result": {
+                        "model": "mlxd/cleanup",
+                        "text": "Hello.",
+                        "finish_reason": "stop",
+                        "usage": {"prompt_tokens": 6, "completion_tokens": 4},
+                        "timings": _TIMINGS,
+                    },
+                }
+            ],
+            "more": True,
+        },
+    ),
+    "batch.list": Example({}, {"jobs": [_BATCH_DONE]}),
+    "batch.cancel": Example({"job": "batch-2ba772-1"}, _BATCH_DONE),
+    "batch.delete": Example({"job": "batch-2ba772-1"}, {}),
     "models.release": Example({"lease": "2ba772-1"}, {}),
     "models.unload": Example({"model": "mlxd/cleanup"}, _CLEANUP),
     "config.get": Example(

@@ -1,0 +1,57 @@
+"""A crowd that does not read, or sends rubbish, beside others who follow; `tools/dev.py faults crowd` is a larger one.
+
+Times are for the command: here it is counted what came to whom, and what is held.
+"""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+
+from mlxd_client import errors
+from support.crowd import Crowd, Shape
+from support.daemon import Daemon
+
+REQUESTS = 60
+GROWTH_BYTES = 48 * 1024 * 1024
+
+
+def test_a_crowd_costs_the_others_nothing_but_time() -> None:
+    """Each follower is told of each request's end, none is cut off; who never reads is, and what waits is bounded."""
+    shape = Shape.of(200)
+    with (
+        Daemon(bad_child="worker", write_stall_s=1, subscriber_events=64) as daemon,
+        Crowd(daemon.socket, shape) as crowd,
+        daemon.client() as client,
+    ):
+        process = psutil.Process(daemon.pid)
+        client.load("mlxd/cleanup", keep_alive=-1)
+        assert client.status().clients >= shape.followers + shape.deaf + shape.idle
+        before = process.memory_info().rss
+        crowd.seen()
+        finished, lost, cut = [0] * shape.followers, 0, 0
+        for _ in range(REQUESTS):
+            assert client.process("hello there").text == "hello there"
+        while min(finished) < REQUESTS or not cut:  # the pytest run's own limit ends this where it does not come
+            client.ping()
+            client.process("once more") if min(finished) >= REQUESTS else None
+            seen = crowd.seen()
+            finished = [had + new for had, new in zip(finished, seen.finished, strict=True)]
+            lost, cut = lost + seen.lost, cut + seen.again[0]
+        assert lost == 0
+        assert process.memory_info().rss < before + GROWTH_BYTES
+
+
+def test_one_too_many_is_hung_up_on_and_the_others_stay() -> None:
+    with Daemon(bad_child="worker", max_clients=3) as daemon:
+        clients = [daemon.client(reconnect=False) for _ in range(3)]
+        for client in clients:
+            client.ping()
+        with daemon.client(reconnect=False, start=False) as late, pytest.raises(errors.QueueFull) as refused:
+            late.ping()
+        assert refused.value.details == {"limit": 3}
+        for client in clients:
+            client.ping()
+            client.close()
+        with daemon.client() as again:
+            again.ping()
