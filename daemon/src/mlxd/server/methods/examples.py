@@ -338,5 +338,6 @@ EXAMPLES: dict[str, Example] = {
     ),
     "events.unsubscribe": Example({"subscription": 1}, {}),
     "cancel": Example({"id": 1}, {"cancelled": False}),
+    "restart": Example({}, {"version": "0.1.0", "pid": 4712}),
     "shutdown": Example({}, {}),
 }
