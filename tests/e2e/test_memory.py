@@ -209,6 +209,16 @@ def test_a_worker_that_grows_past_its_share_is_recycled(tight: Daemon) -> None:
         assert client.status().workers == [], "none died"
 
 
+def test_a_load_that_turns_out_larger_answers_and_is_not_repeated(tight: Daemon) -> None:
+    model = tight.model("!grow 400")
+    with tight.client() as client, client.events() as events:
+        assert client.process("a b", model=model).text == "a b"
+        until(events, "unloaded", id=model)
+        with pytest.raises(errors.InsufficientMemory) as caught:
+            client.process("c d", model=model)
+        assert caught.value.details["needed_bytes"] > 400 * MIB
+
+
 def test_trimming_may_be_enough(tight: Daemon) -> None:
     model = tight.model("keeps")
     with tight.client() as client, client.events() as events:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -55,6 +56,9 @@ def test_a_daemon_counts_what_happens() -> None:
             with pytest.raises(errors.ModelNotFound):
                 client.process("x", model="org/nowhere")
             assert client.count_tokens("one two", model=second) == 2
+            for _ in range(2):
+                with pytest.raises(errors.InvalidParams):
+                    client.process("x", max_tokens=0)
             with pytest.raises(errors.DeadlineExceeded):
                 client.process("!slow 9", model=second, timeout_s=0.05)
         stats = client.stats()
@@ -71,10 +75,12 @@ def test_a_daemon_counts_what_happens() -> None:
         assert two.total_s.count == 1
         assert two.queue_s is not None
         assert two.queue_s.count == 4
+        assert stats.clients.refused_requests == {"process": {"invalid_params": 2}}
         assert stats.clients.accepted == 3  # whoever waited for the start, the events, and this one
         assert client.stats(second).models == [two] == client.stats(second).models
         found = read(client.metrics())
         assert found["mlxd_worker_deaths_total"].samples
+        assert found["mlxd_requests_refused_total"].value(method="process", kind="invalid_params") == 2
         assert found["mlxd_clients_accepted_total"].value() == 3
         assert str(daemon.home) not in client.metrics()
         assert read(run(daemon, "metrics"))["mlxd_requests_total"].kind == "counter"
@@ -172,6 +178,23 @@ def test_top_follows_the_daemon_and_leaves_the_terminal_as_it_was(terminals: Cal
         assert LEFT in terminal.shown
         assert "\x1b[?25h" in terminal.shown  # the cursor is seen again
         assert terminal.modes() == before
+
+
+def test_top_can_be_stopped_and_goes_on(terminals: Callable[..., Terminal]) -> None:
+    with Daemon(bad_child="worker") as daemon:
+        terminal = terminals(daemon, "top")
+        before = terminal.modes()
+        terminal.until("no model is loaded")
+        terminal.process.send_signal(signal.SIGTSTP)  # ctrl-Z
+        _, status = os.waitpid(terminal.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        terminal.until(LEFT)
+        assert terminal.modes() == before
+        terminal.process.send_signal(signal.SIGCONT)  # fg
+        terminal.until("no model is loaded")
+        assert terminal.modes() != before
+        terminal.type("q")
+        assert terminal.end() == 0
 
 
 def test_top_outlives_the_daemon(terminals: Callable[..., Terminal]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from mlxd.cli.service import runs
 from mlxd_client import Client
 from support.restarts import newer
 from support.systemd import PATIENCE_S, NoSystemd, UserSystemd
@@ -211,7 +212,7 @@ def test_a_daemon_that_was_started_by_hand_gives_way(systemd: UserSystemd) -> No
     try:
         with client(systemd) as one:
             assert one.status().pid != by_hand
-        assert not Path(f"/proc/{by_hand}").exists()
+        assert not runs(by_hand)
     finally:
         mlxd(systemd, "service", "uninstall", "--purge")
 

@@ -118,10 +118,11 @@ class World(RuleBasedStateMachine):
                 assert worker in self.ready
                 assert worker not in self.stopping
                 self.slots[worker].add(rid)
-            case do.Trim(worker):
+            case do.Trim(worker, keep):
                 assert worker in self.ready
                 assert worker not in self.stopping
-                self.taken[worker] = min(self.taken.get(worker, 0), self.needs(worker))
+                if keep < 1:
+                    self.taken[worker] = min(self.taken.get(worker, 0), self.needs(worker))
             case do.Measure():
                 self.asked.add(self.now)
                 self.begin_reading()

@@ -137,7 +137,7 @@ class Memory:
     def _idle(self) -> list[ModelRecord]:
         """Those that may go without anybody's noticing, least recently used first."""
         workers = self._book.by_worker.values()
-        free = [m for m in workers if m.serving and not (m.busy or m.held or m.recycling)]
+        free = [m for m in workers if m.serving and not (m.busy or m.engaged or m.held or m.recycling)]
         return sorted(free, key=lambda m: m.last_used)
 
     def _feel(self, reading: Reading, now: float) -> None:
@@ -151,6 +151,10 @@ class Memory:
         if self.pressure.level == "critical":
             for record in self._book.models.values():
                 self._book.step_aside(record, now)
+        elif self.pressure.level == "normal":
+            for record in self._book.by_worker.values():
+                if record.serving:
+                    self._trim(record, 1.0)
 
     def _relieve(self, now: float) -> None:
         level, since = self.pressure.level, self.pressure.since

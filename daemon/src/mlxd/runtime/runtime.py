@@ -6,6 +6,7 @@ Decides nothing. Holds what the core must not know: the timer, the wall clock, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -85,6 +86,7 @@ class Runtime:
         self._due: float | None = None
         self._quiet: asyncio.Event = asyncio.Event()
         self._let_go: asyncio.Event = asyncio.Event()
+        self._loading_again: set[asyncio.Task[None]] = set()
         self._parting: dict[str, Any] | None = None  # what subscribers are told with `daemon_stopping`
         self._inbox: list[ev.Event] = []
         self._performing = False
@@ -122,7 +124,7 @@ class Runtime:
         """What the server calls of the parts."""
         self.generate = self._generations.generate
         self.jobs, self.job, self.wait_job = jobs.list, jobs.get, jobs.wait
-        self.models, self.model, self.plan, self.catalog = supply.models, supply.model, supply.plan, supply.catalog
+        self.models, self.model, self.catalog = supply.models, supply.model, supply.catalog
         self.download, self.delete, self.verify = supply.download, supply.delete, supply.verify
         self.load, self.unload, self.acquire, self.release = (
             holding.load, holding.unload, holding.acquire, holding.release
@@ -254,6 +256,12 @@ class Runtime:
             model = ref
         return await self._prompts.clear(model)
 
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    async def plan(self, params: types.PlanParams) -> types.Plan:
+        self._measuring.look()  # where nothing is loaded, the last measurement may be from long ago
+        return await self._supply.plan(params)
+
     # --- clients, status ------------------------------------------------------------------------------------------
 
     def client_gone(self, client: int) -> None:
@@ -312,7 +320,7 @@ class Runtime:
             process = exposition.Process(
                 resident_bytes=status.rss_bytes, cpu_s=spent.user + spent.system, open_files=self._process.num_fds()
             )
-        text = exposition.render(self._figures.statistics.models, stats, status, loaded, process)
+        text = exposition.render(self._figures.statistics.models, stats, status, loaded, self.jobs(), process)
         return types.MetricsResult(content_type=exposition.CONTENT_TYPE, text=text)
 
     def _gauges(self, clients: types.ClientTotals) -> Gauges:
@@ -412,6 +420,24 @@ class Runtime:
     @property
     def held_bytes(self) -> int:
         return self.core.held_bytes
+
+    @property
+    def loaded(self) -> list[str]:
+        """The models that are loaded, most recently used first, but for those that only batch jobs have used."""
+        serving = [model for model in self.core.models.values() if model.serving and model.needed]
+        return [model.id for model in sorted(serving, key=lambda model: -model.last_used)]
+
+    def load_again(self, models: list[str]) -> None:
+        """Have models loaded, in the background. Where one cannot be, its first request tells why."""
+
+        async def load(model: str) -> None:
+            with contextlib.suppress(errors.RpcError):
+                await self.load(0, types.LoadParams(model=model))
+
+        for model in models:
+            task = self.loop.create_task(load(model))
+            self._loading_again.add(task)
+            task.add_done_callback(self._loading_again.discard)
 
     def request_shutdown(self) -> None:
         self.on_shutdown()
