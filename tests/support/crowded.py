@@ -20,7 +20,7 @@ CLEANUP = "mlxd/cleanup"
 ENDLESS = {"temperature": 0.0, "logit_bias": {"2": -1000.0}, "speculation": "off", "cache_prompt": False}
 TOKENS = 1500
 # A short request every so often: what there is to tell.
-EVERY_S = 0.1
+EVERY_S = 0.5
 
 
 class Figures(NamedTuple):
