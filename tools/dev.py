@@ -6,6 +6,7 @@
     exec CMD [ARG...]  run any command inside the environment, e.g. `exec mlxd status`
     bench [ARG...]   speed and size against mlx_lm, as ratios in one run
     soak [ARG...]    everything at once for hours; downloads and batch jobs that are killed again and again
+    handovers [ARG...]  daemons that take over from each other while clients stream and connect
     faults WHAT      what docs/guarantees.md promises, while workers and daemons are killed
     fuzz [ARG...]    broken frames for the codec; --session, a daemon's conversations; --engine, requests mixed
     lint [--fix]     style and types alone
@@ -300,6 +301,10 @@ def run_fuzz(arguments: "list[str]") -> int:
     return become([PYTHON, os.path.join(ROOT, "tools", "fuzz.py"), *arguments])
 
 
+def run_handovers(arguments: "list[str]") -> int:
+    return become([PYTHON, os.path.join(ROOT, "tools", "handovers.py"), *arguments])
+
+
 def run_soak(arguments: "list[str]") -> int:
     return become([PYTHON, os.path.join(ROOT, "tools", "soak.py"), *arguments])
 
@@ -322,6 +327,7 @@ COMMANDS = {
     "exec": run_exec,
     "bench": run_bench,
     "soak": run_soak,
+    "handovers": run_handovers,
     "faults": run_faults,
     "fuzz": run_fuzz,
     "lint": run_lint,

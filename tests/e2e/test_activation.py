@@ -10,8 +10,10 @@ import subprocess
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
+from mlxd_client import errors
 from support.activator import PATIENCE_S, Activator
 
 
@@ -40,8 +42,6 @@ def test_who_connected_before_the_daemon_ran_is_served(activator: Activator) -> 
 
 
 def test_workers_do_not_see_what_the_manager_told_the_daemon(activator: Activator) -> None:
-    import psutil
-
     activator.start()
     with activator.client() as client:
         client.load("mlxd/cleanup")
@@ -88,6 +88,24 @@ def test_it_stays_while_a_client_or_a_model_needs_it() -> None:
             assert activator.process.poll() is None
         activator.hear_until("STOPPING=1")
         assert activator.end()[0] == 0
+
+
+def test_a_batch_job_is_done_before_it_goes() -> None:
+    """Nobody is connected, and the model would have gone long since."""
+    with Activator(idle_exit_s=0.01, keep_alive_s=0.01) as activator:
+        activator.on_demand()
+        items = [{"method": "process", "params": {"prompt": f"um the number {n} is it"}} for n in range(12)]
+        with activator.client() as client:
+            job = client.submit_batch(items)
+        activator.hear_until("STOPPING=1")
+        assert activator.starts == 1
+        with activator.client() as client:  # starts the next one
+            ended = client.batch(job.job)
+            assert (ended.state, ended.done_items) == ("done", 12)
+            opened = client.submit_batch(items, open=True)
+        activator.hear_until("STOPPING=1")  # one that is open keeps nobody up
+        with activator.client() as client:
+            assert client.batch(opened.job).phase == "open"
 
 
 def test_how_long_it_stays_can_be_changed_while_it_runs() -> None:
@@ -174,3 +192,50 @@ def test_without_a_manager_nobody_ends_it_for_being_idle(activator: Activator) -
         assert daemon.process is not None
         with pytest.raises(subprocess.TimeoutExpired):
             daemon.process.wait(0.3)
+
+
+# --- another daemon takes over --------------------------------------------------------------------------------------
+
+
+def test_the_manager_is_told_of_the_process_that_takes_over(activator: Activator) -> None:
+    first = activator.start()
+    assert activator.hear() == "READY=1"
+    with activator.client() as client:
+        result = client.restart()
+        assert activator.hear_until(f"MAINPID={result.pid}")
+        assert client.status().pid == result.pid
+    assert first.wait(PATIENCE_S) == 0
+    second = psutil.Process(result.pid)
+    second.terminate()
+    assert "STOPPING=1" in activator.hear_until("STOPPING=1")
+    second.wait(PATIENCE_S)
+    assert activator.path.exists()
+
+
+def test_where_the_process_must_stay_the_next_client_starts_the_new_one() -> None:
+    """As under launchd: the new one is only tried, and who connects meanwhile waits in the manager's socket."""
+    with Activator() as activator:
+        del activator.env["NOTIFY_SOCKET"]
+        activator.on_demand()
+        with activator.client() as client:
+            first = client.status().pid
+            result = client.restart()
+            assert result.pid is None
+            assert client.status().pid != first  # the same client, on a connection that waited
+            (activator.home / "config.toml").write_text("max_bacth = 3\n")
+            second = client.status().pid
+            with pytest.raises(errors.RestartFailed, match="did you mean max_batch"):
+                client.restart()
+            assert client.status().pid == second
+        assert activator.ended == [0]
+
+
+def test_stopped_by_its_manager_it_sends_clients_to_the_next(activator: Activator) -> None:
+    """As `systemctl restart` does: a connection that stays open is told, and its next request is served anyway."""
+    activator.on_demand()
+    with activator.client() as client:
+        assert client.process("all is well").text
+        activator.process.terminate()  # type: ignore[union-attr]
+        activator.hear_until("STOPPING=1")
+        assert client.process("all is well").text
+    assert activator.starts == 2

@@ -51,8 +51,10 @@ def test_the_sockets_rows_are_ratios() -> None:
 @pytest.mark.slow
 @pytest.mark.model
 def test_the_built_in_models_rows_are_ratios() -> None:
-    measured = rows("stream/cleanup", "batch/cleanup", "http/cleanup", "prefix/cleanup", "restart/cleanup")
-    assert len(measured) == 6
+    measured = rows(
+        "stream/cleanup", "batch/cleanup", "http/cleanup", "prefix/cleanup", "restart/cleanup", "jobs/cleanup"
+    )  # fmt: skip
+    assert len(measured) == 9
     assert are_numbers(measured)
     assert all(row["theirs"] > 0 and row["target"] for row in measured.values())
 

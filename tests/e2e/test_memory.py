@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlxd_client import errors
 from mlxd_client.sync import EventStream
 from mlxd_client.types import Event
+from support import tiny_adapter, tiny_model
 from support.daemon import PATIENCE_S, Daemon, until
 from support.fake_model import BASE_BYTES
 from support.fake_system import MIB, FakeSystem
 
 CLEANUP = "mlxd/cleanup"
+GREEDY: dict[str, Any] = {"temperature": 0, "repetition_penalty": 1.0, "max_tokens": 12}
 
 
 @pytest.fixture
@@ -206,6 +209,16 @@ def test_a_worker_that_grows_past_its_share_is_recycled(tight: Daemon) -> None:
         assert client.status().workers == [], "none died"
 
 
+def test_a_load_that_turns_out_larger_answers_and_is_not_repeated(tight: Daemon) -> None:
+    model = tight.model("!grow 400")
+    with tight.client() as client, client.events() as events:
+        assert client.process("a b", model=model).text == "a b"
+        until(events, "unloaded", id=model)
+        with pytest.raises(errors.InsufficientMemory) as caught:
+            client.process("c d", model=model)
+        assert caught.value.details["needed_bytes"] > 400 * MIB
+
+
 def test_trimming_may_be_enough(tight: Daemon) -> None:
     model = tight.model("keeps")
     with tight.client() as client, client.events() as events:
@@ -216,3 +229,27 @@ def test_trimming_may_be_enough(tight: Daemon) -> None:
             until(events, "queue")
         assert tight.worker().pid == pid
         assert client.process("c", model=model).text == "c"
+
+
+@pytest.mark.model
+def test_a_real_worker_is_recycled_with_what_it_was_loaded_with(system: FakeSystem, tmp_path: Path) -> None:
+    """The files say that it holds too much; all else is real."""
+    base = str(tiny_model.build(tmp_path / "base").resolve())
+    adapter = str(tiny_adapter.build(tmp_path / "adapter", tmp_path / "base").resolve())
+    with (
+        Daemon(system_root=str(system.root), memory_budget_bytes=1024 * MIB) as daemon,
+        daemon.client() as client,
+        client.events() as events,
+        client.acquire(base),
+    ):
+        plain = client.process("hello", model=base, **GREEDY).text
+        client.load(base, adapter=adapter)
+        adapted = client.process("hello", model=base, **GREEDY).text
+        assert adapted != plain
+        before = daemon.worker().pid
+        system.process(before, own=4096 * MIB)
+        until_step(events, "reported", "trimmed", "recycled")
+        assert client.process("hello", model=base, **GREEDY).text == adapted
+        assert daemon.worker().pid != before
+        assert client.model(base).adapter == adapter
+        assert client.stats(base).models[0].unloads == {"recycled": 1}

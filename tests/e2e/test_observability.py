@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -172,6 +173,23 @@ def test_top_follows_the_daemon_and_leaves_the_terminal_as_it_was(terminals: Cal
         assert LEFT in terminal.shown
         assert "\x1b[?25h" in terminal.shown  # the cursor is seen again
         assert terminal.modes() == before
+
+
+def test_top_can_be_stopped_and_goes_on(terminals: Callable[..., Terminal]) -> None:
+    with Daemon(bad_child="worker") as daemon:
+        terminal = terminals(daemon, "top")
+        before = terminal.modes()
+        terminal.until("no model is loaded")
+        terminal.process.send_signal(signal.SIGTSTP)  # ctrl-Z
+        _, status = os.waitpid(terminal.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        terminal.until(LEFT)
+        assert terminal.modes() == before
+        terminal.process.send_signal(signal.SIGCONT)  # fg
+        terminal.until("no model is loaded")
+        assert terminal.modes() != before
+        terminal.type("q")
+        assert terminal.end() == 0
 
 
 def test_top_outlives_the_daemon(terminals: Callable[..., Terminal]) -> None:

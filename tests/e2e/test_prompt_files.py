@@ -170,6 +170,7 @@ def test_prewarm(model: str) -> None:
         assert got.text == chat(client, model, FIRST, cache_prompt=False).text
         assert client.process("monday", model=model, system=SYSTEM, **GREEDY).usage.cached_tokens >= system - 12
         assert client.load(model, system=SYSTEM).state == "Ready"  # it is warm already
+        assert client.model(model).prewarmed == 1
         with pytest.raises(errors.ContextExceeded):
             client.load(model, system=SYSTEM * 20)
 

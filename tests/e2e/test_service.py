@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from mlxd.cli.service import runs
 from mlxd_client import Client
+from support.restarts import newer
 from support.systemd import PATIENCE_S, NoSystemd, UserSystemd
 
 
@@ -98,6 +102,65 @@ def test_stopped_killed_and_restarted_it_is_there_for_the_next_client(installed:
     assert len({first, second, third, fourth}) == 4
 
 
+def newest_main(systemd: UserSystemd) -> int:
+    """The process that systemd takes for the service."""
+    return int(state(systemd)["pid"])
+
+
+def test_another_takes_over_and_the_service_stays_one(installed: UserSystemd, tmp_path: Path) -> None:
+    """systemd learns of the new process; streams of the old one go on; nothing is started or ended by systemd."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    (unit,) = [Path(file).name for file in state(installed)["files"] if file.endswith(".service")]
+    with client(installed) as one, ThreadPoolExecutor(1) as pool:
+        first = one.status().pid
+        running = pool.submit(one.process, "so um i think we should uh meet on monday at three pm", n=4, max_tokens=150)
+        program = newer(tmp_path)
+        done = subprocess.run(
+            [*program, "service", "restart"], env=installed.env | {"MLXD_IDLE_EXIT_S": "3600"}, capture_output=True,
+            text=True, timeout=PATIENCE_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert running.result(PATIENCE_S).text
+        second = one.status()
+        assert second.pid != first
+    assert newest_main(installed) == second.pid
+    psutil.wait_procs([psutil.Process(first)] if psutil.pid_exists(first) else [], timeout=PATIENCE_S)
+    shown = installed.ctl("show", "--property=NRestarts,Result", unit).stdout.split()
+    assert sorted(shown) == ["NRestarts=0", "Result=success"]
+    assert "takes over" in mlxd(installed, "service", "logs").stdout
+    mlxd(installed, "service", "stop")
+    assert not Path(f"/proc/{second.pid}").exists()
+    with client(installed) as one:
+        assert one.status().pid not in (first, second.pid)
+
+
+def test_an_executable_that_moved_is_installed_anew(installed: UserSystemd, tmp_path: Path) -> None:
+    moved = tmp_path / "bin" / "python"  # the same environment, in another place
+    moved.parent.mkdir()
+    moved.symlink_to(os.path.realpath(sys.executable))
+    shutil.copy(Path(sys.prefix, "pyvenv.cfg"), tmp_path)
+    (tmp_path / "lib").symlink_to(Path(sys.prefix, "lib"))
+    with client(installed) as one:
+        first = one.status().pid
+        env = installed.env | {"MLXD_IDLE_EXIT_S": "3600"}
+        done = subprocess.run(
+            [moved, "-m", "mlxd", "service", "restart"], env=env, capture_output=True, text=True, timeout=PATIENCE_S,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "has taken over" in done.stdout
+        (file,) = [Path(file) for file in state(installed)["files"] if file.endswith(".service")]
+        assert f'ExecStart="{moved}"' in file.read_text()
+        second = one.status().pid
+        assert second != first
+        assert psutil.Process(second).cmdline()[0] == str(moved)
+    changed = mlxd(installed, "service", "restart", MLXD_IDLE_EXIT_S="60").stdout  # other settings: no handover
+    assert "installed anew" in changed
+    with client(installed) as one:
+        assert one.status().pid not in (first, second)
+
+
 def test_a_wrong_configuration_ends_in_one_sentence_and_no_loop(installed: UserSystemd) -> None:
     config = Path(installed.env["MLXD_HOME"]) / "config.toml"
     config.write_text("max_bacth = 3\n")
@@ -149,7 +212,7 @@ def test_a_daemon_that_was_started_by_hand_gives_way(systemd: UserSystemd) -> No
     try:
         with client(systemd) as one:
             assert one.status().pid != by_hand
-        assert not Path(f"/proc/{by_hand}").exists()
+        assert not runs(by_hand)
     finally:
         mlxd(systemd, "service", "uninstall", "--purge")
 

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from mlxd.core import actions as do
 from mlxd.core import events as ev
+from mlxd.core.book import ELSEWHERE
 from mlxd.core.core import Core, Limits
 from mlxd.core.invariants import check
 from mlxd.core.limits import Rules
@@ -69,6 +70,7 @@ class World(RuleBasedStateMachine):
         self.revisions: dict[str, str] = {}  # what the disk holds of each model, and what old ones lie beside
         self.old: dict[str, set[str]] = {}
         self.used: dict[int, str | None] = {}  # worker → the revision that it runs on
+        self.held = False
         self.others = 0  # memory that is none of ours, of CAPACITY
         self.taken: dict[int, int] = {}  # what each worker really holds
         self.last_exit = 0.0
@@ -116,10 +118,11 @@ class World(RuleBasedStateMachine):
                 assert worker in self.ready
                 assert worker not in self.stopping
                 self.slots[worker].add(rid)
-            case do.Trim(worker):
+            case do.Trim(worker, keep):
                 assert worker in self.ready
                 assert worker not in self.stopping
-                self.taken[worker] = min(self.taken.get(worker, 0), self.needs(worker))
+                if keep < 1:
+                    self.taken[worker] = min(self.taken.get(worker, 0), self.needs(worker))
             case do.Measure():
                 self.asked.add(self.now)
                 self.begin_reading()
@@ -175,6 +178,7 @@ class World(RuleBasedStateMachine):
             case do.StartFetcher(fetcher, job, model):
                 assert fetcher not in self.fetchers
                 assert not self.core.draining
+                assert not self.held, "another daemon may be at the files"
                 assert not self.works_on(model), "two work on the same files"
                 assert repo(model) not in {repo(name) for name in self.deletes}
                 assert self.core.jobs[job].model == model
@@ -194,6 +198,7 @@ class World(RuleBasedStateMachine):
                 assert not self.works_on(model)
             case do.Prune(model, revisions):
                 assert "@" not in model
+                assert not self.held
                 assert revisions
                 assert self.revisions.get(model) not in revisions, "the newest is removed"
                 assert model not in self.loading.values(), "what is loaded is removed"
@@ -479,6 +484,7 @@ class World(RuleBasedStateMachine):
     @rule(data=st.data(), adapter=st.sampled_from([None, "org/adapter"]))
     def adapted(self, data: st.DataObject, adapter: str | None) -> None:
         self.tell(ev.Adapted(data.draw(st.sampled_from(sorted(self.ready))), adapter))
+        self.tell(ev.Prewarmed(data.draw(st.sampled_from(sorted(self.ready))), data.draw(st.integers(0, 2))))
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 5.0, 31.0, 400.0]))
     def time_passes(self, seconds: float) -> None:
@@ -589,6 +595,57 @@ class Finishes(World):
 
 Finishes.TestCase.settings = World.TestCase.settings
 TestFinishes = Finishes.TestCase
+
+
+class Moves(World):
+    """The same, beside a daemon that it took over from and that lets go of memory bit by bit; another may take over
+    from this one, or not after all. Each run ends with that: what was accepted is served, then no process is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elsewhere = 9
+        self.tell(ev.Elsewhere(9))
+
+    def perform(self, action: do.Action) -> None:
+        super().perform(action)
+        if isinstance(action, do.StartWorker):
+            mine = sum(m.wanted_bytes for worker, m in self.core._book.by_worker.items() if worker != ELSEWHERE)
+            assert mine + self.elsewhere <= self.core.limits.budget_bytes, "two daemons take more than there is"
+
+    @rule(size=st.sampled_from([0, 2, 5, 9]))
+    def other_lets_go(self, size: int) -> None:
+        self.elsewhere = min(self.elsewhere, size)
+        self.tell(ev.Elsewhere(self.elsewhere))
+
+    @rule(held=st.booleans())
+    def hold(self, held: bool) -> None:
+        if not self.core.draining:
+            self.held = held
+            self.tell(ev.Hold() if held else ev.GoOn())
+
+    def teardown(self) -> None:
+        self.other_lets_go(0)
+        self.held = True
+        self.tell(ev.Hold())
+        while not self.core.let_go:
+            if self.stopped:
+                self.fetcher_exits(min(self.stopped), None)
+            elif self.deletes:
+                self.end_delete(min(self.deletes), True)
+            else:
+                assert self.stopping, "it never lets go"
+                self.exit(min(self.stopping), None)
+        self.tell(ev.Leave())
+        for client in range(1, 5):
+            for lease in [k for m in self.core.models.values() for k, held in m.leases.items() if held == client]:
+                self.tell(ev.Release(client, lease))
+        self.serve_out()
+        assert not self.slots, "a worker stays with nothing to do"
+        assert self.core.held_bytes == 0
+
+
+Moves.TestCase.settings = World.TestCase.settings
+TestMoves = Moves.TestCase
 
 
 class Short(World):

@@ -191,7 +191,7 @@ class Worker:
             if self.act_on(text, message["id"]):
                 return
             self.pipe.answer(message["id"], {"tokens": len(text.split())})
-        elif method == "trim":
+        elif method == "trim" and params["keep"] < 1:
             self.kept.clear()
         elif method == "cancel":
             if params["id"] in self.running:

@@ -102,6 +102,7 @@ class FakeRuntime:
         self.leases: dict[str, int] = {}
         self.hold_cancels = False
         self.shutdowns = 0
+        self.rooms: list[int] = []
 
     # --- what the test does ---------------------------------------------------------------------------------------
 
@@ -265,6 +266,12 @@ class FakeRuntime:
     def client_gone(self, client: int) -> None:
         self.leases = {lease: holder for lease, holder in self.leases.items() if holder != client}
         self.gone.put_nowait(client)
+
+    def make_room(self, working: int) -> None:
+        self.rooms.append(working)
+
+    async def restart(self) -> types.RestartResult:
+        raise errors.RestartFailed("there is no other")
 
     def request_shutdown(self) -> None:
         self.shutdowns += 1

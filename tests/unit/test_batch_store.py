@@ -164,6 +164,9 @@ def test_what_is_deleted_is_gone_from_the_disk(store: Store, path: Path) -> None
     store.submit("other", items(1))
     full = sum(file.stat().st_size for file in path.parent.iterdir())
     assert full > 2_000_000
+    with pytest.raises(InvalidParams, match="has not ended"):
+        store.forget("j")
+    store.record([End("j", "cancelled", None)])
     store.forget("j")
     with pytest.raises(NotFound):
         store.job("j")
@@ -278,6 +281,11 @@ def test_killed_while_results_are_recorded(tmp_path: Path) -> None:
     assert seen == {0, 2, 3}
 
 
+def ended_job(store: Store) -> None:
+    store.submit("j", items(600))
+    store.record([End("j", "cancelled", None)])
+
+
 def test_killed_while_a_job_is_deleted(tmp_path: Path) -> None:
     def delete(store: Store) -> None:
         store.forget("j")
@@ -285,7 +293,7 @@ def test_killed_while_a_job_is_deleted(tmp_path: Path) -> None:
             pass
 
     seen = set()
-    for path in at_each_statement(tmp_path, lambda store: store.submit("j", items(600)), delete):
+    for path in at_each_statement(tmp_path, ended_job, delete):
         store = Store(path, BUDGET)
         there = [job.job for job in store.jobs()]
         seen.add(len(there))

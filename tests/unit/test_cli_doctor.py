@@ -70,17 +70,21 @@ def test_a_wrong_configuration_is_a_finding(home: Path, capsys: pytest.CaptureFi
     assert "did you mean max_batch?" in found["settings"]["told"]
 
 
-def test_a_daemon_of_another_version_is_seen(capsys: pytest.CaptureFixture[str], home: Path) -> None:
+@pytest.mark.parametrize(("version", "advice"), [("0.0.9", "`mlxd restart`"), ("9.9.9", "update this mlxd")])
+def test_a_daemon_of_another_version_is_seen(
+    capsys: pytest.CaptureFixture[str], home: Path, version: str, advice: str
+) -> None:
     with ScriptedDaemon(str(home / "mlxd.sock")) as daemon:
         status = types.Status(
-            version="0.0.9", pid=1, uptime_s=1, rss_bytes=1, clients=1, subscribers=0, workers=[],
+            version=version, pid=1, uptime_s=1, rss_bytes=1, clients=1, subscribers=0, workers=[],
             models=types.StatusModels(known=0, loaded=0), queue=types.StatusQueue(waiting=0, running=0),
             memory=types.Memory(budget_bytes=1, used_bytes=0),
         )  # fmt: skip
         daemon.on("status", lambda _connection, _request: status)
         _, found = findings(capsys)
     assert found["daemon"]["state"] == "warning"
-    assert "0.0.9" in found["daemon"]["told"]
+    assert version in found["daemon"]["told"]
+    assert found["daemon"]["advice"].startswith(advice)
 
 
 def test_people_read_it_too(capsys: pytest.CaptureFixture[str]) -> None:

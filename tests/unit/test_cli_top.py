@@ -69,6 +69,15 @@ def test_it_shows_what_there_is() -> None:
     assert any("org/off" in line for line in shown(made.lines(120, 30, NOW)))
 
 
+def test_a_batch_job_is_shown_by_its_items() -> None:
+    job = types.Job(
+        job="batch-1", kind="batch", state="running", name="nightly", total_items=8, done_items=2, failed_items=1,
+        progress=0.25,
+    )  # fmt: skip
+    text = shown(board(model("m"), jobs=(job,)).lines(120, 30, NOW))
+    assert text[7] == "nightly  [#####...............] 25%  running  2 of 8 items  1 failed"
+
+
 def test_pressure_and_an_absent_daemon_are_said_at_once() -> None:
     made = board(model("m"))
     made.apply(types.Event(subscription=1, rev=1, name="memory_pressure", at=NOW, details={"level": "critical"}))

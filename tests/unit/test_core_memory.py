@@ -400,6 +400,7 @@ def test_batch_work_is_refused_until_it_is_over() -> None:
     assert bench.refused(bench.submit(priority="batch"))
     bench.after(10)
     assert bench.levels() == ["normal"]
+    assert bench.one(do.Trim).keep == 1.0, "the worker hears of it, too"
     bench.submit(priority="batch")
     assert bench.one(do.Dispatch)
 

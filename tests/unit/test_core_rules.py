@@ -296,6 +296,16 @@ def test_a_shorter_line_turns_nobody_away_that_waits() -> None:
     assert bench.one(do.Dispatch).rid == rids[1]
 
 
+def test_what_was_prewarmed_shows_until_the_model_goes() -> None:
+    bench = bench_with(MODEL, need=10)
+    worker = load(bench, MODEL)
+    bench.tell(ev.Prewarmed(worker, 2))
+    assert (bench.names(), bench.view().prewarmed) == (["model_changed"], 2)
+    bench.ask(lambda rid: ev.Unload(rid, 1, MODEL))
+    bench.tell(ev.WorkerExited(worker))
+    assert bench.view().prewarmed == 0
+
+
 def test_an_adapter_shows_until_the_model_goes() -> None:
     bench = bench_with(MODEL, need=10)
     worker = load(bench, MODEL)

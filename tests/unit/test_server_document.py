@@ -144,7 +144,7 @@ def test_every_reference_resolves(discovered: dict[str, Any]) -> None:
 
 def test_it_describes_every_method_of_version_1(discovered: dict[str, Any]) -> None:
     now = (
-        "hello ping status stats metrics shutdown rpc.discover "
+        "hello ping status stats metrics shutdown restart rpc.discover "
         "config.get config.set config.reload personas.list "
         "models.list models.get models.story models.load models.unload models.acquire "
         "models.release models.plan models.download models.delete models.verify models.catalog jobs.list jobs.get "

@@ -27,13 +27,17 @@ STATUS = types.Status(
     models=types.StatusModels(known=0, loaded=0), queue=types.StatusQueue(waiting=0, running=0),
     memory=types.Memory(budget_bytes=100, used_bytes=10),
 )  # fmt: skip
+JOBS = [
+    types.Job(job=f"batch-{number}", kind="batch", state=state)
+    for number, state in enumerate(("running", "running", "queued", "done"))
+]  # fmt: skip
 PROCESS = exposition.Process(resident_bytes=30_000_000, cpu_s=1.25, open_files=12)
 
 within_range = st.floats(min_value=2.0**-15, max_value=2.0**19)
 
 
 def text(stats: Statistics, models: list[types.Model] | None = None) -> str:
-    return exposition.render(stats.models, stats.told(GAUGES, 0.0), STATUS, models or [], PROCESS)
+    return exposition.render(stats.models, stats.told(GAUGES, 0.0), STATUS, models or [], JOBS, PROCESS)
 
 
 # --- moments ------------------------------------------------------------------------------------------------------
@@ -171,6 +175,8 @@ def test_the_text_is_as_the_specification_has_it() -> None:
     assert found["mlxd_prompt_cache_hits_total"].value(model="org/a") == 2
     assert found["mlxd_model_requests_running"].value(model="org/a") == 2
     assert found["mlxd_events_dropped_total"].value() == 4
+    assert found["mlxd_jobs"].value(kind="batch", state="running") == 2
+    assert sum(found["mlxd_jobs"].samples.values()) == 3
     assert found["mlxd_memory_pressure"].value(level="normal") == 1
     assert sum(found["mlxd_memory_pressure"].samples.values()) == 1
     took = found["mlxd_request_seconds"].samples

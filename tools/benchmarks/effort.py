@@ -69,11 +69,13 @@ class Effort:
 
 
 _FEW: dict[str, Any] = {
+    "job_items": 60, "job_rounds": 1,
     "load_streams": (1, 8, 32), "load_tokens": 16, "load_rounds": 2, "blas_streams": (8,), "blas_tokens": 6,
     "blas_prompt": 200, "blas_rounds": 1, "mixed_clients": 4, "mixed_turns": 2, "mixed_tokens": 8, "mixed_prompt": 200,
     "mixed_rounds": 1, "fairness_tokens": 1_000, "profile_tokens": 24, "profile_rounds": 3,
 }  # fmt: skip
 _LEAST: dict[str, Any] = _FEW | {
+    "job_items": 12, "job_tokens": 2,
     "load_streams": (2,), "load_tokens": 4, "load_rounds": 1, "blas_tokens": 2, "blas_prompt": 20, "mixed_clients": 2,
     "mixed_tokens": 2, "mixed_prompt": 70, "fairness_tokens": 200, "profile_tokens": 8, "profile_rounds": 1,
 }  # fmt: skip

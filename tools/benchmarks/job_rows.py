@@ -12,9 +12,12 @@ from typing import Any
 from mlxd_client import AsyncClient, Client
 
 from .effort import STREAMS, Scale
-from .generation_rows import GREEDY, Messages, Prompts, alternate
+from .generation_rows import GREEDY, Messages, Prompts, alternate, stream_ours
 from .processes import Daemon
 from .table import Row, paired
+
+# Items of the job that an interactive stream is measured beside; it is not to end first.
+BESIDE = 64
 
 
 def job_rows(label: str, daemon: Daemon, model: Path, scale: Scale) -> Iterator[Row]:
@@ -30,8 +33,19 @@ def job_rows(label: str, daemon: Daemon, model: Path, scale: Scale) -> Iterator[
             lambda: as_job(client, requests(), options),
             lambda: asyncio.run(by_hand(daemon, requests(), options)),
         )[1:]  # the first pair warms up
+        beside = alternate(
+            scale.job_rounds + 1,
+            lambda: stream_beside(client, model, prompts, scale.stream_tokens),
+            lambda: stream_ours(client, model, prompts.one(), scale.stream_tokens),
+        )[1:]
     what = f"{label}: a batch job of {scale.job_items} chats; {STREAMS} clients by hand"
     yield paired(f"jobs/{model.name}", what, runs, "items/s", (">=", 0.95))
+    firsts = [(a["first_s"] * 1e3, b["first_s"] * 1e3) for a, b in beside]
+    yield paired(
+        f"jobs/{model.name}", f"{label}: first token of a stream beside a batch job; alone", firsts, "ms", ("<=", 5)
+    )
+    rates = [(a["tokens"] / a["decode_s"], b["tokens"] / b["decode_s"]) for a, b in beside]
+    yield paired(f"jobs/{model.name}", f"{label}: its further tokens; alone", rates, "tokens/s", (">=", 0.2))
 
 
 def as_job(client: Client, requests: list[Messages], options: dict[str, Any]) -> float:
@@ -44,6 +58,21 @@ def as_job(client: Client, requests: list[Messages], options: dict[str, Any]) ->
         raise RuntimeError(f"the job came to {ended}")
     client.delete_batch(job.job)
     return len(requests) / took_s
+
+
+def stream_beside(client: Client, model: Path, prompts: Prompts, tokens: int) -> dict[str, Any]:
+    """One interactive stream while a batch job fills its slots with answers that are as long."""
+    params = {"model": str(model), "max_tokens": tokens, **GREEDY}
+    items = [{"method": "chat", "params": {"messages": prompts.one(), **params}} for _ in range(BESIDE)]
+    with client.events(["job"]) as events:
+        job = client.submit_items(items)
+        while client.batch(job.job).done_items == 0:
+            events.get(60)
+    made = stream_ours(client, model, prompts.one(), tokens)
+    if client.batch(job.job).ended_at is not None:
+        raise RuntimeError("the job ended first: it takes more items")
+    client.delete_batch(job.job, cancel=True)
+    return made
 
 
 async def by_hand(daemon: Daemon, requests: list[Messages], options: dict[str, Any]) -> float:

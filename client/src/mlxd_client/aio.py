@@ -16,7 +16,7 @@ from .batching import REFUSED, AnyItem, frames
 from .connect import Backoff, Start, dial, resolve
 from .errors import ClientError, ConnectFailed, ConnectionLost, MlxdError, RequestTimeout, ShuttingDown
 from .methods import Awaiting, Methods, Request, Wait
-from .rpc import Call, Cursor, Session, Subscription, fresh
+from .rpc import MOST_MOVES, Call, Cursor, Session, Subscription, fresh
 from .types import UNSET, BatchResult, Job
 
 __all__ = ["AsyncClient", "AsyncEventStream", "AsyncModelLease", "AsyncStream"]
@@ -36,6 +36,7 @@ class _Link(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._writable: asyncio.Future[None] | None = None
         self._reading = True
+        self.left = False  # its daemon takes no more work; what it has accepted is still answered here
         self.gone: asyncio.Future[None] = self._loop.create_future()
 
     # --- called by the transport ----------------------------------------------------------------------------------
@@ -114,6 +115,11 @@ class _Link(asyncio.Protocol):
         _wake(call)
 
     @property
+    def usable(self) -> bool:
+        """Whether new requests may go there."""
+        return self.session.closed is None and not self.left
+
+    @property
     def congested(self) -> bool:
         """Whether more is waiting to be sent than should be added to."""
         return self._writable is not None
@@ -162,7 +168,9 @@ class AsyncClient(Methods, Awaiting):
     """A connection to mlxd whose methods are coroutines. Opened on first use, and again after the daemon restarted.
 
     A request that was in flight when the connection ended raises ConnectionLost and is never sent again by itself,
-    since it may have run; the next call connects anew. A task that is cancelled cancels its request in the daemon.
+    since it may have run; the next call connects anew. Where another daemon takes over, what the old one had accepted
+    is answered by that, and what it says it has not done goes to the new one. A task that is cancelled cancels its
+    request in the daemon.
 
     Args: as for `Client`; a function given as `start` may be a coroutine function.
     """
@@ -185,6 +193,7 @@ class AsyncClient(Methods, Awaiting):
         self._reconnect = reconnect
         self._opening = asyncio.Lock()
         self._link: _Link | None = None
+        self._left: list[_Link] = []  # links to daemons that others took over from
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -208,9 +217,10 @@ class AsyncClient(Methods, Awaiting):
     async def close(self) -> None:
         """End the connection. The daemon cancels what still runs on it and releases its leases."""
         self._closed = True
-        if self._link is not None:
-            self._link.end(ConnectionLost("the client was closed"))
-            await self._link.gone
+        for link in (*self._left, self._link):
+            if link is not None:
+                link.end(ConnectionLost("the client was closed"))
+                await link.gone
 
     @property
     def hello(self) -> types.HelloResult | None:
@@ -280,11 +290,11 @@ class AsyncClient(Methods, Awaiting):
 
     async def _live(self, wait_s: float | None) -> _Link:
         link = self._link
-        if link is not None and link.session.closed is None:
+        if link is not None and link.usable:
             return link
         async with self._opening:
             link = self._link
-            if link is None or link.session.closed is not None:
+            if link is None or not link.usable:
                 used = link is not None and link.session.hello is not None  # an unused one may be closed as idle
                 if used and not self._reconnect:
                     raise ConnectionLost("the connection ended, and this client does not reconnect")
@@ -315,7 +325,7 @@ class AsyncClient(Methods, Awaiting):
         """Send a request. One that meets a connection which had ended goes to a new one, as none of it was sent."""
         for _ in range(2):
             link = self._link
-            if link is None or link.session.closed is not None:
+            if link is None or not link.usable:
                 link = await self._live(wait_s)
             if link.congested:
                 await link.drained(wait_s)
@@ -324,20 +334,32 @@ class AsyncClient(Methods, Awaiting):
                 return link, call
         raise ConnectionLost("mlxd closes every connection at once")
 
+    def _moved(self, link: _Link, call: Call[Any]) -> bool:
+        """Whether the request is to be sent again, since another daemon takes over and nothing was done of it."""
+        if not (call.moved and self._reconnect):
+            return False
+        if not link.left:
+            link.left = True
+            self._left = [old for old in self._left if old.session.busy] + [link]
+        return True
+
     async def _run(self, request: Request[Any]) -> Any:
         return (await self._answer(request))[1]
 
     async def _answer(self, request: Request[Any]) -> tuple[_Link, Any]:
         wait_s = request.patience_s(self._timeout_s)
-        link, call = await self._begin(request, wait_s)
-        try:
-            answered = await link.wait(call, wait_s)
-        except BaseException:
-            link.abandon(call)
-            raise
-        if not answered:
-            link.abandon(call)
-            raise RequestTimeout(f"no answer to `{request.method}` within {wait_s:g} s")
+        for _ in range(MOST_MOVES):
+            link, call = await self._begin(request, wait_s)
+            try:
+                answered = await link.wait(call, wait_s)
+            except BaseException:
+                link.abandon(call)
+                raise
+            if not answered:
+                link.abandon(call)
+                raise RequestTimeout(f"no answer to `{request.method}` within {wait_s:g} s")
+            if not self._moved(link, call):
+                break
         return link, request.finish(call.outcome())
 
     def _stream(self, request: Request[types.Completion]) -> AsyncStream:
@@ -361,6 +383,7 @@ class AsyncStream:
         self._wait_s = request.patience_s(client._timeout_s)
         self._link: _Link | None = None
         self._call: Call[types.Completion] | None = None
+        self._moves = 0
         self._closed = False
 
     @property
@@ -386,11 +409,15 @@ class AsyncStream:
     async def _next(self) -> types.Stream | None:
         if self._closed:
             return None
-        link, call = await self._sent()
         while not self._closed:
+            link, call = await self._sent()
             if call.pieces:
                 return call.pieces.popleft()
             if call.done:
+                if self._moves < MOST_MOVES and self._client._moved(link, call):
+                    self._moves += 1
+                    self._link = self._call = None  # what is sent next goes to the daemon that has taken over
+                    continue
                 call.outcome()
                 return None
             if not await link.wait(call, self._wait_s, news=True):

@@ -21,11 +21,14 @@
     │   ├── LoadFailed          -32011
     │   ├── DownloadFailed      -32012
     │   ├── VerificationFailed  -32013
-    │   ├── ShuttingDown        -32014  the daemon drains; it takes no new work
+    │   ├── ShuttingDown        -32014  the daemon takes no new work; details.reconnect: a new connection finds one
+    │   │                               that does, and nothing was done of this request
     │   ├── NotFound            -32015  no such job, lease or subscription
     │   ├── PermissionDenied    -32016
     │   ├── ModelNotDownloaded  -32017  the hub has it; details.plan says what fetching it would take
     │   ├── MemoryPressure      -32018  the machine is short of memory; batch work is to come again, see retry_after_s
+    │   ├── DaemonBusy          -32019  details: requests, leases, jobs; it was to end only if it had none
+    │   ├── RestartFailed       -32020  no other daemon took over; the one that was asked goes on
     │   └── InvalidSettings     -32021  config.toml cannot be used; details: setting, place
     └── ClientError                   raised on this side of the socket
         ├── ConnectFailed               nobody listens there, and nothing could be started
@@ -49,6 +52,7 @@ __all__ = [
     "ConnectFailed",
     "ConnectionLost",
     "ContextExceeded",
+    "DaemonBusy",
     "DeadlineExceeded",
     "DownloadFailed",
     "InsufficientDisk",
@@ -71,6 +75,7 @@ __all__ = [
     "ProtocolError",
     "QueueFull",
     "RequestTimeout",
+    "RestartFailed",
     "RpcError",
     "ShuttingDown",
     "SocketPathTooLong",
@@ -193,6 +198,11 @@ class VerificationFailed(RpcError):
 class ShuttingDown(RpcError):
     code, kind = -32014, "shutting_down"
 
+    @property
+    def reconnect(self) -> bool:
+        """Whether nothing was done of the request, and a new connection finds a daemon that does it."""
+        return self.details.get("reconnect") is True
+
 
 class NotFound(RpcError):
     code, kind = -32015, "not_found"
@@ -208,6 +218,14 @@ class ModelNotDownloaded(RpcError):
 
 class MemoryPressure(RpcError):
     code, kind = -32018, "memory_pressure"
+
+
+class DaemonBusy(RpcError):
+    code, kind = -32019, "daemon_busy"
+
+
+class RestartFailed(RpcError):
+    code, kind = -32020, "restart_failed"
 
 
 class InvalidSettings(RpcError):

@@ -66,7 +66,9 @@ from .types import (
     Plan,
     PlanParams,
     ProcessParams,
+    RestartResult,
     SetConfigParams,
+    ShutdownParams,
     Stats,
     StatsParams,
     Status,
@@ -299,9 +301,19 @@ class Methods:
         return Request("metrics", None, MetricsResult, wait_s, pick=_exposition)
 
     @remote
-    def shutdown(self, *, wait_s: Wait = UNSET) -> Request[None]:
-        """Ask the daemon to drain and end. Returns when it has agreed, not when it has ended."""
-        return Request("shutdown", None, Any, wait_s, pick=_nothing)
+    def shutdown(self, *, if_idle: bool = False, wait_s: Wait = UNSET) -> Request[None]:
+        """Ask the daemon to drain and end. Returns when it has agreed, not when it has ended.
+
+        Args:
+            if_idle: only if nobody needs it, so that another daemon can be started in its place. Raises DaemonBusy.
+        """
+        return Request("shutdown", ShutdownParams(if_idle=True) if if_idle else None, Any, wait_s, pick=_nothing)
+
+    @remote
+    def restart(self, *, wait_s: Wait = UNSET) -> Request[RestartResult]:
+        """Have a new daemon take over from this one, of the version that is installed by now. Returns once it serves;
+        what was accepted before is answered by the old one. Raises RestartFailed: the old one goes on."""
+        return Request("restart", None, RestartResult, wait_s, long=True)
 
     @remote
     def discover(self, *, wait_s: Wait = UNSET) -> Request[dict[str, Any]]:

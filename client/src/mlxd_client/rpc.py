@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from .codec import Decoder, Encoding, Invalid, encode
-from .errors import ConnectionLost, InvalidParams, InvalidRequest, MlxdError, ProtocolError, from_wire
+from .errors import ConnectionLost, InvalidParams, InvalidRequest, MlxdError, ProtocolError, ShuttingDown, from_wire
 from .types import (
     MAX_FRAME_BYTES,
     PROTOCOL,
@@ -31,7 +31,7 @@ from .types import (
     SubscribeResult,
 )
 
-__all__ = ["Call", "Cursor", "Session", "Subscription", "fresh"]
+__all__ = ["MOST_MOVES", "Call", "Cursor", "Session", "Subscription", "fresh"]
 
 T = TypeVar("T")
 
@@ -39,6 +39,8 @@ T = TypeVar("T")
 _MOST_PIECES = 1024
 _MOST_JOINED = 4096
 _MOST_ANSWERS = 16
+# Daemons that may take over one after the other while one request is being asked.
+MOST_MOVES = 5
 
 
 def fresh(error: MlxdError) -> MlxdError:
@@ -72,6 +74,11 @@ class Call(Generic[T]):
     def news(self) -> bool:
         """Whether a stream's consumer has something to take: a piece, or the end."""
         return self.done or bool(self.pieces)
+
+    @property
+    def moved(self) -> bool:
+        """Whether nothing was done of it, and a new connection finds the daemon that does it."""
+        return self.done and isinstance(self.error, ShuttingDown) and self.error.reconnect
 
     def outcome(self) -> T:
         """The typed result of a call that is done. Raises what the daemon, or the connection's end, made of it."""

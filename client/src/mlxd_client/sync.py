@@ -22,7 +22,7 @@ from .batching import REFUSED, AnyItem, frames
 from .connect import Backoff, Start, dial, resolve
 from .errors import ClientError, ConnectFailed, ConnectionLost, MlxdError, RequestTimeout, ShuttingDown
 from .methods import Blocking, Methods, Request, Wait
-from .rpc import Call, Cursor, Session, Subscription, fresh
+from .rpc import MOST_MOVES, Call, Cursor, Session, Subscription, fresh
 from .types import UNSET, BatchResult, Job
 
 __all__ = ["Client", "EventStream", "ModelLease", "Stream"]
@@ -60,6 +60,7 @@ class _Link:
         self._led = False
         self._followers: list[tuple[Call[Any], threading.Condition]] = []
         self._streams: set[Call[Any]] = set()
+        self.left = False  # its daemon takes no more work; what it has accepted is still answered here
         self._dropped: deque[Call[Any]] = deque()  # streams that nobody holds any more; see Stream.__del__
         self._keeper: threading.Thread | None = None
         self._keeping = threading.Condition(self._lock)
@@ -252,7 +253,8 @@ class Client(Methods, Blocking):
     """A connection to mlxd whose methods block. Opened on first use, and again after the daemon restarted.
 
     A request that was in flight when the connection ended raises ConnectionLost and is never sent again by itself,
-    since it may have run; the next call connects anew.
+    since it may have run; the next call connects anew. Where another daemon takes over, what the old one had accepted
+    is answered by that, and what it says it has not done goes to the new one.
 
     Args:
         socket: the socket's path; None for the one that the environment names (see paths.py).
@@ -281,6 +283,7 @@ class Client(Methods, Blocking):
         self._reconnect = reconnect
         self._opening = threading.Lock()
         self._link: _Link | None = None
+        self._left: list[_Link] = []  # links to daemons that others took over from
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -305,8 +308,9 @@ class Client(Methods, Blocking):
     def close(self) -> None:
         """End the connection. The daemon cancels what still runs on it and releases its leases."""
         self._closed = True
-        if self._link is not None:
-            self._link.end(ConnectionLost("the client was closed"))
+        for link in (*self._left, self._link):
+            if link is not None:
+                link.end(ConnectionLost("the client was closed"))
 
     @property
     def hello(self) -> types.HelloResult | None:
@@ -375,11 +379,11 @@ class Client(Methods, Blocking):
 
     def _live(self, deadline: float | None) -> _Link:
         link = self._link
-        if link is not None and link.session.closed is None:
+        if link is not None and link.session.closed is None and not link.left:
             return link
         with self._opening:
             link = self._link
-            if link is None or link.session.closed is not None:
+            if link is None or link.session.closed is not None or link.left:
                 used = link is not None and link.session.hello is not None  # an unused one may be closed as idle
                 if used and not self._reconnect:
                     raise ConnectionLost("the connection ended, and this client does not reconnect")
@@ -409,27 +413,40 @@ class Client(Methods, Blocking):
                 return link, call
         raise ConnectionLost("mlxd closes every connection at once")
 
+    def _moved(self, link: _Link, call: Call[Any]) -> bool:
+        """Whether the request is to be sent again, since another daemon takes over and nothing was done of it."""
+        if not (call.moved and self._reconnect):
+            return False
+        with self._opening:
+            if not link.left:
+                link.left = True
+                self._left = [old for old in self._left if old.session.busy] + [link]
+        return True
+
     def _run(self, request: Request[Any]) -> Any:
         return self._answer(request)[1]
 
     def _answer(self, request: Request[Any]) -> tuple[_Link, Any]:
         wait_s = request.patience_s(self._timeout_s)
         deadline = _deadline(wait_s)
-        link, call = self._begin(request, deadline)
-        try:
-            answered = link.wait(call, deadline)
-        except BaseException:
-            link.abandon(call)
-            raise
-        if not answered:
-            link.abandon(call)
-            raise RequestTimeout(f"no answer to `{request.method}` within {wait_s:g} s")
+        for _ in range(MOST_MOVES):
+            link, call = self._begin(request, deadline)
+            try:
+                answered = link.wait(call, deadline)
+            except BaseException:
+                link.abandon(call)
+                raise
+            if not answered:
+                link.abandon(call)
+                raise RequestTimeout(f"no answer to `{request.method}` within {wait_s:g} s")
+            if not self._moved(link, call):
+                break
         return link, request.finish(call.outcome())
 
     def _stream(self, request: Request[types.Completion]) -> Stream:
         wait_s = request.patience_s(self._timeout_s)
         link, call = self._begin(request, _deadline(wait_s))
-        return Stream(link, call, wait_s)
+        return Stream(self, request, link, call, wait_s)
 
     def _lease(self, request: Request[types.Lease]) -> ModelLease:
         link, lease = self._answer(request)
@@ -446,8 +463,18 @@ class Stream:
         request_id: of this request on its connection, for `Client.cancel`.
     """
 
-    def __init__(self, link: _Link, call: Call[types.Completion], wait_s: float | None) -> None:
+    def __init__(
+        self,
+        client: Client,
+        request: Request[types.Completion],
+        link: _Link,
+        call: Call[types.Completion],
+        wait_s: float | None,
+    ) -> None:
         self.request_id = call.id
+        self._client = client
+        self._request = request
+        self._moves = 0
         self._link = link
         self._call = call
         self._wait_s = wait_s
@@ -465,18 +492,28 @@ class Stream:
             yield piece
 
     def _next(self) -> types.Stream | None:
-        call = self._call
         while not self._closed:
+            call = self._call
             if call.pieces:
                 return call.pieces.popleft()
             if call.done:
                 self._link.unkeep(call)
+                if self._moves < MOST_MOVES and self._client._moved(self._link, call):
+                    self._again()
+                    continue
                 call.outcome()
                 return None
             if not self._link.wait(call, _deadline(self._wait_s), news=True):
                 self._link.abandon(call)
                 call.error, call.done = RequestTimeout(f"nothing of the answer within {self._wait_s:g} s"), True
         return None
+
+    def _again(self) -> None:
+        """Ask the daemon that has taken over."""
+        self._moves += 1
+        self._link, self._call = self._client._begin(self._request, _deadline(self._wait_s))
+        self.request_id = self._call.id
+        self._link.keep(self._call)
 
     @property
     def result(self) -> types.Completion:

@@ -187,6 +187,11 @@ export class Client {
       const queue = this.#events.get(event.subscription);
       if (queue) queue.push(event);
       else this.#early.set(event.subscription, [...(this.#early.get(event.subscription) ?? []), event]);
+    } else if (message.id === null && message.error) {
+      // The connection as a whole is refused. With `details.reconnect`, what is not answered was not begun either: a
+      // new connection finds the daemon that does it.
+      const { code, message: told, data } = message.error;
+      this.#end(told, new MlxdError((data?.kind ?? "internal_error") as ErrorKind, told, code, data?.details));
     } else if (typeof message.id === "number") {
       const pending = this.#pending.get(message.id);
       this.#pending.delete(message.id);
@@ -197,9 +202,9 @@ export class Client {
     }
   }
 
-  #end(reason: string): void {
+  #end(reason: string, error = new MlxdError("connection_lost", reason)): void {
     if (this.#lost) return;
-    this.#lost = new MlxdError("connection_lost", reason);
+    this.#lost = error;
     for (const pending of this.#pending.values()) pending.reject(this.#lost);
     for (const queue of this.#events.values()) queue.end(this.#lost);
     this.#pending.clear();

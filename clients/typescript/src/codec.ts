@@ -4,7 +4,7 @@ import { decode, encode } from "@msgpack/msgpack";
 
 /** What a daemon sends: an answer (`id` with `result` or `error`) or a notification (`method` with `params`). */
 export interface Message {
-  id?: number | string;
+  id?: number | string | null;
   method?: string;
   params?: unknown;
   result?: unknown;

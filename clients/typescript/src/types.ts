@@ -326,6 +326,7 @@ export interface HelloResult {
   epoch: string;
   limits: Limits;
   capabilities: string[];
+  protocols?: [number, number];
 }
 
 export interface ImagePart {
@@ -464,6 +465,7 @@ export interface Model {
   preload?: boolean;
   adapter?: string;
   capabilities?: string[];
+  prewarmed?: number;
 }
 
 export interface ModelCache {
@@ -628,6 +630,11 @@ export interface PromptCacheTotals {
   disk_failures?: number;
 }
 
+export interface RestartResult {
+  version: string;
+  pid?: number;
+}
+
 export interface ServerInfo {
   name: string;
   version: string;
@@ -645,6 +652,10 @@ export interface SettingValue {
   applies: "connection" | "download" | "load" | "now" | "restart";
   place?: string;
   configured?: unknown;
+}
+
+export interface ShutdownParams {
+  if_idle?: boolean;
 }
 
 export interface Since {
@@ -823,7 +834,8 @@ export interface Methods {
   "status": { params: Record<string, never>; result: Status };
   "stats": { params: { model?: string }; result: Stats };
   "metrics": { params: Record<string, never>; result: MetricsResult };
-  "shutdown": { params: Record<string, never>; result: Empty };
+  "shutdown": { params: { if_idle?: boolean }; result: Empty };
+  "restart": { params: Record<string, never>; result: RestartResult };
   "rpc.discover": { params: Record<string, never>; result: Record<string, unknown> };
   "models.list": { params: { updates?: boolean }; result: ModelsResult };
   "models.get": { params: { model: string }; result: Model };
@@ -867,4 +879,4 @@ export interface Methods {
 }
 
 /** The stable names of failures. */
-export type ErrorKind = "parse_error" | "invalid_request" | "method_not_found" | "invalid_params" | "internal_error" | "cancelled" | "model_not_found" | "model_invalid" | "model_busy" | "queue_full" | "insufficient_disk" | "insufficient_memory" | "worker_died" | "deadline_exceeded" | "unsupported" | "context_exceeded" | "load_failed" | "download_failed" | "verification_failed" | "shutting_down" | "not_found" | "permission_denied" | "model_not_downloaded" | "memory_pressure" | "invalid_settings";
+export type ErrorKind = "parse_error" | "invalid_request" | "method_not_found" | "invalid_params" | "internal_error" | "cancelled" | "model_not_found" | "model_invalid" | "model_busy" | "queue_full" | "insufficient_disk" | "insufficient_memory" | "worker_died" | "deadline_exceeded" | "unsupported" | "context_exceeded" | "load_failed" | "download_failed" | "verification_failed" | "shutting_down" | "not_found" | "permission_denied" | "model_not_downloaded" | "memory_pressure" | "daemon_busy" | "restart_failed" | "invalid_settings";

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { connect, MlxdError, sidecar, socketPath } from "../dist/node.js";
+import { Client, connect, MlxdError, sidecar, socketPath } from "../dist/node.js";
 import { Decoder, frame } from "../dist/codec.js";
 
 const said = "so um can you send the report to maria by friday no wait by thursday";
@@ -76,6 +76,17 @@ test("a lost connection ends what waits", async () => {
   client.close();
   assert.ok((await waiting) instanceof MlxdError);
   await assert.rejects(client.call("ping", {}), (error) => error.kind === "connection_lost");
+});
+
+test("a daemon that another replaces says so, and what it has not begun may be asked again", async () => {
+  const transport = { write() {}, close() {} };
+  const client = new Client(transport);
+  const waiting = client.call("process", { prompt: said }).catch((error) => error);
+  const goodbye = { jsonrpc: "2.0", id: null, error: { code: -32014, message: "connect anew", data: { kind: "shutting_down", details: { reconnect: true } } } };
+  transport.onData(frame(goodbye));
+  const error = await waiting;
+  assert.equal(error.kind, "shutting_down");
+  assert.equal(error.details.reconnect, true);
 });
 
 test("nobody there is an error, not a wait", async () => {

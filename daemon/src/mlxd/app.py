@@ -10,12 +10,17 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
-from . import logs
+from mlxd_client.errors import DaemonBusy, RestartFailed
+from mlxd_client.types import RestartResult
+
+from . import handover, logs
 from .children.exitwatch import ExitWatch
 from .children.supervisor import Supervisor
 from .configuration import Configuration
@@ -29,6 +34,7 @@ from .settings import Loaded
 from .sidecar import Bridge
 from .stateversion import StateTooNew
 from .store import Store
+from .succession import Forerunner, Succession
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -38,6 +44,8 @@ EXIT_ALREADY_RUNNING = 8
 _LAST_WORDS_S = 1.0
 # How long children get to go by themselves once the daemon has to end; then SIGTERM, then SIGKILL.
 _LAST_GRACE_S = 0.5
+# How much longer the daemon before this one may take to end, once it was told to.
+_PATIENCE_S = 2.0
 # The most that macOS allows, and more than `max_clients` may need by default.
 _OPEN_FILES = 10_240
 
@@ -66,10 +74,14 @@ def serve(loaded: Loaded, launch: Launch | None = None) -> int:
     launch = launch or Launch()
     notifier = Notifier()
     sock = None
+    inherited = handover.inherited()
     try:
-        sock = handed_over()
         home = Path(settings.home)
-        listener = listen(home, Path(settings.socket)) if sock is None else adopt(sock, home)
+        if inherited is not None:
+            listener = inherited.listener
+        else:
+            sock = handed_over()
+            listener = listen(home, Path(settings.socket)) if sock is None else adopt(sock, home)
     except ListenError as error:
         if launch.managed:
             return give_up(str(error), notifier, sock)
@@ -80,10 +92,10 @@ def serve(loaded: Loaded, launch: Launch | None = None) -> int:
     installed = logs.configure(settings.log_file, level=settings.log_level, prompts=settings.log_prompts)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_Daemon(loaded, files, installed, listener, notifier, launch).run())
+            runner.run(_Daemon(loaded, files, installed, listener, notifier, launch).run(inherited))
     except StateTooNew as error:
         logs.get("mlxd").error("state is too new", path=str(error.path), reason=str(error))
-        if launch.managed:
+        if launch.managed and inherited is None:
             return give_up(str(error), notifier, listener.sock)
         print(f"mlxd: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -100,6 +112,8 @@ def give_up(reason: str, notifier: Notifier | None = None, sock: socket.socket |
     up on, for each of them would be a reason to start again.
     """
     print(f"mlxd: {reason}", file=sys.stderr, flush=True)
+    if handover.expected():  # the daemon that this one was to take over from goes on
+        return EXIT_FAILED
     notifier = notifier or Notifier()
     notifier.ready()
     notifier.status(f"not running: {reason}")
@@ -152,9 +166,12 @@ class _Daemon:
         self._log = logs.get("mlxd")
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._forerunner: Forerunner | None = None
+        self._succession: Succession | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._on_terminal = os.isatty(2)
 
-    async def run(self) -> None:
+    async def run(self, inherited: handover.Inherited | None = None) -> None:
         settings = self._settings
         loop = asyncio.get_running_loop()
         limits = server_limits(settings, self._files)
@@ -176,11 +193,20 @@ class _Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
         runtime.refuse_newer_state()
-        await supervisor.sweep()
+        if inherited is None:
+            await supervisor.sweep()
+        else:
+            self._forerunner = await Forerunner.succeed(inherited, supervisor, runtime, self._log)
+            if self._forerunner is None:
+                return
         await runtime.begin()
         await server.start(self._listener)
+        if self._forerunner is not None:
+            self._listener.claim()
+            self._do(self._forerunner.follow())
+        self._offer(server, runtime)
         if self._listener.path is None:
-            live.idle_exit = IdleExit(server, runtime, settings, self._stop.set)
+            live.idle_exit = IdleExit(server, runtime, settings, self._stop.set, kept=lambda: self._succeeds)
         configuration.begin()
         self._log.info("daemon started", version=runtime.version, epoch=runtime.epoch, socket=settings.socket)
         self._notifier.ready()
@@ -189,8 +215,9 @@ class _Daemon:
         signs = loop.create_task(self._give_signs(runtime)) if self._notifier.watchdog_s else None
         await self._stop.wait()
         configuration.close()
-        self._notifier.stopping()
         await self._end(server, runtime)
+        for task in self._tasks:
+            task.cancel()
         if signs is not None:
             signs.cancel()
         if watch is not None:
@@ -241,18 +268,101 @@ class _Daemon:
         else:
             configuration.on_signal()
 
+    # --- another daemon before or after this one ------------------------------------------------------------------
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        """In the background, until this daemon ends."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    @property
+    def _succeeds(self) -> bool:
+        """Whether the daemon before this one still runs."""
+        return self._forerunner is not None and self._forerunner.runs
+
+    def _offer(self, server: Server, runtime: Runtime) -> None:
+        """Let others take over, unless this daemon is an app's own and ends with that."""
+        launch = self._launch
+        if launch.stdio or launch.parent_pid is not None:
+            return
+        self._succession = succession = Succession(
+            self._settings, self._listener, self._notifier, server, runtime, self._log,
+            managed=launch.managed, stop=self._stop.set,
+        )  # fmt: skip
+
+        async def restart() -> RestartResult:
+            if self._succeeds:
+                raise RestartFailed("the daemon before this one still has requests to answer; try again later")
+            return await succession.restart()
+
+        def make_room() -> None:
+            if succession.under_way or self._succeeds:
+                raise DaemonBusy("the daemon is in use: another one takes over", requests=0, leases=0, jobs=0)
+            self._listener.hide()
+            runtime.leave(reason="make_room")
+            server.leave()
+            self._stop.set()
+
+        runtime.on_restart = restart
+        if not launch.managed:  # a manager would start the same again
+            runtime.on_make_room = make_room
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR2, lambda: self._do(self._restart_by_signal(runtime)))
+
+    async def _restart_by_signal(self, runtime: Runtime) -> None:
+        try:
+            await runtime.restart()
+        except RestartFailed as error:
+            self._log.error("not restarted", reason=error.message)
+
+    # --- the end --------------------------------------------------------------------------------------------------
+
     async def _end(self, server: Server, runtime: Runtime) -> None:
-        """Drain, answer everybody, end the children; only then may the next daemon have the socket's lock."""
-        server.begin_drain()
-        drain = asyncio.ensure_future(runtime.drain(self._settings.drain_s))
-        hurry = asyncio.ensure_future(self._hurry.wait())
-        await asyncio.wait({drain, hurry}, return_when=asyncio.FIRST_COMPLETED)
-        hurry.cancel()
-        drain.cancel()
-        await asyncio.gather(drain, hurry, return_exceptions=True)
+        """Drain, answer everybody, end the children; only then may the next daemon have the socket's lock.
+
+        1. Another daemon serves already: there is time, unless that one ends or wants to.
+        2. Another one will be started: who connects waits for it, and is told to.
+        3. Else clients learn that this one ends.
+        The daemon before this one, should it still run, is told to end too, and is waited for.
+        """
+        succession, settings = self._succession, self._settings
+        if succession is not None:
+            await succession.give_up()
+        successor = None if succession is None else succession.successor
+        before: list[Awaitable[None]] = []
+        if self._forerunner is not None:
+            before = [self._forerunner.end(settings.drain_s + _LAST_GRACE_S + _PATIENCE_S)]
+        ended = asyncio.gather(*before)
+        if successor is not None:
+            hurry = successor.wished_away(self._hurry, settings.drain_s)
+            await _race(server.drained(settings.handover_s), hurry)
+        else:
+            self._notifier.stopping()
+            if self._listener.path is None and self._launch.managed:
+                server.leave()
+            server.begin_drain()
+            await _race(self._drained(server, runtime), self._hurry.wait())
+            self._listener.hide()
+            if server.moved and self._listener.path is not None:
+                await server.take_waiting()
         runtime.abort()
-        await asyncio.gather(server.close(), runtime.close(_LAST_GRACE_S))
+        await asyncio.gather(server.close(), runtime.close(_LAST_GRACE_S), ended)
         self._log.info("daemon stopped")
+
+    async def _drained(self, server: Server, runtime: Runtime) -> None:
+        await runtime.drain(self._settings.drain_s)
+        if server.moved:  # connections wait for their own answers
+            await server.drained(self._settings.drain_s)
+
+
+async def _race(one: Awaitable[object], other: Awaitable[object]) -> None:
+    """Wait for either of them, and end both."""
+    waits: list[asyncio.Future[object]] = [asyncio.ensure_future(one), asyncio.ensure_future(other)]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    await asyncio.gather(*waits, return_exceptions=True)
 
 
 def _status_line(runtime: Runtime) -> str:

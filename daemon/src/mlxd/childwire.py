@@ -22,7 +22,8 @@ Daemon → fetcher, requests; each answered once by a result or an error; one fe
     latest    {repos}        → {commits: {repo: commit}}, of those that the hub knows
 Daemon → child, notifications:
     allow     {kv_bytes}     see LoadModel; from now on
-    trim      {keep}         memory that no request needs goes back; of what is kept of prompts, this share may stay
+    trim      {keep}         memory that no request needs goes back; of what is kept of prompts, this share may stay;
+                             1 says that there is memory again
     cancel    {id}           the request of that id ends at the next step, with finish_reason "cancelled"
     stop      {}             finish nothing, exit 0
 Child → daemon, notifications:

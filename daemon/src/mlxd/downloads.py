@@ -74,6 +74,16 @@ class Records:
         self._path = path
         self._log = log
         self._open: dict[str, OpenJob] = {}
+        self._another = False
+
+    def let_go(self) -> None:
+        """The file is another daemon's; until `take_back` nothing is written."""
+        self._another = True
+
+    def take_back(self) -> None:
+        """It is this one's after all, and may have changed meanwhile."""
+        self._another = False
+        self._write()
 
     def refuse_newer(self) -> None:
         """Raises StateTooNew. To be called before anything is written."""
@@ -114,6 +124,8 @@ class Records:
             self._write()
 
     def _write(self) -> None:
+        if self._another:
+            return
         try:
             # Not durable: the loop would wait for the disk, and after a power cut a download is asked for again.
             write_whole(self._path, msgspec.json.encode(_Open(downloads=list(self._open.values()))), durable=False)
@@ -297,6 +309,12 @@ class Downloads:
         if not death.expected:
             self._log.error("fetcher ended", model=model, cause=death.cause, told=death.describe())
         self._tell(ev.FetcherExited(fetcher, None if death.expected else death.to_error()))
+
+    async def let_go(self) -> None:
+        """Wait until nothing here changes files any more, and leave the list of downloads to another daemon."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        self.records.let_go()
 
     # --- jobs that outlive the daemon -----------------------------------------------------------------------------
 

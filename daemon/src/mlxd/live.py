@@ -57,11 +57,23 @@ class Live:
 class IdleExit:
     """Ends a daemon that nobody needs, where a service manager holds its socket and starts it for the next client.
 
+    Args:
+        kept: whether something else needs it.
+
     Looks whenever a client comes or goes and whenever the core has settled; between those nothing runs.
     """
 
-    def __init__(self, server: Server, runtime: Runtime, settings: Settings, stop: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        server: Server,
+        runtime: Runtime,
+        settings: Settings,
+        stop: Callable[[], object],
+        *,
+        kept: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._server, self._runtime, self._settings, self._stop = server, runtime, settings, stop
+        self._kept = kept
         self._timer: asyncio.TimerHandle | None = None
         server.on_clients = runtime.on_settled = self._look
         self._look()
@@ -75,7 +87,7 @@ class IdleExit:
 
     def _look(self) -> None:
         idle_s = self._settings.idle_exit_s
-        if not (idle_s > 0 and self._server.deserted and self._runtime.idle):
+        if not (idle_s > 0 and not self._kept() and self._server.deserted and self._runtime.idle):
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None

@@ -21,6 +21,7 @@ class Notifier:
         env: where NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID are; they are removed, so that no child uses them.
 
     Attributes:
+        environment: what another process needs to speak to the same manager, once that was told of it.
         watchdog_s: a sign of life is expected at least this often, in seconds; None where nobody waits for one.
     """
 
@@ -36,6 +37,8 @@ class Notifier:
         mine = pid in ("", str(os.getpid()))
         self.watchdog_s = int(usec) / 1e6 if self._address and mine and usec.isdigit() and int(usec) > 0 else None
         self._told = ""
+        given = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": usec}
+        self.environment = {name: value for name, value in given.items() if value}
 
     def ready(self) -> None:
         self._send("READY=1")
@@ -45,6 +48,15 @@ class Notifier:
 
     def stopping(self) -> None:
         self._send("STOPPING=1")
+
+    @property
+    def heard(self) -> bool:
+        """Whether a manager wants to be told."""
+        return self._address is not None
+
+    def main_pid(self, pid: int) -> None:
+        """Another process is the service from now on. What it tells counts after this."""
+        self._send(f"MAINPID={pid}")
 
     def status(self, text: str) -> None:
         """A line for people, as `systemctl status` shows it. Said again only where it changed."""

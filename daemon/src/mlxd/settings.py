@@ -134,6 +134,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         event_log: how many events are kept for subscribers that resume.
         write_stall_s: a connection that takes nothing for so long is closed.
         drain_s: how long running requests may go on once the daemon is told to stop.
+        handover_s: how long requests may go on in a daemon that another has taken over from.
         idle_exit_s: a daemon that a service manager starts on demand ends once nobody was connected, no model loaded
             and no job open for so long; 0 never. Elsewhere nobody would start it again, and it is not looked at.
         ready_s: how long a child may take to start.
@@ -192,6 +193,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     event_log: Count = 4096
     write_stall_s: Seconds = 10.0
     drain_s: Annotated[float, Meta(ge=0, le=86_400)] = 5.0
+    handover_s: Annotated[float, Meta(ge=0, le=86_400)] = 600.0
     idle_exit_s: Annotated[float, Meta(ge=0, le=31_536_000)] = 600.0
     ready_s: Seconds = 60.0
     load_s: Seconds = 600.0
@@ -248,7 +250,7 @@ _NOT_IN_FILE = frozenset({"home", "socket"})
 # The settings that `mlxd serve` has flags for; the others are set by `--set name=value`.
 _OWN_FLAGS = frozenset({"home", "socket", "log_level", "log_prompts"})
 # Read by others: the lookup of home and socket, and the tools of this repository.
-_OTHER_VARIABLES = frozenset({"MLXD_HOME", "MLXD_SOCKET"})
+_OTHER_VARIABLES = frozenset({"MLXD_HOME", "MLXD_SOCKET", "MLXD_HANDOVER"})
 
 
 def config_file(home: str) -> Path:

@@ -77,6 +77,7 @@ class WorkerLink:
         self._rids: dict[int, int] = {}  # the child's request id → rid
         self._ids: dict[int, int] = {}  # and back
         self.adapter: wire.Adapter | None = None  # what requests get that name none
+        self.prewarmed: set[int] = set()  # system turns that were computed ahead, by their hashes
         self._asked: dict[int, Answered] = {}  # what is no generation
         self._attaching: dict[int, Attached] = {}
         self._reading: dict[int, float] = {}  # requests with long texts, and the seconds that reading each may take

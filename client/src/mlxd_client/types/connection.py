@@ -37,10 +37,12 @@ class Limits(Result, kw_only=True):
 
 
 class HelloResult(Result, kw_only=True):
-    """`epoch` names this run of the daemon: revisions and request ids mean nothing across epochs."""
+    """`epoch` names this run of the daemon: revisions and request ids mean nothing across epochs. `protocols` is the
+    range of versions that this daemon speaks, both ends included; daemons before 0.2 do not say."""
 
     protocol: int
     server: ServerInfo
     epoch: str
     limits: Limits
     capabilities: list[str]
+    protocols: tuple[int, int] | None = None

@@ -24,6 +24,7 @@ class Model(Result, kw_only=True):
     `pinned` and `preload` are what the settings say of it. While it is loaded, `adapter` is the id of the one that
     requests get that name none, and `capabilities` is what it can do: `process`, `chat` (it has a template for turns),
     `thinking`, `tools`, `vision`, `embed`, `structured` and `grammar`, `adapters`, `logprobs`, `seed`, `faithful`.
+    `prewarmed` is how many system turns were computed ahead since it was loaded, see LoadParams.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Model(Result, kw_only=True):
     preload: bool = False
     adapter: str | None = None
     capabilities: list[str] | None = None
+    prewarmed: int = 0
 
 
 ACTIVITY_FIELDS: tuple[str, ...] = (

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from .base import ErrorObject, PressureLevel, Result
+from .base import ErrorObject, Params, PressureLevel, Result
 
 
 class StatusModels(Result, kw_only=True):
@@ -61,6 +61,19 @@ class WorkerHealth(Result, kw_only=True):
     last_death: ErrorObject | None = None
     breaker: Literal["closed", "open", "half_open"] = "closed"
     retry_at: float | None = None
+
+
+class ShutdownParams(Params, kw_only=True):
+    """`if_idle`: only if nobody needs the daemon, so that another can be started in its place."""
+
+    if_idle: bool = False
+
+
+class RestartResult(Result, kw_only=True):
+    """The daemon that has taken over; `pid` is absent where a service manager is yet to start it."""
+
+    version: str
+    pid: int | None = None
 
 
 class Status(Result, kw_only=True):

@@ -383,10 +383,15 @@ class Store:
     # --- deleting -------------------------------------------------------------------------------------------------
 
     def forget(self, job: str) -> None:
-        """Nobody sees the job any more, and its key is free; what is left of it goes with `sweep`. Raises NotFound."""
+        """Nobody sees the job any more, and its key is free; what is left of it goes with `sweep`.
+
+        Raises NotFound, and InvalidParams where it has not ended.
+        """
         with self._transaction() as db:
-            number = self.job(job).number
-            db.execute("UPDATE jobs SET state = 'deleted', key = NULL WHERE number = ?", (number,))
+            known = self.job(job)
+            if known.ended_at is None:
+                raise InvalidParams(f"job: {job} has not ended", field="job")
+            db.execute("UPDATE jobs SET state = 'deleted', key = NULL WHERE number = ?", (known.number,))
 
     def sweep(self) -> bool:
         """Remove some of what deleted jobs have left, and give the room back. Returns whether there is more."""

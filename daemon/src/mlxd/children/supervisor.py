@@ -103,8 +103,11 @@ class Supervisor:
         """Raises StateTooNew where the records of children are a newer daemon's."""
         self._records.refuse_newer()
 
-    async def sweep(self) -> list[int]:
+    async def sweep(self, *, spare: int | None = None) -> list[int]:
         """End what an earlier daemon of this folder left behind. To be called at start, with the daemon's lock held.
+
+        Args:
+            spare: the pid of a daemon that still runs, and sees to its children itself.
 
         Returns: the pids that were killed. What does not die within two seconds keeps its record for the next time.
         """
@@ -112,7 +115,7 @@ class Supervisor:
         killed: list[records.ChildRecord] = []
         for path in self._records.entries():
             record = self._records.read(path)
-            if record is not None and record.pid in own:
+            if record is not None and (record.pid in own or record.daemon_pid == spare):
                 continue
             if record is not None and records.kill(record):
                 self._log.warning("killed an orphan", kind=record.kind, name=record.name, pid=record.pid)

@@ -125,8 +125,12 @@ def phase_of(job: Job) -> str:
 
 
 def figures_of(job: Job) -> list[str]:
-    """Bytes of bytes, bytes a second, and the time left, as far as they are known."""
+    """Bytes of bytes, bytes a second, and the time left; of a batch job its items; as far as they are known."""
     told = []
+    if job.total_items is not None:
+        told.append(f"{job.done_items or 0:,} of {job.total_items:,} items")
+        if job.failed_items:
+            told.append(f"{job.failed_items} failed")
     if job.done_bytes is not None and job.total_bytes:
         told.append(f"{bytes_text(job.done_bytes)} of {bytes_text(job.total_bytes)}")
         if job.rate_bytes_s and job.phase == "downloading":

@@ -272,7 +272,7 @@ def _window(names: list[str], chosen: str | None, most: int) -> int:
 
 def _job(job: Job) -> Line:
     fraction = fraction_of(job)
-    line = [Span(f"{_plain(job.model or job.job)}  "), *_bar(fraction or 0.0)]
+    line = [Span(f"{_plain(job.name or job.model or job.job)}  "), *_bar(fraction or 0.0)]
     line += [Span("" if fraction is None else f" {fraction:.0%}"), Span(f"  {phase_of(job)}", "dim")]
     return [*line, Span("".join(f"  {figure}" for figure in figures_of(job)))]
 

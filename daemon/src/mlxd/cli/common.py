@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from .output import Output
 
-__all__ = ["Command", "Commands", "HelpFormatter", "add_command", "connect", "duration", "model_ref"]
+__all__ = ["Command", "Commands", "HelpFormatter", "add_command", "connect", "duration", "model_ref", "program"]
 
 Commands = argparse._SubParsersAction  # the class has no public name
 
@@ -71,6 +71,13 @@ def connect(args: argparse.Namespace, *, reconnect: bool = True) -> Client:
     from mlxd_client import Client
 
     return Client(args.socket, name="mlxd-cli", version=__version__, start=not args.no_start, reconnect=reconnect)
+
+
+def program() -> list[str]:
+    """How this command was started, without its arguments: what would run a daemon of this very version."""
+    from mlxd.handover import own_program
+
+    return own_program()
 
 
 def model_ref(text: str) -> str:

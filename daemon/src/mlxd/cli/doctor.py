@@ -228,6 +228,7 @@ def _socket(settings: Settings) -> Finding:
 
 def _daemon(settings: Settings) -> Finding:
     from mlxd import __version__
+    from mlxd.versions import is_older
     from mlxd_client import Client
     from mlxd_client.errors import ConnectFailed, MlxdError
 
@@ -242,7 +243,9 @@ def _daemon(settings: Settings) -> Finding:
         return _failed("daemon", f"it does not answer: {error}", "`mlxd stop`, or end the process; its log says more")
     if status.version != __version__:
         told = f"version {status.version} runs, {__version__} is installed"
-        return _warning("daemon", told, "`mlxd stop`; the next command starts the new one")
+        if is_older(status.version, than=__version__):
+            return _warning("daemon", told, "`mlxd restart` lets the installed one take over, with nothing lost")
+        return _warning("daemon", told, "update this mlxd: what a newer one keeps, an older one may not read")
     broken = [worker.model for worker in status.workers if worker.breaker == "open"]
     if broken:
         return _warning("daemon", f"workers keep dying: {', '.join(broken)}", "`mlxd status` says how")
@@ -263,7 +266,7 @@ def _service(settings: Settings) -> Finding:
         told = f"installed, but {'failed: ' + state.failed if state.failed else 'the socket is not held'}"
         return _failed("service", told, "`mlxd service restart`, then `mlxd service logs`")
     if not state.current:
-        return _warning("service", "installed with other settings than this shell's", "`mlxd service install`")
+        return _warning("service", "installed with other settings than this shell's", "`mlxd service restart`")
     return _ok("service", f"installed ({state.manager})")
 
 

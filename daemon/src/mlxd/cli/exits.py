@@ -43,6 +43,8 @@ BY_KIND: dict[str, int] = {
     "queue_full": BUSY,
     "insufficient_disk": NO_SPACE,
     "insufficient_memory": BUSY,
+    "daemon_busy": BUSY,
+    "restart_failed": FAILED,
     "memory_pressure": BUSY,
     "worker_died": MODEL_FAILED,
     "deadline_exceeded": TIMEOUT,

@@ -72,6 +72,8 @@ def _show(found: list[Job], output: Output) -> None:
         done = "" if job.done_bytes is None else bytes_text(job.done_bytes)
         if job.total_bytes is not None:
             done = f"{done} of {bytes_text(job.total_bytes)}".strip()
+        if job.total_items is not None:
+            done = f"{job.done_items or 0:,} of {job.total_items:,} items"
         error = "" if job.error is None else f"{job.error.kind}: {job.error.message}"
         rows.append((job.job, job.kind, job.model or "-", state_text(job), done or "-", _when(job), error))
     header = ["JOB", "KIND", "MODEL", "STATE", "DONE", "BEGUN", "ERROR"]

@@ -13,6 +13,7 @@ from .exits import FAILED, OK, USAGE
 
 if TYPE_CHECKING:
     from mlxd.service.manager import Manager, ServiceState
+    from mlxd.service.spec import ServiceSpec
     from mlxd.settings import Settings
 
     from .output import Output
@@ -98,8 +99,51 @@ def _act(manager: Manager, args: argparse.Namespace, output: Output) -> str:
         return "the service is uninstalled" if changed or removed else "there was no service"
     if not manager.state().installed:
         raise ServiceError("the service is not installed; `mlxd service install` does that")
-    {"start": manager.start, "stop": manager.stop, "restart": manager.restart}[args.action]()
-    return {"start": "mlxd runs", "stop": "mlxd has stopped", "restart": "mlxd was started anew"}[args.action]
+    if args.action == "restart":
+        return _restart(manager)
+    {"start": manager.start, "stop": manager.stop}[args.action]()
+    return {"start": "mlxd runs", "stop": "mlxd has stopped"}[args.action]
+
+
+def _restart(manager: Manager) -> str:
+    """Have the service run this very installation with this shell's settings, with as little of a gap as can be.
+
+    1. Nothing but the command differs from what is installed, and the daemon runs: another takes over from it.
+    2. Other settings, or a manager that would not have that: it is installed anew, and started.
+    3. An older daemon, that nothing can take over from, is stopped by the manager, whose socket keeps who connects.
+    """
+    from mlxd.service.spec import ServiceError
+    from mlxd_client import Client
+    from mlxd_client.errors import ClientError, MethodNotFound, RestartFailed, Unsupported
+
+    spec = manager.spec
+    if not manager.update():
+        manager.install()
+        manager.start()
+        return "mlxd was installed anew and started"
+    if manager.state().pid is None:
+        manager.start()
+        return "mlxd was started"
+    try:
+        with Client(spec.socket, name="mlxd-cli", start=False, reconnect=False) as client:
+            _choose(spec)
+            result = client.restart()
+        return f"mlxd {result.version} has taken over"
+    except RestartFailed as error:
+        raise ServiceError(f"the daemon goes on as it was: {error.message}") from None
+    except (MethodNotFound, Unsupported, ClientError):
+        manager.restart()
+        return "mlxd was started anew"
+
+
+def _choose(spec: ServiceSpec) -> None:
+    """Let the service's own command take over."""
+    from mlxd.handover import choose_program
+
+    try:
+        choose_program(Path(spec.home), spec.program, managed=True)
+    except OSError:
+        return  # then the daemon takes its own, which mostly is the same
 
 
 def _stop_daemon(socket: str) -> None:

@@ -40,6 +40,12 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
         help="any setting of config.toml, e.g. --set keep_alive_s=60; may be repeated",
     )  # fmt: skip
 
+    parser = add_command(
+        commands, "restart", restart, "replace the running daemon by a new one, of the version that is installed now",
+        epilog="Requests that the old one has accepted are answered by it; nobody is refused meanwhile. Where the new "
+               "one does not start, the old one goes on and this command says why.",
+    )  # fmt: skip
+
     parser = add_command(commands, "stop", stop, "stop the daemon, once running requests are done or out of time")
     parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="how long to wait (default: 60)")
 
@@ -77,13 +83,55 @@ def serve(args: argparse.Namespace, output: Output) -> int:
 def _join(args: argparse.Namespace, output: Output) -> int:
     """Lead standard input and output to the user's daemon."""
     from mlxd import sidecar
-    from mlxd_client.connect import reach
+
+    from .join import reached
 
     if not args.stdio:
         output.note("--join goes with --stdio")
         return USAGE
-    sidecar.join(reach(args.socket))
+    sidecar.join(reached(args.socket))
     return OK
+
+
+def restart(args: argparse.Namespace, output: Output) -> int:
+    """Have a daemon take over that is what this command is. None running is fine: the next one will be."""
+    from mlxd_client.errors import ConnectFailed
+
+    args.no_start = True
+    try:
+        with connect(args) as client:
+            before = client.connect().server
+            _choose(client.path)
+            after = client.restart()
+    except ConnectFailed:
+        if output.json:
+            output.document({"restarted": False})
+        else:
+            output.line("mlxd is not running")
+        return OK
+    if output.json:
+        output.document({"restarted": True, "before": before, "after": after})
+    else:
+        process = "" if after.pid is None else f" (process {after.pid})"
+        output.line(f"mlxd {before.version} (process {before.pid}) is replaced by {after.version}{process}")
+    return OK
+
+
+def _choose(path: str) -> None:
+    """Where the daemon has the home of this shell, let this command's own program take over."""
+    from pathlib import Path
+
+    from mlxd.handover import choose_program
+    from mlxd_client import paths
+    from mlxd_client.errors import SocketPathTooLong
+
+    from .common import program
+
+    try:
+        if os.path.realpath(path) == os.path.realpath(paths.socket_path()):
+            choose_program(Path(paths.home()), program())
+    except (OSError, SocketPathTooLong):
+        return  # then it takes its own, as it would have anyway
 
 
 def stop(args: argparse.Namespace, output: Output) -> int:
@@ -114,18 +162,19 @@ def stop(args: argparse.Namespace, output: Output) -> int:
 def gone(path: str, pid: int, timeout_s: float) -> bool:
     """Wait for the end of a process that is no child of ours, which only asking again and again can tell."""
     deadline = time.monotonic() + timeout_s
-    while os.path.exists(path) or _runs(pid):
+    while os.path.exists(path) or runs(pid):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)
     return True
 
 
-def _runs(pid: int) -> bool:
+def runs(pid: int) -> bool:
+    """Whether it is a process of this user's. One that has ended, and that nobody has asked how, does not run."""
+    import psutil
+
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.uids().real == os.getuid()
+    except psutil.Error:
         return False
-    except PermissionError:  # the number belongs to another user's process by now
-        return False
-    return True

@@ -207,7 +207,8 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Trim:
-    """Have the worker give back memory that no request needs: of what is kept of prompts, this share may stay."""
+    """Have the worker give back memory that no request needs: of what is kept of prompts, this share may stay. 1 says
+    that there is memory again."""
 
     worker: int
     keep: float

@@ -78,6 +78,7 @@ class BatchLine:
         self.flights: dict[int, Flight] = {}
         self.unrecorded: dict[int, Flight] = {}
         self.fault: ErrorObject | None = None
+        self.held = False  # another daemon may take over: nothing is begun, read or removed
         self._book = book
         self._jobs: dict[str, BatchJob] = {}  # those that have not ended
         self._kept: dict[str, BatchJob] = {}  # those that have, first ended first
@@ -110,15 +111,17 @@ class BatchLine:
         job.shown = job.seen(wall, None)
 
     def grew(self, event: ev.BatchGrew, now: float) -> None:
-        job = self._jobs[event.job]
+        job = self._jobs.get(event.job)
+        if job is None:
+            return  # all jobs were lost meanwhile
         job.total, job.model = event.total, event.model
         self._changed[job.job] = job
 
     def started(self, event: ev.BatchStarted, now: float) -> None:
         """Also again, where it had failed or was cancelled: what is not recorded is still to be done."""
-        found = self._book.jobs.get(event.job)
-        assert isinstance(found, BatchJob)
-        job = found
+        job = self._book.jobs.get(event.job)
+        if not isinstance(job, BatchJob):
+            return  # all jobs were lost meanwhile
         job.open, job.state, job.ended_at, job.error, job.closing = False, "running", None, None, None
         job.started_at = event.started_at - self._book.wall
         job.ready.clear()
@@ -282,13 +285,13 @@ class BatchLine:
     def settle(self, now: float) -> None:
         self._now = now
         for name, job in list(self._kept.items()):
-            if job.ended_at is None or job.ended_at + self._book.limits.batch_keep_s > now:
+            if self.held or job.ended_at is None or job.ended_at + self._book.limits.batch_keep_s > now:
                 break
             self._drop(name)
-        if self._write_at is not None and self._write_at <= now:
+        if self._write_at is not None and self._write_at <= now and not self.held:
             self._write_at = None
             self._book.out.append(do.WriteAgain())
-        if not self._book.draining and self.fault is None:
+        if not (self._book.draining or self.held) and self.fault is None:
             for job in self._jobs.values():
                 if job.retry_at is not None and job.retry_at <= now:
                     job.retry_at = None  # why it waited is told until something has come of it
@@ -297,18 +300,23 @@ class BatchLine:
         for job in list(self._changed.values()):
             self._show(job, now)
 
+    @property
+    def let_go(self) -> bool:
+        """Whether no item is under way, or still to be recorded."""
+        return not (self.flights or self.unrecorded)
+
     def next_deadline(self) -> float | None:
         """When time alone changes something."""
         return min((due for due in self._dues() if due > self._now), default=None)
 
     def _dues(self) -> Iterator[float]:
-        if self._write_at is not None:
+        if self._write_at is not None and not self.held:
             yield self._write_at
-        if not self._book.draining:
+        if not (self._book.draining or self.held):
             yield from (due for due, _ in self._suspects)
             yield from (job.retry_at for job in self._jobs.values() if job.retry_at is not None)
         yield from (job.shown_at + PROGRESS_S for job in self._changed.values() if job.shown_at is not None)
-        for job in self._kept.values():
+        for job in () if self.held else self._kept.values():
             assert job.ended_at is not None
             yield job.ended_at + self._book.limits.batch_keep_s
             break

@@ -23,6 +23,8 @@ ENDED_JOBS_KEPT = 64
 REMAINS_KEPT = 64
 REMAINS_S = 600.0
 JobEnd = Literal["done", "failed", "cancelled"]
+# In `by_worker`, what another daemon holds on this machine: a model that is about to go, and not among `models`.
+ELSEWHERE = 0
 
 
 class Book:
@@ -54,6 +56,7 @@ class Book:
         self.outdated: dict[str, None] = {}
         self.remains: dict[str, float] = {}
         self.draining = False
+        self.moved = False  # another daemon has taken over
         self.touched: dict[str, None] = {}
         self.out: list[do.Action] = []
         self.reshare = False  # what workers may take has to be said anew

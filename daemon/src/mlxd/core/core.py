@@ -29,13 +29,14 @@ from mlxd_client.errors import RpcError
 from . import actions as do
 from . import events as ev
 from .batches import BatchLine
-from .book import Book
+from .book import ELSEWHERE, Book
 from .breaker import BreakerState
 from .deletes import Deletes
 from .downloads import DownloadLine
 from .drafts import Drafts
 from .gauge import Gauge
 from .jobs import BatchJob, DownloadJob
+from .lifecycle import Lifecycle
 from .limits import Limits
 from .line import LoadLine
 from .memory import Memory
@@ -77,6 +78,7 @@ class Core:
             ev.CancelJob: self._cancel_job, ev.ClientGone: self._client_gone, ev.LoadProgress: line.load_progress,
             ev.Loaded: line.loaded, ev.LoadFailed: line.load_failed, ev.WorkerExited: line.worker_exited,
             ev.MemoryReport: line.memory_report, ev.Done: self._done, ev.Tick: self._tick, ev.Drain: self._drain,
+            ev.Hold: self._hold, ev.GoOn: self._go_on, ev.Leave: self._leave, ev.Elsewhere: self._elsewhere,
             ev.Abort: self._abort, ev.Download: downloads.download, ev.FetchProgress: downloads.fetch_progress,
             ev.Fetched: downloads.fetched, ev.FetchFailed: downloads.fetch_failed,
             ev.FetcherExited: downloads.fetcher_exited, ev.Newest: downloads.newest, ev.Delete: deletes.delete,
@@ -86,6 +88,7 @@ class Core:
             ev.BatchGone: batches.gone, ev.BatchStoreFailed: batches.store_failed,
             ev.BatchStoreWorks: batches.store_works, ev.BatchLost: batches.lost,
             ev.Configure: self._configure, ev.Preload: preloads.preload, ev.Adapted: line.adapted,
+            ev.Prewarmed: line.prewarmed,
             ev.Measured: memory.measured,
         }  # fmt: skip
 
@@ -165,6 +168,16 @@ class Core:
     @property
     def running(self) -> int:
         return sum(len(m.running) for m in self.models.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """What the models take, and those will that are about to load: what another daemon has to leave alone."""
+        return self.used_bytes + sum(self.models[name].wanted_bytes for name in self._book.pending)
+
+    @property
+    def let_go(self) -> bool:
+        """Whether nothing of this daemon's changes files of models: what another waits for before it takes over."""
+        return not self._book.by_fetcher and not self._book.deleting and self._batches.let_go
 
     @property
     def quiet(self) -> bool:
@@ -304,7 +317,7 @@ class Core:
     def _admit(self, rid: int, model: str, now: float) -> ModelRecord | None:
         """The model's record if it may take work; else the request has failed."""
         record = self.models.get(model)
-        if self.draining:
+        if self.draining and not self._book.moved:  # else it was accepted before that
             self._book.fail(rid, errors.ShuttingDown("the daemon is stopping and takes no new work"))
         elif record is None or record.lifecycle.state in ("NotDownloaded", "Downloading"):
             self._book.fail(rid, errors.ModelNotFound(f"there is no model {model!r} on this machine", model=model))
@@ -414,6 +427,39 @@ class Core:
             for record in self.models.values():
                 self._book.step_aside(record, now)
 
+    def _hold(self, event: ev.Hold, now: float) -> None:
+        self._downloads.hold()
+        self._batches.held = True
+
+    def _go_on(self, event: ev.GoOn, now: float) -> None:
+        self._downloads.go_on()
+        self._batches.held = False
+
+    def _leave(self, event: ev.Leave, now: float) -> None:
+        """A model that was asked for is of use only where it stays: these ask the other daemon."""
+        self._book.moved = True
+        self._drain(ev.Drain(), now)
+        elsewhere = errors.ShuttingDown("another daemon has taken over; connect anew", reconnect=True)
+        for record in self.models.values():
+            for goal in [g for g in record.goals.values() if g.kind == "ensure"]:
+                del record.goals[goal.rid], self.goals[goal.rid]
+                self._book.fail(goal.rid, elsewhere)
+            record.preload_at = None
+            if record.worker is None:
+                record.preloading = False
+            if record.job is not None:
+                record.job.wanted = False
+
+    def _elsewhere(self, event: ev.Elsewhere, now: float) -> None:
+        """It stands in the books as a model that is about to go: whoever needs its room waits for that."""
+        self._book.by_worker.pop(ELSEWHERE, None)
+        if event.held_bytes:
+            other = ModelRecord(
+                "another daemon's models", "path", Lifecycle("another daemon's models"), event.held_bytes
+            )
+            other.worker, other.stopping, other.footprint_bytes = ELSEWHERE, "unloaded", event.held_bytes
+            self._book.by_worker[ELSEWHERE] = other
+
     def _abort(self, event: ev.Abort, now: float) -> None:
         self._drain(ev.Drain(), now)
         refusal = errors.ShuttingDown("the daemon stopped before this was done")
@@ -434,6 +480,9 @@ class Core:
 
     def _settle(self, now: float) -> None:
         self._preloads.settle(now)
+        if self._batches.held:  # items that come only now go back, too
+            for record in self.models.values():
+                self._book.step_aside(record, now)
         for name in list(self._book.touched):
             record = self.models[name]
             self._dispatch(record, now)
@@ -441,6 +490,8 @@ class Core:
                 self._line.pend(record, now)
             elif record.job is not None and record.job.state == "queued" and not (record.wanted or record.job.wanted):
                 self._line.unpend(record, None, now)
+        if self._book.moved:
+            self._line.leave(now)
         for record in self._line.make_room(now):
             self._dispatch(record, now)
         self._line.retire(now)

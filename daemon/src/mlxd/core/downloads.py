@@ -37,7 +37,7 @@ class DownloadLine:
         self._waiting: dict[str, DownloadJob] = {}  # by job, oldest first
         self._retrying: dict[str, DownloadJob] = {}
         self._fetchers = 0
-        self._aborted = False
+        self._aborted = self._held = False
 
     # --- wishes ---------------------------------------------------------------------------------------------------
 
@@ -208,6 +208,8 @@ class DownloadLine:
             return
         if job.state == "cancelled":
             self._left(record, now)
+        elif job.ended_at is None and self._held:
+            self._wait(job)
         elif job.ended_at is None:
             self._died(job, event.error, now)
         if fetcher.discard:
@@ -226,6 +228,13 @@ class DownloadLine:
         job.phase, job.rate_bytes_s = "retrying", None
         job.retry_at = now + limits.fetcher_backoff_s * 2 ** (job.starts - 1)
         self._retrying[job.job] = job
+        self._tell(job)
+
+    def _wait(self, job: DownloadJob) -> None:
+        """Put a download back into the line. It was not its fetcher's fault."""
+        job.state = job.phase = "queued"
+        job.starts, job.retry_at, job.rate_bytes_s = max(0, job.starts - 1), None, None
+        self._waiting[job.job] = job
         self._tell(job)
 
     def _heard(self, number: int) -> Fetcher | None:
@@ -276,6 +285,18 @@ class DownloadLine:
             return None
         return min((job.retry_at for job in self._retrying.values() if job.retry_at is not None), default=None)
 
+    def hold(self) -> None:
+        """Stop all fetchers, and start none until `go_on`. The jobs stay open."""
+        self._held = True
+        for job in list(self._retrying.values()):
+            del self._retrying[job.job]
+            self._wait(job)
+        for fetcher in self._book.by_fetcher.values():
+            self._stop(fetcher)
+
+    def go_on(self) -> None:
+        self._held = False
+
     def abort(self) -> None:
         """Stop all fetchers and say nothing more: the jobs are the next daemon's."""
         self._aborted = True
@@ -284,6 +305,8 @@ class DownloadLine:
 
     def settle(self, now: float) -> None:
         """Start what may start, and let old revisions go that nobody uses."""
+        if self._held:
+            return
         if self._book.outdated and not self._aborted:
             self._prune()
         if self._book.draining or not (self._waiting or self._retrying):

@@ -382,6 +382,14 @@ class Adapted:
 
 
 @dataclass(frozen=True, slots=True)
+class Prewarmed:
+    """So many system turns have been computed ahead by the worker since its model was loaded."""
+
+    worker: int
+    turns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed: whatever is due is done."""
 
@@ -392,15 +400,38 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """Another daemon may take over: downloads let go of the disk and wait, until GoOn or for good."""
+
+
+@dataclass(frozen=True, slots=True)
+class GoOn:
+    """No other daemon came: downloads go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Another daemon has taken over: accepted generations go on, all else is asked of that one; models go as soon as
+    they are idle. Said after Hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """The daemon that this one took over from still holds so much memory; 0 once it is gone."""
+
+    held_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Abort:
     """The drain is over: all that still waits or runs is refused, all workers are stopped."""
 
 
 Event = (
     Found | Lost | Submit | Ensure | Release | Unload | Cancel | CancelJob | ClientGone | LoadProgress | Loaded
-    | LoadFailed | WorkerExited | MemoryReport | Done | Tick | Drain | Abort | Download | FetchProgress | Fetched
-    | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest | Attach | Attached | BatchFound | BatchGrew
-    | BatchStarted | BatchItems | BatchItemEnded | BatchRecorded | BatchGone | BatchStoreFailed | BatchStoreWorks
-    | BatchLost
-    | Configure | Preload | Adapted | Measured
+    | LoadFailed | WorkerExited | MemoryReport | Done | Tick | Drain | Hold | GoOn | Leave | Elsewhere | Abort
+    | Download | FetchProgress | Fetched | FetchFailed | FetcherExited | Delete | FilesDeleted | Newest | Attach
+    | Attached | Configure | Preload | Adapted | Prewarmed | Measured
+    | BatchFound | BatchGrew | BatchStarted | BatchItems | BatchItemEnded | BatchRecorded | BatchGone | BatchStoreFailed
+    | BatchStoreWorks | BatchLost
 )  # fmt: skip

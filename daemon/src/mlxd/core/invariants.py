@@ -100,7 +100,7 @@ def _check_files(core: Core, m: ModelRecord) -> None:
     _hold(state != "NotDownloaded" or m.download is None, f"{m.id} has a download and is not Downloading")
     _hold(m.later is None or m.worker is not None, f"{m.id} puts off its new needs for no worker")
     _hold(bool(m.outdated) == (m.id in book.outdated), f"{m.id}'s outdated revisions are not on the books")
-    if m.outdated and not aborted:
+    if m.outdated and not (aborted or core._downloads._held):
         fetched = any(repo_of(f.model) == repo_of(m.id) for f in book.by_fetcher.values())
         _hold(m.worker is not None or fetched, f"{m.id} keeps outdated revisions for nobody")
     _hold(m.deleting == (m.id in book.deleting), f"{m.id}'s being deleted is not on the books")
@@ -128,7 +128,7 @@ def _check_downloads(core: Core) -> None:
         _hold((job.state == "queued") == (job.job in line._waiting), f"{job.job} is {job.state} in the wrong place")
         _hold((job.retry_at is not None) == (job.job in line._retrying), f"{job.job} is due without waiting")
     _hold({j.job for j in (*line._waiting.values(), *line._retrying.values())} <= set(core.jobs), "a job is unknown")
-    if line.fetching < core.limits.downloads and not core.draining:
+    if line.fetching < core.limits.downloads and not (core.draining or line._held):
         idle = [job.job for job in line._waiting.values() if not line._in_use(job.model)]
         _hold(not idle, f"{idle} wait beside a free place")
 

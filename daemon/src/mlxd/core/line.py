@@ -157,6 +157,15 @@ class LoadLine:
             elif record.last_seq is not None and not record.running:
                 self.stop(record, now, why="room")  # what may still be served was dispatched before this
 
+    def leave(self, now: float) -> None:
+        """Let models go that nobody uses any more, and loads that nobody waits for: another daemon has taken over."""
+        for record in list(self._book.by_worker.values()):
+            if not (record.busy or record.leases):
+                self.stop(record, now)
+        for name in list(self._book.pending):
+            if not self._book.models[name].wanted:
+                self.unpend(self._book.models[name], None, now)
+
     def stop(self, record: ModelRecord, now: float, cause: str | None = None, *, why: str = "asked") -> None:
         """Tell the model's worker to go. The model keeps its state, and its memory, until it is gone.
 
@@ -248,6 +257,7 @@ class LoadLine:
         was_loading = record.lifecycle.state == "Loading"
         record.worker = record.stopping = record.last_seq = record.memory_bytes = record.idle_since = None
         record.progress = record.draft = record.adapter = record.capabilities = None
+        record.prewarmed = 0
         record.draft_takes = record.draft_granted = record.draft_promised = 0
         record.needed = record.urgent
         if record.later is not None:
@@ -287,6 +297,12 @@ class LoadLine:
         record = self._book.by_worker.get(event.worker)
         if record is not None and record.adapter != event.adapter and record.lifecycle.state == "Ready":
             record.adapter = event.adapter
+            self._book.publish("model_changed", record)
+
+    def prewarmed(self, event: ev.Prewarmed, now: float) -> None:
+        record = self._book.by_worker.get(event.worker)
+        if record is not None and record.prewarmed != event.turns and record.lifecycle.state == "Ready":
+            record.prewarmed = event.turns
             self._book.publish("model_changed", record)
 
     def memory_report(self, event: ev.MemoryReport, now: float) -> None:

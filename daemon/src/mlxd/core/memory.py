@@ -11,7 +11,7 @@ from mlxd_client.errors import RpcError
 
 from . import actions as do
 from . import events as ev
-from .book import Book
+from .book import ELSEWHERE, Book
 from .gauge import Gauge
 from .line import LoadLine
 from .pressure import Pressure, Reading, judge
@@ -19,7 +19,7 @@ from .records import ModelRecord
 from .room import shares
 
 # Seconds that a worker past its share gets before the next step is taken.
-GRACE_S = 3.0
+GRACE_S = 2.0
 # A model's worker is not recycled again within so many seconds: where that does not help, it would only cost.
 RECYCLE_S = 300.0
 # While pressure lasts, caches are trimmed and a model goes so often, in seconds.
@@ -57,7 +57,8 @@ class Memory:
         """
         self._gauge.note(event, now)
         for worker, record in self._book.by_worker.items():
-            self._count(record, event.footprints.get(worker))
+            if worker != ELSEWHERE:  # which says itself what it holds
+                self._count(record, event.footprints.get(worker))
         self._feel(event.reading or Reading(), now)
         self._relieve(now)
         for record in list(self._book.by_worker.values()):
@@ -150,6 +151,10 @@ class Memory:
         if self.pressure.level == "critical":
             for record in self._book.models.values():
                 self._book.step_aside(record, now)
+        elif self.pressure.level == "normal":
+            for record in self._book.by_worker.values():
+                if record.serving:
+                    self._trim(record, 1.0)
 
     def _relieve(self, now: float) -> None:
         level, since = self.pressure.level, self.pressure.since

@@ -104,6 +104,7 @@ class ModelRecord:
     outdated: list[str] = field(default_factory=list)
     deleting: bool = False
     adapter: str | None = None  # what requests get that name none
+    prewarmed: int = 0  # system turns that were computed ahead
     capabilities: tuple[str, ...] | None = None
     draft: str | None = None  # the draft model that its worker has
     draft_takes: int = 0  # memory for draft models beside what the model needs: that of the one that is there,
@@ -212,6 +213,7 @@ class ModelRecord:
             active=len(self.running), waiting=len(self.queue), leases=len(self.leases),
             idle_unload_at=None if deadline is None else deadline + wall, draft_model=self.draft,
             kind=self.kind, pinned=self.pinned, preload=self.preload, adapter=self.adapter,
+            prewarmed=self.prewarmed,
             capabilities=None if self.capabilities is None else list(self.capabilities),
         )  # fmt: skip
 

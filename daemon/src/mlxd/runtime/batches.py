@@ -275,6 +275,12 @@ class Batches:
             if flight.generation is not None:
                 flight.generation.cancel()
 
+    def put_back(self) -> None:
+        """Have items go back that no model has yet: those that wait for a download could do so for ever."""
+        for flight in list(self._flights.values()):
+            if flight.generation is not None and flight.generation.waiting is not None:
+                flight.generation.cancel()
+
     def flight_ended(self, flight: Flight, error: errors.RpcError | None) -> None:
         generation = flight.generation
         began = generation is not None and generation.dispatched_at is not None

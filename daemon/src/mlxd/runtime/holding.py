@@ -103,6 +103,8 @@ class Holding:
         link = self._crew.link(model)
         path = None if link.adapter is None else link.adapter.path
         await ask(link, "prewarm", wire.Prewarm(system=system, adapter=path), len(system))
+        link.prewarmed.add(hash((path, system)))
+        self._tell(ev.Prewarmed(link.worker, len(link.prewarmed)))
 
     async def _attach(self, client: int, model: str, draft: Found) -> types.Model:
         """Have a draft model guess for a model that is Ready."""

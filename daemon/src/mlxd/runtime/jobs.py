@@ -9,7 +9,7 @@ from mlxd_client import errors, types
 
 from ..core import events as ev
 from ..core.core import Core
-from ..core.jobs import BatchJob
+from ..core.jobs import BatchJob, DownloadJob
 
 Watcher = Callable[[float | None], None]
 
@@ -80,6 +80,13 @@ class Jobs:
         if ended.error is not None:
             kind = errors.BY_KIND.get(ended.error.kind, errors.DownloadFailed)
             raise kind(ended.error.message, **ended.error.details)
+
+    def move(self, error: errors.RpcError) -> None:
+        """Another daemon goes on with downloads and batch jobs: whoever waits for one is to ask that daemon."""
+        for name in [name for name in self._waiters if isinstance(self._core.jobs.get(name), DownloadJob | BatchJob)]:
+            for waiter in self._waiters.pop(name):
+                if not waiter.done():
+                    waiter.set_exception(error)
 
     def changed(self, job: types.Job) -> None:
         """A job stands like this now."""

@@ -52,6 +52,7 @@ class Ledger:
         self._outbox: list[tuple[Outcome | Try | End, int | None]] = []
         self._writing: asyncio.Task[None] | None = None
         self._failing = False
+        self._another = False  # the file is another daemon's
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # --- opening --------------------------------------------------------------------------------------------------
@@ -81,6 +82,8 @@ class Ledger:
     async def open(self) -> None:
         """Raises Unsupported where a newer mlxd wrote the file, and what Store does."""
         async with self._opening:
+            if self._another:
+                raise errors.ShuttingDown("another daemon goes on with batch jobs; connect anew", reconnect=True)
             if self._refusal is not None:
                 raise errors.Unsupported(self._refusal.message, **self._refusal.details)
             if self._store is not None:
@@ -123,7 +126,7 @@ class Ledger:
 
     async def _do(self, work: Callable[[Store], T]) -> T:
         store = self._store
-        if store is None:
+        if store is None or self._another:
             raise errors.InternalError("the file of batch jobs is not open")
 
         def done() -> T:
@@ -257,6 +260,29 @@ class Ledger:
         except errors.RpcError as error:  # the next daemon goes on with it
             self._log.warning("deleted batch jobs could not be removed", reason=error.message)
 
+    async def let_go(self) -> None:
+        """Leave the file to another daemon, with all recorded, until `take_back`. Raises RestartFailed."""
+        while self._tasks or self._writing is not None:
+            await asyncio.wait({*self._tasks, *([] if self._writing is None else [self._writing])})
+        if self._outbox:
+            raise errors.RestartFailed("what came of batch jobs cannot be recorded at present; see the log")
+        self._another = True
+        if self._store is not None:
+            await self._loop.run_in_executor(self._thread, self._store.close)
+
+    async def take_back(self) -> None:
+        """It is this daemon's after all. The core knows its jobs."""
+        if not self._another:
+            return
+        self._another = False
+        if self._store is not None:
+            from ..batch.store import Store
+
+            try:
+                self._store = await self._loop.run_in_executor(self._thread, Store, self.path, self._budget_bytes)
+            except Exception as error:  # as where it cannot be written to: the next use tells of it
+                self._log.error("the file of batch jobs cannot be opened again", exc_info=error)
+
     async def close(self) -> None:
         """What was told to be recorded is, where that is possible."""
         for task in self._tasks:
@@ -266,7 +292,7 @@ class Ledger:
         while self._writing is not None:
             await asyncio.wait({self._writing})
         store, self._store = self._store, None
-        if store is not None:
+        if store is not None and not self._another:
             await self._loop.run_in_executor(self._thread, store.close)
         self._thread.shutdown(wait=False, cancel_futures=True)
 

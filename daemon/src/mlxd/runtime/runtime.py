@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -72,6 +72,8 @@ class Runtime:
         self.loop = loop
         self.epoch = secrets.token_hex(8)
         self.on_shutdown: Callable[[], None] = lambda: None
+        self.on_restart: Callable[[], Awaitable[types.RestartResult]] | None = None
+        self.on_make_room: Callable[[], None] | None = None
         self.activated = False  # somebody else holds the socket, and starts daemons for it
         self.log_lines_dropped: Callable[[], int] = lambda: 0
         self.on_settled: Callable[[], None] = lambda: None  # all that followed from an event is done
@@ -82,6 +84,8 @@ class Runtime:
         self._timer: asyncio.Handle | None = None
         self._due: float | None = None
         self._quiet: asyncio.Event = asyncio.Event()
+        self._let_go: asyncio.Event = asyncio.Event()
+        self._parting: dict[str, Any] | None = None  # what subscribers are told with `daemon_stopping`
         self._inbox: list[ev.Event] = []
         self._performing = False
         self._settings = settings
@@ -118,7 +122,7 @@ class Runtime:
         """What the server calls of the parts."""
         self.generate = self._generations.generate
         self.jobs, self.job, self.wait_job = jobs.list, jobs.get, jobs.wait
-        self.models, self.model, self.plan, self.catalog = supply.models, supply.model, supply.plan, supply.catalog
+        self.models, self.model, self.catalog = supply.models, supply.model, supply.catalog
         self.download, self.delete, self.verify = supply.download, supply.delete, supply.verify
         self.load, self.unload, self.acquire, self.release = (
             holding.load, holding.unload, holding.acquire, holding.release
@@ -162,6 +166,8 @@ class Runtime:
         self._measuring.rest()
         if self.core.draining and self.core.quiet:
             self._quiet.set()
+        if self.core.let_go:
+            self._let_go.set()
         self.on_settled()
 
     def _do(self, action: do.Action) -> None:
@@ -193,7 +199,8 @@ class Runtime:
     def _publish(self, action: do.Publish) -> None:
         self.events.publish(
             action.name, model_id=action.model_id, model=action.model, job=action.job, progress=action.progress,
-            error=action.error, request=self._generations.name(action.rid), details=action.details,
+            error=action.error, request=self._generations.name(action.rid),
+            details=self._parting if action.name == "daemon_stopping" else action.details,
         )  # fmt: skip
         if action.name in ("memory_pressure", "memory_exceeded"):
             self._log.warning(action.name.replace("_", " "), model=action.model_id, **(action.details or {}))
@@ -246,6 +253,12 @@ class Runtime:
                 raise
             model = ref
         return await self._prompts.clear(model)
+
+    # --- memory ---------------------------------------------------------------------------------------------------
+
+    async def plan(self, params: types.PlanParams) -> types.Plan:
+        self._measuring.look()  # where nothing is loaded, the last measurement may be from long ago
+        return await self._supply.plan(params)
 
     # --- clients, status ------------------------------------------------------------------------------------------
 
@@ -305,7 +318,7 @@ class Runtime:
             process = exposition.Process(
                 resident_bytes=status.rss_bytes, cpu_s=spent.user + spent.system, open_files=self._process.num_fds()
             )
-        text = exposition.render(self._figures.statistics.models, stats, status, loaded, process)
+        text = exposition.render(self._figures.statistics.models, stats, status, loaded, self.jobs(), process)
         return types.MetricsResult(content_type=exposition.CONTENT_TYPE, text=text)
 
     def _gauges(self, clients: types.ClientTotals) -> Gauges:
@@ -368,8 +381,58 @@ class Runtime:
         await self.batches.ledger.begin()
         self._preloads.begin(self._settings.preload)
 
+    # --- another daemon in place of this one ----------------------------------------------------------------------
+
+    async def restart(self) -> types.RestartResult:
+        """Have another daemon take over; see handover.py. Raises RestartFailed, Unsupported."""
+        if self.on_restart is None:
+            raise errors.Unsupported("nothing can take over from this daemon", option="restart")
+        return await self.on_restart()
+
+    async def let_go(self, timeout_s: float) -> None:
+        """Stop whatever changes files that another daemon would change, until `go_on`. Raises TimeoutError."""
+        self._let_go.clear()
+        self.tell(ev.Hold())
+        self.batches.put_back()
+        async with asyncio.timeout(timeout_s):
+            await self._let_go.wait()
+            await self._downloads.let_go()
+            await self.batches.ledger.let_go()
+
+    async def go_on(self) -> None:
+        """No other daemon came."""
+        self._downloads.records.take_back()
+        await self.batches.ledger.take_back()
+        self.tell(ev.GoOn())
+
+    def leave(self, **facts: Any) -> None:
+        """Another daemon has taken over. Subscribers are told the facts."""
+        self._parting = facts
+        self.tell(ev.Leave())
+        self._jobs.move(errors.ShuttingDown("another daemon goes on with it; connect anew", reconnect=True))
+
+    def elsewhere(self, held_bytes: int) -> None:
+        """The daemon that this one took over from holds so much memory."""
+        self.tell(ev.Elsewhere(held_bytes))
+
+    @property
+    def held_bytes(self) -> int:
+        return self.core.held_bytes
+
     def request_shutdown(self) -> None:
         self.on_shutdown()
+
+    def make_room(self, working: int) -> None:
+        """See runtime_api.py. Models that are loaded and not in use keep nobody: the next daemon loads them again."""
+        if self.on_make_room is None:
+            raise errors.Unsupported("no other daemon can be started in place of this one", option="if_idle")
+        leases = sum(len(model.leases) for model in self.core.models.values())
+        jobs = sum(job.ended_at is None for job in self.core.jobs.values())
+        uses = {"requests": max(working, len(self.core.requests)), "leases": leases, "jobs": jobs}
+        if any(uses.values()):
+            told = ", ".join(f"{count} {name}" for name, count in uses.items() if count)
+            raise errors.DaemonBusy(f"the daemon is in use: {told}", **uses)
+        self.on_make_room()
 
     async def drain(self, limit_s: float) -> None:
         """Take no new work, and wait up to `limit_s` seconds for the work that was accepted."""

@@ -149,12 +149,17 @@ def _lock(path: Path, guarded: Path) -> int:
             break
         os.close(lock)  # somebody removed the file meanwhile: a lock on it would keep nobody out
     try:
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+        _sign(lock)
     except OSError as error:
         os.close(lock)
         raise HomeError(f"the lock file {path} cannot be written: {error.strerror}") from None
     return lock
+
+
+def _sign(lock: int) -> None:
+    """Write down who holds it. Raises OSError."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, b"%d\n" % os.getpid(), 0)
 
 
 def _lock_of(path: Path) -> Path:
@@ -191,26 +196,48 @@ class Listener:
     Attributes:
         sock: non-blocking and listening.
         path: where it is; None where it was handed over by a service manager, which then owns the path.
+        locks: their descriptors.
+
+    Args:
+        mine: whether socket and locks are this process's to remove. They may be shared with another daemon, from which
+            this one takes over, or which takes over from this one.
     """
 
-    def __init__(self, sock: socket.socket, path: Path | None, locks: list[int]) -> None:
+    def __init__(self, sock: socket.socket, path: Path | None, locks: list[int], *, mine: bool = True) -> None:
         self.sock = sock
         self.path = path
-        self._locks = locks
+        self.locks = locks
+        self._mine = mine
         self._inode = _inode(path) if path is not None else None
+
+    def claim(self) -> None:
+        """From now on it is this process's, as far as others can tell."""
+        self._mine = True
+        for lock in self.locks:
+            _sign(lock)
+
+    def give_away(self) -> None:
+        """It is another daemon's. The locks stay held until this process closes them, too."""
+        self._mine = False
+        self.sock.close()
+
+    def hide(self) -> None:
+        """Remove the socket's file if it is still this one: nobody else can connect. Idempotent."""
+        if self._mine and self.path is not None and self._inode is not None and _inode(self.path) == self._inode:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+        self._inode = None
 
     def close(self) -> None:
         """Close the socket, remove its file if it is still this one, and let go of the locks. Idempotent."""
         self.sock.close()
-        if self.path is not None and self._inode is not None and _inode(self.path) == self._inode:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
-        self._inode = None
-        for lock in self._locks:
-            with contextlib.suppress(OSError):
-                os.ftruncate(lock, 0)
+        self.hide()
+        for lock in self.locks:
+            if self._mine:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(lock, 0)
             os.close(lock)
-        self._locks = []
+        self.locks = []
 
 
 def listen(home: Path, path: Path | None = None, *, backlog: int = 1024) -> Listener:

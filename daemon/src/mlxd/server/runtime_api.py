@@ -153,3 +153,13 @@ class Runtime(Protocol):
 
     def request_shutdown(self) -> None:
         """Begin to end the daemon; returns at once, and may be called more than once."""
+
+    def make_room(self, working: int) -> None:
+        """The same, for another daemon to be started in its place, if this one is idle. Raises DaemonBusy, Unsupported.
+
+        Args:
+            working: requests under way, as the server counts them.
+        """
+
+    async def restart(self) -> types.RestartResult:
+        """Have a new daemon take over; returns once that one serves. Raises RestartFailed, Unsupported."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
 from collections.abc import Callable
+from typing import Any
 
 from mlxd_client.errors import ShuttingDown
 from mlxd_client.types import ClientTotals
@@ -19,6 +21,9 @@ from .session import Session
 
 __all__ = ["Server"]
 
+# How long those have to say what they want that are accepted only to be sent elsewhere.
+_HEARING_S = 0.05
+
 
 class Server:
     """Serves a runtime on a listening socket.
@@ -29,7 +34,12 @@ class Server:
         configuration: the settings, where clients may look at them and change them.
         uid: the only user who is served; by default the one this process runs as.
 
-    Life: start, begin_drain, drained, close.
+    Life: start, begin_drain or leave, drained, close. In between, `pause` and `resume` where another daemon may take
+    over.
+
+    Attributes:
+        paused: what clients send is left unread.
+        moved: clients who come later are to connect anew, and find another daemon.
     """
 
     def __init__(
@@ -46,8 +56,8 @@ class Server:
         self.events = events
         self.log = log
         self.limits = limits or ServerLimits()
+        self.draining = self.paused = self.moved = False
         self.configuration = configuration
-        self.draining = False
         self.capabilities = sorted(METHODS)
         self._uid = os.geteuid() if uid is None else uid
         self._sessions: dict[int, Session] = {}
@@ -58,6 +68,7 @@ class Server:
         self._working = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._sock: socket.socket | None = None
         self._listener: asyncio.AbstractServer | None = None
         self.on_clients: Callable[[], None] = lambda: None  # one came or went
 
@@ -89,9 +100,15 @@ class Server:
 
     async def start(self, listener: Listener) -> None:
         """Accept connections from now on. The listener stays the caller's to close, after `close`."""
-        loop = asyncio.get_running_loop()
-        self._listener = await loop.create_unix_server(
-            self._make_session, sock=listener.sock, backlog=self.limits.backlog
+        self._sock = listener.sock
+        await self._accept()
+
+    async def _accept(self) -> None:
+        assert self._sock is not None
+        # The socket outlives this: it may be handed over. And its file is the listener's to remove.
+        keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+        self._listener = await asyncio.get_running_loop().create_unix_server(
+            self._make_session, sock=self._sock.dup(), backlog=self.limits.backlog, **keep
         )
 
     async def take(self, sock: socket.socket) -> None:
@@ -103,6 +120,51 @@ class Server:
         """Leave connections that are not accepted yet to whoever else holds the socket."""
         if self._listener is not None:
             self._listener.close()
+
+    def pause(self) -> None:
+        """Accept nobody, and leave unread what clients send. Answers and events go on."""
+        self.paused = True
+        self.stop_accepting()
+
+    async def resume(self) -> None:
+        """Go on as if there had been no pause."""
+        self.paused = False
+        await self._accept()
+        self._read_on()
+
+    def _read_on(self) -> None:
+        for session in list(self._sessions.values()):
+            session.read_on()
+
+    def leave(self) -> None:
+        """Take no new work: another daemon does. Each connection closes once all that it asked is answered, and its
+        client is told to connect anew. See `refused`."""
+        self.draining = self.moved = True
+        self.paused = False
+        self.stop_accepting()
+        self._read_on()
+        for session in list(self._sessions.values()):
+            session.part()
+
+    async def take_waiting(self) -> None:
+        """Tell those that connected and were not accepted the same."""
+        assert self._sock is not None
+        taken = 0
+        while taken <= self.limits.backlog:
+            try:
+                made, _ = self._sock.accept()
+            except OSError:
+                break
+            await self.take(made)
+            taken += 1
+        if taken:  # what they have sent by now is read, and so refused by its id
+            await asyncio.sleep(_HEARING_S)
+
+    def refused(self) -> ShuttingDown:
+        """Why new work is refused. With `reconnect`, nothing was done of it and a new connection finds who does it."""
+        if self.moved:
+            return ShuttingDown("another daemon takes over; connect anew", reconnect=True)
+        return ShuttingDown("the daemon is shutting down and takes no new work")
 
     def begin_drain(self) -> None:
         """Refuse new work with ShuttingDown. Connections are still accepted, so that clients learn why."""
@@ -124,8 +186,10 @@ class Server:
         """
         self.draining = True
         self.stop_accepting()
+        if self._sock is not None:
+            self._sock.close()
         for session in list(self._sessions.values()):
-            session.shut(ShuttingDown("the daemon is shutting down"))
+            session.shut(self.refused())
         try:
             async with asyncio.timeout(self.limits.close_flush_s):
                 await self._deserted.wait()
@@ -155,6 +219,8 @@ class Server:
         self._transports.add(session)
         self._deserted.clear()
         self.log.debug("client_connected", client=session.client, pid=session.peer and session.peer.pid)
+        if self.moved:
+            session.part()
         self.on_clients()
 
     def session_closed(self, session: Session) -> None:

@@ -24,7 +24,6 @@ from mlxd_client.errors import (
     ProtocolError,
     QueueFull,
     RpcError,
-    ShuttingDown,
 )
 from mlxd_client.types import ClientInfo
 
@@ -67,6 +66,7 @@ class Session(asyncio.Protocol):
         self._out_bytes = 0
         self._streams: dict[Call, None] = {}  # calls with pieces to write, oldest first
         self._open = False  # bytes are handled, calls are answered
+        self._parting = False  # closes as soon as nothing is under way
         self._ending = False  # no further frame is handled; closes once everything is answered
         self._half_closed = False  # the peer will send nothing more, but still reads
         self._paused = False  # the kernel takes no more bytes
@@ -160,6 +160,9 @@ class Session(asyncio.Protocol):
         hold = False
         try:
             while self._open and not self._ending:
+                if self.server.paused:
+                    hold = True
+                    break
                 if self._out_bytes > self.server.limits.reply_backlog_bytes:
                     self._write_answers()
                     if self._paused:
@@ -231,6 +234,9 @@ class Session(asyncio.Protocol):
             self._send({"jsonrpc": "2.0", "id": request_id, "error": error.to_wire()})
             return
         call = Call(self, request_id, method)
+        if self._parting and not method.bound:
+            call.fail(self.server.refused())
+            return
         try:
             params = checked_params(method, message)
             if method.waits:
@@ -254,7 +260,7 @@ class Session(asyncio.Protocol):
             raise QueueFull(f"this connection has {limit} requests under way", limit=limit)
         if call.method.work:
             if self.server.draining:
-                raise ShuttingDown("the daemon is shutting down and takes no new work")
+                raise self.server.refused()
             self.server.work_begins()
         self._calls[call.id] = call
 
@@ -293,6 +299,17 @@ class Session(asyncio.Protocol):
             return False
         call.cancel()
         return True
+
+    def read_on(self) -> None:
+        """The server's pause is over."""
+        if self._held_back and self._open and not self._paused:
+            self._turn()
+
+    def part(self) -> None:
+        """Another daemon takes over: close once nothing is under way. A client that has said nothing yet is heard
+        first, for only then it can be answered."""
+        self._parting = True
+        self.schedule_flush()
 
     def end_after_answers(self) -> None:
         """Handle no further frame, and close once all calls are answered and written."""
@@ -387,7 +404,12 @@ class Session(asyncio.Protocol):
         self._write_answers()
         if self.subscriptions:
             self._write_events()
-        if self._ending and not self._paused and not self._calls:
+        if self._calls or self._paused or not (self._ending or self._parting):
+            return
+        if self._ending:
+            self._close()
+        elif self._decoder.encoding is not None and not any(sub.waiting for sub in self.subscriptions.values()):
+            self._say_goodbye()
             self._close()
 
     def _write_answers(self) -> None:
@@ -435,7 +457,14 @@ class Session(asyncio.Protocol):
         while not self._paused and any(sub.waiting for sub in self.subscriptions.values()):
             self._write_answers()
             self._write_events()
+        if self._parting and self._decoder.encoding is not None:
+            self._say_goodbye()
         self._close()
+
+    def _say_goodbye(self) -> None:
+        """All that was accepted is answered by now, so that whatever the client still waits for was not accepted, and
+        may be asked again elsewhere. Without an id, as where a connection is refused."""
+        self._send({"jsonrpc": "2.0", "id": None, "error": self.server.refused().to_wire()})
 
     def abort(self) -> None:
         """Close without waiting for the peer."""

@@ -81,6 +81,10 @@ class Launchd:
         self._bootstrap()
         return True
 
+    def update(self) -> bool:
+        """launchd takes another list only after it has let go of the old one, and of the socket with it."""
+        return self.path.exists() and self.path.read_bytes() == property_list(self.spec)
+
     def uninstall(self) -> bool:
         there, loaded = self.path.exists(), self._loaded()
         if loaded:

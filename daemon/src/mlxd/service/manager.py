@@ -40,6 +40,11 @@ class Manager(Protocol):
     def install(self) -> bool:
         """Have the manager hold the socket, now and after each login. Returns whether anything had to be done."""
 
+    def update(self) -> bool:
+        """Have the manager start the command of `spec` from the next time on, and leave alone what runs. Returns False,
+        with nothing done, where that cannot be: the settings differ, or the manager would have to let go of the
+        socket."""
+
     def uninstall(self) -> bool: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...

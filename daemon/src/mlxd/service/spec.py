@@ -46,6 +46,11 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     log_file: str
     stop_s: int
 
+    @property
+    def program(self) -> list[str]:
+        """The command without what `mlxd` itself is told."""
+        return self.command[: self.command.index("serve")]
+
 
 def describe(settings: Settings, env: Mapping[str, str] | None = None) -> ServiceSpec:
     """The service for these settings, as the caller's environment has them.

@@ -58,6 +58,10 @@ KillMode=mixed
 """
 
 
+def _commandless(unit: str) -> list[str]:
+    return [line for line in unit.splitlines() if not line.startswith("ExecStart=")]
+
+
 def _quoted(text: str, *, command: bool = False) -> str:
     """A word of a unit file: quoted, specifiers and, in commands, variables taken literally."""
     text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
@@ -89,10 +93,27 @@ class Systemd:
         if any(changed):
             self._ask("daemon-reload")
         if any(changed) and self._is("active", self._socket):
-            self._ask("stop", self._service, self._socket)
+            # Where its own file is the same, the socket stays: who connects waits in it for the next daemon.
+            self._ask("stop", self._service, *([self._socket] if changed[0] else []))
         was = self._is("enabled", self._socket) and self._is("active", self._socket)
         self._ask("enable", "--now", self._socket)
         return any(changed) or not was
+
+    def update(self) -> bool:
+        """The service's file alone, and only where nothing differs in it but the command."""
+        socket_file, service_file = self.files
+        try:
+            old, new = service_file.read_text(), self.files[service_file]
+            same = socket_file.read_text() == self.files[socket_file] and _commandless(old) == _commandless(new)
+        except OSError:
+            return False
+        if not same:
+            return False
+        if old != new:
+            self._validate()
+            write_private(service_file, new.encode())
+            self._ask("daemon-reload")
+        return True
 
     def uninstall(self) -> bool:
         there = [path for path in self.files if path.exists()]

@@ -7,6 +7,7 @@ there are as many as there are models, and statistics.py bounds those.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -95,7 +96,7 @@ def label(model: str) -> str:
 
 def render(
     counts: Mapping[str, ModelCounts], stats: types.Stats, status: types.Status, models: Sequence[types.Model],
-    process: Process,
+    jobs: Sequence[types.Job], process: Process,
 ) -> str:  # fmt: skip
     """All metrics of one daemon.
 
@@ -103,12 +104,13 @@ def render(
         counts: what was counted, by model.
         stats, status: what it comes to, and how the daemon is.
         models: those that are loaded or being loaded.
+        jobs: all that are known.
     """
     text = _Text()
     _daemon(text, stats, status, process)
     _requests(text, [({"model": label(model)}, counts[model]) for model in sorted(counts)], stats)
     _models(text, [({"model": label(model)}, counts[model]) for model in sorted(counts)])
-    _now(text, models, stats)
+    _now(text, models, jobs, stats)
     return str(text)
 
 
@@ -216,7 +218,12 @@ def _models(text: _Text, models: Counted) -> None:
         text.family(name, "counter", told, [(to, c.speculation[field]) for to, c in models if c.speculation])
 
 
-def _now(text: _Text, models: Sequence[types.Model], stats: types.Stats) -> None:
+def _now(text: _Text, models: Sequence[types.Model], jobs: Sequence[types.Job], stats: types.Stats) -> None:
+    open_jobs = Counter((job.kind, job.state) for job in jobs if job.state in ("queued", "running"))
+    text.family(
+        "mlxd_jobs", "gauge", "Downloads, loads and batch jobs that have not ended.",
+        [({"kind": kind, "state": state}, count) for (kind, state), count in sorted(open_jobs.items())],
+    )  # fmt: skip
     shown = sorted(models, key=lambda model: label(model.id))
     plain: tuple[tuple[str, str, Callable[[types.Model], float]], ...] = (
         ("mlxd_model_ready", "1 where a model is loaded, 0 where it is being loaded.", lambda m: m.state == "Ready"),

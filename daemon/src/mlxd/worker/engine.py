@@ -27,7 +27,7 @@ from .diskcache import DiskCache
 from .draft import Draft, check_pair
 from .embed import ALONE_S, BESIDE_S, Embedder
 from .faults import check_alive, own, typed
-from .givingback import give_back
+from .givingback import give_back, relax
 from .grammar import Compiler
 from .keeping import Keeping
 from .kvcache import PromptCache, RowView
@@ -241,7 +241,11 @@ class Engine:
         self._keeping.allow(kv_bytes)
 
     def trim(self, keep: float) -> None:
-        """Give back memory that no request needs; of the prefixes that are kept, this share may stay."""
+        """Give back memory that no request needs; of the prefixes that are kept, this share may stay. 1: there is again
+        memory."""
+        if keep >= 1:
+            relax()
+            return
         self._keeping.trim(keep)
         give_back()
 

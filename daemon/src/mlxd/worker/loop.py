@@ -210,7 +210,7 @@ class Worker:
             row = engine.warm_up()
         except Exception as error:
             raise ModelInvalid(f"the model loads but does not run: {type(error).__name__}: {error}") from error
-        give_back(for_good=False)  # what the daemon measures next is what running it takes
+        give_back(limit=False)  # what the daemon measures next is what running it takes
         if facts is not None and engine.cache is not None:
             engine.disk = open_disk(
                 engine.cache, row, root=request.disk_cache, model=request.model, path=request.path, identity=facts,

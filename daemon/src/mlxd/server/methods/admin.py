@@ -1,10 +1,10 @@
-"""status, stats, metrics, shutdown, rpc.discover: about the daemon itself."""
+"""status, stats, metrics, shutdown, restart, rpc.discover: about the daemon itself."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mlxd_client.types import UNSET, Empty, MetricsResult, Stats, StatsParams, Status
+from mlxd_client.types import UNSET, Empty, MetricsResult, RestartResult, ShutdownParams, Stats, StatsParams, Status
 
 from .connection import EMPTY
 
@@ -29,9 +29,17 @@ def metrics(call: Call, params: Empty) -> MetricsResult:
     return call.runtime.metrics(call.session.server.client_totals)
 
 
-def shutdown(call: Call, params: Empty) -> Empty:
-    call.runtime.request_shutdown()
+def shutdown(call: Call, params: ShutdownParams) -> Empty:
+    """Where it is to be idle, that is decided and acted on at once: no request can come in between."""
+    if params.if_idle:
+        call.runtime.make_room(call.session.server.working)
+    else:
+        call.runtime.request_shutdown()
     return EMPTY
+
+
+async def restart(call: Call, params: Empty) -> RestartResult:
+    return await call.runtime.restart()
 
 
 def discover(call: Call, params: Empty) -> Any:

@@ -42,6 +42,7 @@ def hello(call: Call, params: HelloParams) -> HelloResult:
         epoch=runtime.epoch,
         limits=session.server.limits.public(),
         capabilities=session.server.capabilities,
+        protocols=(PROTOCOL, PROTOCOL),
     )
 
 

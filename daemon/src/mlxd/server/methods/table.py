@@ -26,10 +26,12 @@ class Method:
         errors: what it answers beyond what every method may (invalid params, cancelled, internal error).
         waits: the answer may take its time: it counts as in flight. Follows from a coroutine handler.
         work: new work, refused while the daemon drains; implies `waits`.
+        bound: about this very connection, so that no other daemon could answer it.
         since: the protocol version that introduced it.
     """
 
     __slots__ = (
+        "bound",
         "errors",
         "handler",
         "is_async",
@@ -54,6 +56,7 @@ class Method:
         errors: tuple[type[RpcError], ...] = (),
         waits: bool = False,
         work: bool = False,
+        bound: bool = False,
         since: int = 1,
     ) -> None:
         self.name = name
@@ -64,6 +67,7 @@ class Method:
         self.errors = errors
         self.is_async = inspect.iscoroutinefunction(handler)
         self.work = work
+        self.bound = bound
         self.waits = waits or work or self.is_async
         self.no_params = params is Empty
         self.since = since
@@ -132,8 +136,9 @@ _TABLE = (
         types.HelloResult,
         "Agree on a protocol version and learn the daemon's limits. Without it a connection speaks version 1.",
         errors=(errors.Unsupported,),
+        bound=True,
     ),
-    Method("ping", connection.ping, Empty, Empty, "Answer at once."),
+    Method("ping", connection.ping, Empty, Empty, "Answer at once.", bound=True),
     Method("status", admin.status, Empty, types.Status, "The daemon's health in numbers."),
     Method(
         "stats",
@@ -144,7 +149,24 @@ _TABLE = (
         errors=(errors.ModelNotFound, errors.ModelInvalid),
     ),
     Method("metrics", admin.metrics, Empty, types.MetricsResult, "The same, and how things stand, for Prometheus."),
-    Method("shutdown", admin.shutdown, Empty, Empty, "Let running requests end, refuse new ones, then exit."),
+    Method(
+        "shutdown",
+        admin.shutdown,
+        types.ShutdownParams,
+        Empty,
+        "Let running requests end, refuse new ones, then exit.",
+        errors=(errors.DaemonBusy, errors.Unsupported),
+    ),
+    Method(
+        "restart",
+        admin.restart,
+        Empty,
+        types.RestartResult,
+        "Have a new daemon take over, of the version that is installed by now, and exit once all that was accepted is "
+        "answered. Where the new one fails, this one goes on.",
+        errors=(errors.RestartFailed, errors.Unsupported, errors.ShuttingDown),
+        work=True,
+    ),
     Method("rpc.discover", admin.discover, Empty, None, "This interface as an OpenRPC document."),
     Method("models.list", models.list_models, types.ListParams, types.ModelsResult, "Every model that is known."),
     Method(
@@ -196,6 +218,7 @@ _TABLE = (
         Empty,
         "End a lease of this connection.",
         errors=(errors.NotFound,),
+        bound=True,
     ),
     Method(
         "models.plan",
@@ -397,6 +420,7 @@ _TABLE = (
         types.CancelResult,
         "End another request of this connection; that request is answered too, mostly with `cancelled`. "
         "May be sent as a notification.",
+        bound=True,
     ),
     Method(
         "events.subscribe",
@@ -413,6 +437,7 @@ _TABLE = (
         Empty,
         "End a subscription of this connection. Events that were under way may still arrive.",
         errors=(errors.NotFound,),
+        bound=True,
     ),
 )
 
