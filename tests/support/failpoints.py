@@ -25,7 +25,7 @@ REPO = "org/model"
 # What may lie in a home; a writer that was killed may have left `.NAME.new` beside what it wrote.
 KNOWN = re.compile(
     r"(mlxd\.lock|mlxd\.sock|mlxd\.sock\.\S+|downloads\.json|config\.toml|logs/mlxd\.log(\.\d)?|run/children/\d+\.json"
-    r"|models/.*|hub/.*|cache/prompts/.*|batch\.\S+|\S*/?\.[\w.]+\.new|run/tmp/.*)"
+    r"|models/.*|hub/.*|cache/prompts/.*|batch\.sqlite3\S*|\S*/?\.[\w.]+\.new|run/tmp/.*)"
 )
 
 
@@ -105,6 +105,9 @@ def live(client: Client, model: str) -> None:
     assert client.process("one two", model=model).text == "one two"
     if "config.set" in client.connect().capabilities:
         client.call("config.set", {"values": {"keep_alive_s": 120.0}})
+    items = [{"method": "process", "params": {"prompt": f"item {number}"}} for number in range(3)]
+    batch = client.call("batch.submit", {"items": items, "model": model})
+    client.wait_job(batch["job"])
     job = client.wait_job(client.download(REPO))
     assert job.state == "done", job
     assert client.verify(REPO).ok

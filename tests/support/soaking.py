@@ -35,6 +35,7 @@ SLACK, SLACK_BYTES = 3, 6 * MIB
 # How long a ping may take while all that goes on, on a busy machine.
 PING_S = 5.0
 GARBAGE = 4096
+BATCH = [{"method": "process", "params": {"prompt": prompt}} for prompt in ("a b", "!slow 3", "!error", "c")]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Soak:
             *(("models.delete", {"model": repo}) for repo in REPOS),
             ("models.verify", {"model": REPOS[0]}), ("models.plan", {"model": REPOS[1]}),
             ("events.subscribe", {"topics": ["models"]}), ("rpc.discover", None), ("cache.list", None),
+            ("batch.submit", {"items": BATCH, "model": self._models[0]}), ("metrics", None), ("config.reload", None),
         ]  # fmt: skip
         with daemon.client() as client:
             if "config.set" in client.connect().capabilities:
@@ -196,7 +198,10 @@ class Soak:
         with self.daemon.client() as client:
             for job in client.jobs():
                 with contextlib.suppress(errors.RpcError):
-                    client.cancel_job(job.job)
+                    if job.kind == "batch":
+                        client.call("batch.delete", {"job": job.job, "cancel": True})
+                    else:
+                        client.cancel_job(job.job)
             for model in (*self._models, *REPOS):
                 with contextlib.suppress(errors.RpcError):
                     client.unload(model)

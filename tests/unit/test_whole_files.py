@@ -152,6 +152,7 @@ OTHERS = {
     "server/listen.py": "faults/test_daemon_crash.py",  # a lock that holds nothing; a socket that is renamed
     "handover.py": "e2e/test_restart.py",  # a nameless file
     "promptfiles.py": "unit/test_prompt_files.py",
+    "batch/schema.py": "unit/test_batch_store.py",  # SQLite
     "store/files.py": "unit/test_store_kills.py",
     "store/layout.py": "unit/test_store_kills.py",
     "store/remove.py": "unit/test_store_kills.py",
@@ -159,6 +160,8 @@ OTHERS = {
     "fetch/parts.py": "unit/test_fetch_parts.py",
     "sidecar.py": "e2e/test_sidecar.py",  # /dev/null
     "cli/main.py": "e2e/test_cli.py",  # /dev/null
+    "cli/bugreport.py": "e2e/test_bug_report.py",  # a file for people, where they want it
+    "cli/batch.py": "e2e/test_batch.py",  # the same
     "worker/alias.py": "unit/test_worker_families.py",  # a file in memory
     "service/systemd.py": "unit/test_service.py",  # for systemd to check, in a folder that goes at once
     "server/document.py": "unit/test_server_document.py",  # the project's own docs
