@@ -56,6 +56,9 @@ def test_a_daemon_counts_what_happens() -> None:
             with pytest.raises(errors.ModelNotFound):
                 client.process("x", model="org/nowhere")
             assert client.count_tokens("one two", model=second) == 2
+            for _ in range(2):
+                with pytest.raises(errors.InvalidParams):
+                    client.process("x", max_tokens=0)
             with pytest.raises(errors.DeadlineExceeded):
                 client.process("!slow 9", model=second, timeout_s=0.05)
         stats = client.stats()
@@ -72,10 +75,12 @@ def test_a_daemon_counts_what_happens() -> None:
         assert two.total_s.count == 1
         assert two.queue_s is not None
         assert two.queue_s.count == 4
+        assert stats.clients.refused_requests == {"process": {"invalid_params": 2}}
         assert stats.clients.accepted == 3  # whoever waited for the start, the events, and this one
         assert client.stats(second).models == [two] == client.stats(second).models
         found = read(client.metrics())
         assert found["mlxd_worker_deaths_total"].samples
+        assert found["mlxd_requests_refused_total"].value(method="process", kind="invalid_params") == 2
         assert found["mlxd_clients_accepted_total"].value() == 3
         assert str(daemon.home) not in client.metrics()
         assert read(run(daemon, "metrics"))["mlxd_requests_total"].kind == "counter"

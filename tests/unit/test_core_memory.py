@@ -261,6 +261,21 @@ def test_a_question_to_the_worker_is_answered_first() -> None:
     assert bench.one(do.Answer).rid == late
 
 
+def test_a_draft_model_that_is_being_loaded_is_waited_for() -> None:
+    bench, worker = grown(130)
+    bench.footprints[worker] = 95
+    bench.after(1)
+    rid = bench.ask(lambda rid: ev.Attach(rid, 1, worker, 2))
+    assert bench.one(do.Answer).rid == rid
+    bench.footprints[worker] = 130
+    for _ in range(3):
+        bench.after(GRACE_S)
+    assert bench.core.models[MODEL].recycling
+    assert not bench.all(do.StopWorker)
+    bench.tell(ev.Attached(worker, "org/draft", 2))
+    assert bench.one(do.StopWorker).why == "recycled"
+
+
 def test_recycling_is_not_tried_again_and_again() -> None:
     bench, worker = grown()
     bench.ensure(MODEL, "held")

@@ -170,6 +170,7 @@ export interface ClientTotals {
   subscribers: number;
   accepted: number;
   refused: number;
+  refused_requests?: Record<string, Record<string, number>>;
 }
 
 export interface Completion {

@@ -83,12 +83,14 @@ class ModelStats(Result, kw_only=True):
 
 
 class ClientTotals(Result, kw_only=True):
-    """Connections: `open` now, `accepted` and `refused` so far."""
+    """Connections: `open` now, `accepted` and `refused` so far. `refused_requests` were turned away as they came,
+    before any model had to do with them, by method and kind of error."""
 
     open: int
     subscribers: int
     accepted: int
     refused: int
+    refused_requests: dict[str, dict[str, int]] = {}
 
 
 class EventTotals(Result, kw_only=True):

@@ -148,7 +148,7 @@ class LoadLine:
         for record in list(self._book.by_worker.values()):
             if record.stopping is not None or record.lifecycle.state != "Ready":
                 continue
-            if record.recycling and not record.running and not record.asking:
+            if record.recycling and not record.engaged:
                 self.stop(record, now, "recycled", why="recycled")
                 continue
             deadline = record.idle_deadline

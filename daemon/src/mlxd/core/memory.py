@@ -137,7 +137,7 @@ class Memory:
     def _idle(self) -> list[ModelRecord]:
         """Those that may go without anybody's noticing, least recently used first."""
         workers = self._book.by_worker.values()
-        free = [m for m in workers if m.serving and not (m.busy or m.held or m.recycling)]
+        free = [m for m in workers if m.serving and not (m.busy or m.engaged or m.held or m.recycling)]
         return sorted(free, key=lambda m: m.last_used)
 
     def _feel(self, reading: Reading, now: float) -> None:

@@ -164,6 +164,12 @@ class ModelRecord:
         return bool(self.running) or self.wanted
 
     @property
+    def engaged(self) -> bool:
+        """Whether its worker is at something that somebody waits for: answers, or a draft model."""
+        drafts = self.draft_granted or any(g.kind == "attach" for g in self.goals.values())
+        return bool(self.running or self.asking or drafts)
+
+    @property
     def serving(self) -> bool:
         return self.lifecycle.state == "Ready" and self.stopping is None
 

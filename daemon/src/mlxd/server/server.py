@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,7 @@ class Server:
         self._deserted = asyncio.Event()
         self._deserted.set()
         self._last_client = self._refused = 0
+        self.refused_requests: Counter[tuple[str, str]] = Counter()  # by method and kind: as many as the table allows
         self._working = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -80,9 +82,13 @@ class Server:
     @property
     def client_totals(self) -> ClientTotals:
         refused = self._refused
+        requests: dict[str, dict[str, int]] = {}
+        for (method, kind), count in self.refused_requests.items():
+            requests.setdefault(method, {})[kind] = count
         return ClientTotals(
-            open=self.clients, subscribers=self.subscribers, accepted=self._last_client - refused, refused=refused
-        )
+            open=self.clients, subscribers=self.subscribers, accepted=self._last_client - refused, refused=refused,
+            refused_requests=requests,
+        )  # fmt: skip
 
     @property
     def deserted(self) -> bool:

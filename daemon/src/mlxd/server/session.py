@@ -243,6 +243,7 @@ class Session(asyncio.Protocol):
                 self._admit(call)
             result = method.handler(call, params)
         except RpcError as error:
+            self.server.refused_requests[name, error.kind] += 1
             call.fail(error)
         except Exception as error:
             call.fail(self._bug(call, error))

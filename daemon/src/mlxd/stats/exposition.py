@@ -142,6 +142,15 @@ def _daemon(text: _Text, stats: types.Stats, status: types.Status, process: Proc
     one("mlxd_events_dropped_total", "counter", "Events lost to slow subscribers.", stats.events.dropped)
     one("mlxd_log_lines_dropped_total", "counter", "Lines that the log could not take.", stats.log_lines_dropped)
     one("mlxd_downloaded_bytes_total", "counter", "What downloads fetched.", stats.downloads.fetched_bytes)
+    refused = stats.clients.refused_requests
+    text.family(
+        "mlxd_requests_refused_total", "counter", "Requests turned away as they came, by method and kind of error.",
+        (
+            ({"method": method, "kind": kind}, count)
+            for method, by in sorted(refused.items())
+            for kind, count in sorted(by.items())
+        ),
+    )  # fmt: skip
     ended = stats.downloads.ended
     text.family(
         "mlxd_downloads_total", "counter", "Downloads that ended, by how.",
