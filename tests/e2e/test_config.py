@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -375,6 +378,24 @@ def test_a_lock_that_is_never_given_back_is_an_error_in_time() -> None:
             assert client.process("x").text == "x"
             process.communicate("\n")
         assert client.config_set({"max_batch": 2}).changed == ["max_batch"]
+
+
+def test_a_change_that_hangs_does_not_hold_up_the_end() -> None:
+    with running(drain_s=0) as (daemon, _client, _):
+        fd = os.open(daemon.home, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(str(daemon.socket))
+                for number, (method, params) in enumerate((("config.set", {"values": {"max_batch": 2}}), ("ping", {}))):
+                    frame = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
+                    sock.sendall(json.dumps(frame).encode() + b"\n")
+                assert b'"id":1' in sock.recv(4096), "the change is under way"
+                began = time.monotonic()
+                assert daemon.stop() == 0
+                assert time.monotonic() - began < 2
+        finally:
+            os.close(fd)
 
 
 def test_a_terminal_that_goes_takes_the_daemon_along() -> None:

@@ -8,17 +8,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from mlxd.handover import choose_program
 from mlxd_client import errors
 from mlxd_client.sync import EventStream
 from mlxd_client.types import Event, Job
 from support import fake_model
 from support.daemon import PATIENCE_S, Daemon, until
 from support.hub import Hub
+from support.restarts import Relay, newer
 
 MODEL = "org/model"
 MIB = 1024 * 1024
@@ -160,6 +163,34 @@ def test_a_killed_daemon_is_followed_by_one_that_goes_on(hub: Hub) -> None:
         daemon.restart()
         with daemon.client() as client:
             assert client.jobs() == []
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_daemon_that_takes_over_goes_on_with_it_and_so_does_one_that_stays(
+    hub: Hub, tmp_path: Path, works: bool
+) -> None:
+    hub.commit(MODEL, files())
+    hub.fault(MODEL, "hold", file="model.safetensors", after=12 * MIB, times=1)
+    fails = "from mlxd.runtime import Runtime; Runtime.begin = lambda self: 1 / 0"
+    with Relay(bad_child="worker", env=hub.env(), download_connections=1) as daemon, daemon.client() as client:
+        with client.events() as events:
+            job = client.download(MODEL)
+            moving(events, job, 11 * MIB)
+        before = daemon.newest()
+        choose_program(daemon.home, newer(tmp_path, before="" if works else fails))
+        waiting = threading.Thread(target=lambda: client.wait_job(job))
+        waiting.start()
+        if works:
+            client.restart()
+            before.wait(PATIENCE_S)
+        else:
+            with pytest.raises(errors.RestartFailed, match="ZeroDivisionError"):
+                client.restart()
+        assert client.wait_job(job).state == "done"
+        waiting.join(PATIENCE_S)
+        assert client.status().version == ("9.9.9" if works else "0.1.0")
+        assert sent(hub) <= SIZE + 8 * MIB + MIB
+        assert client.verify(MODEL).ok
 
 
 def test_a_daemon_that_is_asked_to_stop_does_not_wait_for_a_download(hub: Hub) -> None:

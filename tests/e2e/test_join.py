@@ -86,7 +86,7 @@ def test_two_that_race_to_replace_it_are_served_by_one(tmp_path: Path) -> None:
         assert len({status["pid"] for status in told}) == 1
         assert told[0]["version"] in ("9.9.1", "9.9.2")
         old.wait(PATIENCE_S)
-        losers = [one for one in daemon.processes() if one.cmdline()[-1] == "serve" and one.pid != told[0]["pid"]]
+        losers = [one for one in daemon.daemons() if one.pid != told[0]["pid"]]
         assert psutil.wait_procs(losers, timeout=PATIENCE_S)[1] == []
         for app in apps:
             assert app.ask("ping") == {}

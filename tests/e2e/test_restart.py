@@ -133,7 +133,7 @@ def test_the_old_one_goes_on_where_the_new_one_fails(tmp_path: Path, before: str
         daemon.step(0, 1)
         assert stream.wait().text == "piece0 piece1"
         assert (daemon.home / "mlxd.lock").read_text() == f"{pid}\n"
-        assert not [one for one in daemon.processes() if one.pid != pid and "serve" in one.cmdline()]
+        assert not [one for one in daemon.daemons() if one.pid != pid]
         choose_program(daemon.home, newer(tmp_path))  # and the next one is none the worse for it
         assert client.restart().version == "9.9.9"
         daemon.gone(pid)
@@ -144,7 +144,7 @@ def test_a_new_one_that_says_nothing_is_not_waited_for_for_ever(tmp_path: Path) 
         choose_program(daemon.home, newer(tmp_path, before="import time; time.sleep(3600)"))
         with pytest.raises(errors.RestartFailed, match="it was not ready within 1 s"):
             client.restart()
-        assert len([one for one in daemon.processes() if "serve" in one.cmdline()]) == 1
+        assert len(daemon.daemons()) == 1
         client.ping()
 
 
@@ -168,7 +168,6 @@ def test_models_of_both_never_take_more_than_there_is(tmp_path: Path) -> None:
     with (
         Relay(bad_child="worker", steps=True, memory_budget_bytes=budget) as daemon,
         daemon.client() as client,
-        ThreadPoolExecutor(1) as pool,
     ):
         large = daemon.model("large", weights_bytes=size)
         with client.events() as events:
@@ -176,15 +175,26 @@ def test_models_of_both_never_take_more_than_there_is(tmp_path: Path) -> None:
             active(events, 1)
         old = daemon.newest()
         client.restart()
-        with daemon.client() as other, other.events(topics=["models"]) as events:
-            waiting = pool.submit(other.process, "hello", model=large)
-            until(events, "loading_queued")
+        with daemon.client() as other:
+            waiting = other.stream_process("hello", model=large)
+            first = next(waiting.pieces())
+            assert first.phase in ("queued", "loading")
             assert daemon.newest().children() == []
             daemon.step(0)
             assert stream.wait().text == "piece0"
-            until(events, "loading_completed")
-            assert waiting.result(PATIENCE_S).text == "hello"
+            assert waiting.wait().text == "hello"
         old.wait(PATIENCE_S)
+
+
+def test_what_was_loaded_is_loaded_again() -> None:
+    with Relay(bad_child="worker") as daemon, daemon.client() as client:
+        client.process("hello")
+        client.restart()
+        with client.events(topics=["models"]) as events:
+            assert events.snapshot is not None
+            if not any(model.state == "Ready" for model in events.snapshot.models):
+                until(events, "loading_completed")
+        assert client.model(CLEANUP).state == "Ready"
 
 
 def test_leases_end_and_waiting_loads_ask_the_new_one(tmp_path: Path) -> None:
@@ -340,6 +350,6 @@ structlog.stdlib.BoundLogger.info = watched
                     deadline -= 1
                     assert deadline, "no daemon can be had any more"
             pid = after.status().pid
-            serving = [one for one in daemon.processes() if "serve" in one.cmdline()]
+            serving = daemon.daemons()
             psutil.wait_procs([one for one in serving if one.pid != pid], timeout=PATIENCE_S)
             assert [one.pid for one in serving if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == [pid]

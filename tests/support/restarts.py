@@ -67,9 +67,21 @@ class Relay(Daemon):
                 continue
         return found
 
+    def daemons(self) -> list[psutil.Process]:
+        """Those of them that serve, or are about to find out that another does."""
+        found = []
+        for process in self.processes():
+            try:
+                words = process.cmdline()
+            except psutil.Error:  # it has just ended
+                continue
+            if "serve" in words and "--join" not in words:
+                found.append(process)
+        return found
+
     def stop(self) -> int:
         assert self.process is not None
-        later = [one for one in self.processes() if one.pid != self.process.pid and "serve" in one.cmdline()]
+        later = [one for one in self.daemons() if one.pid != self.process.pid]
         for process in later:
             process.send_signal(signal.SIGTERM)
         if later:  # the first one ends by itself, and now soon

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mlxd.cli.manage import _remove
 from mlxd.service.launchd import Launchd, property_list
 from mlxd.service.spec import ServiceError, ServiceSpec, describe
 from mlxd.service.systemd import service_unit, socket_unit
@@ -159,3 +160,19 @@ def test_line_breaks_do_not_reach_a_unit(tmp_path: Path) -> None:
     env = {"HOME": str(tmp_path), "HF_HOME": "/x\n[Service]\nExecStart=/bin/false"}
     with pytest.raises(ServiceError, match="no service manager takes"):
         describe(load(env).settings, env)
+
+
+def test_uninstalling_leaves_what_is_the_users_and_purging_what_the_daemon_did_not_make(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for name in ("logs/mlxd.log", "run/children/1.json", "cache/prompts/x", "downloads.json", "mlxd.lock",
+                 "config.toml", "batch.sqlite3", "batch.sqlite3-wal", "mine.txt"):  # fmt: skip
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).touch()
+    assert _remove(home, purge=False)
+    kept = ["batch.sqlite3", "batch.sqlite3-wal", "cache", "config.toml", "mine.txt"]
+    assert sorted(path.name for path in home.iterdir()) == kept
+    assert _remove(home, purge=True)
+    assert [path.name for path in home.iterdir()] == ["mine.txt"]
+    (home / "mine.txt").unlink()
+    _remove(home, purge=True)
+    assert not home.exists()

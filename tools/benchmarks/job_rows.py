@@ -71,7 +71,10 @@ def stream_beside(client: Client, model: Path, prompts: Prompts, tokens: int) ->
     made = stream_ours(client, model, prompts.one(), tokens)
     if client.batch(job.job).ended_at is not None:
         raise RuntimeError("the job ended first: it takes more items")
-    client.delete_batch(job.job, cancel=True)
+    with client.events(["queue"]) as events:
+        client.delete_batch(job.job, cancel=True)
+        while client.model(str(model)).active:
+            events.get(60)
     return made
 
 

@@ -1,6 +1,7 @@
 // Node: over the daemon's socket, or over the pipes of a sidecar.
 
 import { spawn } from "node:child_process";
+import { createHash } from "node:crypto";
 import { connect as dial, type Socket } from "node:net";
 import { homedir, platform } from "node:os";
 import { join, resolve } from "node:path";
@@ -8,13 +9,23 @@ import { Client, type Transport } from "./client.js";
 
 export * from "./client.js";
 
-/** Where the daemon listens: MLXD_SOCKET, else mlxd.sock in MLXD_HOME or the platform's place. */
+/** Where the daemon listens: MLXD_SOCKET, else mlxd.sock in MLXD_HOME or the platform's place; where that is too long a
+ *  path for a socket, a short one in /tmp that the home's path makes. */
 export function socketPath(env: NodeJS.ProcessEnv = process.env): string {
   if (env.MLXD_SOCKET) return resolve(env.MLXD_SOCKET);
-  if (env.MLXD_HOME) return join(resolve(env.MLXD_HOME), "mlxd.sock");
-  if (platform() === "darwin") return join(homedir(), "Library", "Application Support", "mlxd", "mlxd.sock");
+  const folder = home(env);
+  const path = join(folder, "mlxd.sock");
+  if (Buffer.byteLength(path) <= (platform() === "linux" ? 107 : 103)) return path;
+  const short = createHash("sha256").update(folder).digest("hex").slice(0, 16);
+  return `/tmp/mlxd-${process.getuid?.()}/${short}.sock`;
+}
+
+function home(env: NodeJS.ProcessEnv): string {
+  const chosen = env.MLXD_HOME;
+  if (chosen) return chosen === "~" || chosen.startsWith("~/") ? join(homedir(), chosen.slice(1)) : resolve(chosen);
+  if (platform() === "darwin") return join(homedir(), "Library", "Application Support", "mlxd");
   const data = env.XDG_DATA_HOME;
-  return join(data?.startsWith("/") ? data : join(homedir(), ".local", "share"), "mlxd", "mlxd.sock");
+  return join(data?.startsWith("/") ? data : join(homedir(), ".local", "share"), "mlxd");
 }
 
 /** Connect to a daemon that runs, or that a service manager starts. Rejects where nobody listens. */

@@ -104,4 +104,5 @@ test("a sidecar leads to the user's daemon", { skip: !process.env.MLXD_COMMAND }
 test("the socket is where the daemon says", () => {
   assert.equal(socketPath({ MLXD_HOME: "/x" }), "/x/mlxd.sock");
   assert.equal(socketPath({ MLXD_SOCKET: "/y/z" }), "/y/z");
+  assert.equal(socketPath({ MLXD_HOME: `/home/${"x".repeat(100)}` }), `/tmp/mlxd-${process.getuid()}/1e314e561ec5b0d4.sock`);
 });

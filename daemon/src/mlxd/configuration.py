@@ -9,10 +9,12 @@ nobody's half-written file is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import msgspec
 
@@ -154,7 +156,29 @@ class Configuration:
         return types.ConfigChange(path=str(self._path), changed=changed, restart=restart)
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(None, work)
+        """Away from the loop; on a thread that a daemon which has to end does not wait for, unlike an executor's. What
+        it writes is whole or not there."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def settle(result: T | None, error: BaseException | None) -> None:
+            if not done.done():  # else nobody waits any more
+                if error is None:
+                    done.set_result(cast("T", result))
+                else:
+                    done.set_exception(error)
+
+        def run() -> None:
+            answer: tuple[T | None, BaseException | None]
+            try:
+                answer = work(), None
+            except BaseException as error:
+                answer = None, error
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(settle, *answer)
+
+        threading.Thread(target=run, name="mlxd-settings", daemon=True).start()
+        return await done
 
     # --- changes from outside -------------------------------------------------------------------------------------
 

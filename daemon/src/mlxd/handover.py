@@ -55,10 +55,12 @@ class Ready(msgspec.Struct, tag="ready", tag_field="say"):
 
 
 class Go(msgspec.Struct, tag="go", tag_field="say"):
-    """The socket and the files are yours; `held_bytes` of the memory are not yet."""
+    """The socket and the files are yours; `held_bytes` of the memory are not yet. `loaded` are the models that people
+    would miss, most recently used first."""
 
     pid: int
     held_bytes: int
+    loaded: list[str] = []
 
 
 class Serving(msgspec.Struct, tag="serving", tag_field="say"):
@@ -186,10 +188,10 @@ class Successor:
         said = await self._expect(Ready, timeout_s, "it was not ready")
         self.version = said.version
 
-    async def take_over(self, held_bytes: int, timeout_s: float) -> None:
+    async def take_over(self, held_bytes: int, loaded: list[str], timeout_s: float) -> None:
         """Let it, and wait until it serves. Raises RestartFailed."""
         self._held_bytes = held_bytes
-        self._link.say(Go(os.getpid(), held_bytes))
+        self._link.say(Go(os.getpid(), held_bytes, loaded))
         await self._expect(Serving, timeout_s, "it did not serve")
 
     async def _expect(self, kind: type[Any], timeout_s: float, otherwise: str) -> Any:

@@ -92,6 +92,8 @@ class Succession:
     async def _restart(self) -> RestartResult:
         if self.under_way:
             raise RestartFailed("another daemon has taken over already")
+        if self._keeps_pid and self._listener.path is not None:
+            raise RestartFailed("a service manager runs this daemon and would not start the next: restart it there")
         self.under_way = True
         successor = None
         try:
@@ -132,7 +134,7 @@ class Succession:
             except TimeoutError:
                 raise RestartFailed(f"downloads and batch jobs did not stop within {_LET_GO_S:g} s") from None
             self._server.pause()
-            await successor.take_over(self._runtime.held_bytes, _SERVE_S)
+            await successor.take_over(self._runtime.held_bytes, self._runtime.loaded, _SERVE_S)
         except BaseException:
             await asyncio.shield(successor.discard())  # it must not serve beside this one
             self._listener.claim()
@@ -156,8 +158,11 @@ class Succession:
 class Forerunner:
     """The daemon that this one took over from, until it has ended."""
 
-    def __init__(self, predecessor: Predecessor, supervisor: Supervisor, runtime: Runtime, log: Log) -> None:
+    def __init__(
+        self, predecessor: Predecessor, loaded: list[str], supervisor: Supervisor, runtime: Runtime, log: Log
+    ) -> None:
         self._predecessor = predecessor
+        self._loaded = loaded
         self._supervisor = supervisor
         self._runtime = runtime
         self._log = log
@@ -174,16 +179,17 @@ class Forerunner:
         log.info("takes over", predecessor=go.pid, held_bytes=go.held_bytes)
         runtime.elsewhere(go.held_bytes)
         await supervisor.sweep(spare=go.pid)
-        return cls(predecessor, supervisor, runtime, log)
+        return cls(predecessor, go.loaded, supervisor, runtime, log)
 
     @property
     def runs(self) -> bool:
         return not self._predecessor.gone.is_set()
 
     async def follow(self) -> None:
-        """Say that this daemon serves; then count with the memory that the other holds, and clear away what it may
-        leave."""
+        """Say that this daemon serves, and load what was loaded, as soon as there is room for it; then count with the
+        memory that the other holds, and clear away what it may leave."""
         self._predecessor.serving()
+        self._runtime.load_again(self._loaded)
         while self.runs:
             self._runtime.elsewhere(await self._predecessor.held())
         await self._supervisor.sweep()

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from .output import Output
 
 _ACTIONS = ("install", "uninstall", "start", "stop", "restart", "status", "logs")
-# What lies in a home folder; `config.toml` and `cache` outlive the service unless it is purged.
+# What lies in a home folder; settings, caches and batch jobs outlive the service unless it is purged.
 _LEFTOVERS = ("logs", "run", "downloads.json", "mlxd.lock", "mlxd.sock")
-_PURGED = ("config.toml", "cache")
+_PURGED = ("config.toml", "cache", "batch.sqlite3", "batch.sqlite3-wal", "batch.sqlite3-shm")
 _LINES = 50
 
 
@@ -32,7 +32,9 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
                "this shell's MLXD_ and HF_ variables say is installed with it.",
     )  # fmt: skip
     parser.add_argument("action", choices=_ACTIONS, help="what to do with it")
-    parser.add_argument("--purge", action="store_true", help="with uninstall: also remove config.toml and caches")
+    parser.add_argument(
+        "--purge", action="store_true", help="with uninstall: also remove config.toml, caches and batch jobs"
+    )
     parser.add_argument("-f", "--follow", action="store_true", help="with logs: go on as they grow")
     parser.add_argument(
         "-n", "--lines", type=int, default=_LINES, metavar="N", help=f"with logs: how many of them (default: {_LINES})"

@@ -6,6 +6,7 @@ Decides nothing. Holds what the core must not know: the timer, the wall clock, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -85,6 +86,7 @@ class Runtime:
         self._due: float | None = None
         self._quiet: asyncio.Event = asyncio.Event()
         self._let_go: asyncio.Event = asyncio.Event()
+        self._loading_again: set[asyncio.Task[None]] = set()
         self._parting: dict[str, Any] | None = None  # what subscribers are told with `daemon_stopping`
         self._inbox: list[ev.Event] = []
         self._performing = False
@@ -418,6 +420,24 @@ class Runtime:
     @property
     def held_bytes(self) -> int:
         return self.core.held_bytes
+
+    @property
+    def loaded(self) -> list[str]:
+        """The models that are loaded, most recently used first, but for those that only batch jobs have used."""
+        serving = [model for model in self.core.models.values() if model.serving and model.needed]
+        return [model.id for model in sorted(serving, key=lambda model: -model.last_used)]
+
+    def load_again(self, models: list[str]) -> None:
+        """Have models loaded, in the background. Where one cannot be, its first request tells why."""
+
+        async def load(model: str) -> None:
+            with contextlib.suppress(errors.RpcError):
+                await self.load(0, types.LoadParams(model=model))
+
+        for model in models:
+            task = self.loop.create_task(load(model))
+            self._loading_again.add(task)
+            task.add_done_callback(self._loading_again.discard)
 
     def request_shutdown(self) -> None:
         self.on_shutdown()

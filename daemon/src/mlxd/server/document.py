@@ -233,7 +233,10 @@ def _type_text(schema: dict[str, Any]) -> str:
     """A JSON Schema as a few words, with its bounds."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
-        return "`{}`" if name == "Empty" else f"[{name}](#struct-{name.lower()})"
+        if name == "Empty":
+            return "`{}`"
+        of = next((method.name for method in METHODS.values() if method.params.__name__ == name), None)
+        return f"[{name}](#struct-{name.lower()})" if of is None else f"[parameters of `{of}`](#{of.replace('.', '')})"
     if "anyOf" in schema:
         return " or ".join(_type_text(entry) for entry in schema["anyOf"])
     if "enum" in schema:

@@ -13,7 +13,7 @@ __all__ = ["ANYTHING", "CHANCE", "EXAMPLES", "NAMES", "SUFFIXES", "VALUES", "Exa
 # What differs from run to run, by the field's name. Everything else in an answer is as shown.
 SUFFIXES = ("_at", "_s", "_bytes")  # times, durations, sizes
 VALUES = frozenset(  # any value of the same type
-    {"accepted", "at", "bytes", "clients", "open", "path", "pid", "published", "rev", "vectors", "version"}
+    {"accepted", "at", "bytes", "clients", "open", "path", "pid", "published", "rev", "tasks", "vectors", "version"}
 )
 NAMES = frozenset({"epoch", "job", "lease", "revision"})  # likewise, and what a later request that names it uses
 CHANCE = frozenset(  # may be there or not
@@ -112,6 +112,7 @@ EXAMPLES: dict[str, Example] = {
                 "subscriber_bytes": 4194304,
             },
             "capabilities": [ANYTHING],
+            "protocols": [1, 1],
         },
     ),
     "ping": Example({}, {}),
@@ -128,6 +129,7 @@ EXAMPLES: dict[str, Example] = {
             "subscribers": 0,
             "memory": ANYTHING,
             "workers": [],
+            "tasks": 1,
         },
     ),
     "rpc.discover": Example(
@@ -338,5 +340,6 @@ EXAMPLES: dict[str, Example] = {
     ),
     "events.unsubscribe": Example({"subscription": 1}, {}),
     "cancel": Example({"id": 1}, {"cancelled": False}),
+    "restart": Example({}, {"version": "0.1.0", "pid": 4712}),
     "shutdown": Example({}, {}),
 }
