@@ -31,7 +31,7 @@ def test_ping_and_hello(encoding: Encoding) -> None:
             assert hello["server"]["name"] == "mlxd"
             assert hello["limits"]["requests_in_flight"] == 1024
             assert "process" in hello["capabilities"]
-            assert "config.get" not in hello["capabilities"]
+            assert "models.paint" not in hello["capabilities"]
 
     run(main())
 
