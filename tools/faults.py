@@ -189,7 +189,7 @@ def failpoints(options: argparse.Namespace) -> list[str]:
         while not points.steps or step < points.steps:
             step += 1
             kills += points.kill_at(step)
-    return [f"{kills} kills, one before each of {points.steps} steps; each time the next daemon found old or new files"]
+    return [f"{kills} kills, one before each step; each time the next daemon found old or new files, and went on"]
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {

@@ -523,6 +523,8 @@ class World(RuleBasedStateMachine):
                 del self.loading[worker]
                 self.ready[worker] = model
                 self.tell(ev.Loaded(worker, MODELS[model], 4096))
+            elif self.open and (questions := [(m.leases[k], k) for m in self.core.models.values() for k in m.asking]):
+                self.tell(ev.Release(*questions[0]))  # the worker has answered it
             elif self.readings:
                 self.measured(lost=False)
             elif self.open and due is not None:

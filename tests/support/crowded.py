@@ -16,11 +16,11 @@ from support.daemon import PATIENCE_S, Daemon
 __all__ = ["Figures", "measure"]
 
 CLEANUP = "mlxd/cleanup"
-# Never ends by itself, so that each answer is as long as asked for.
-ENDLESS = {"temperature": 0.0, "logit_bias": {"2": -1000.0}, "speculation": "off", "cache_prompt": False}
-TOKENS = 1500
+# Does not end by itself (0 is the model's end), so that each answer fills the context.
+ENDLESS = {"temperature": 0.0, "logit_bias": {"0": -1000.0}, "speculation": "off", "cache_prompt": False}
+TOKENS = 900
 # A short request every so often: what there is to tell.
-EVERY_S = 0.1
+EVERY_S = 0.5
 
 
 class Figures(NamedTuple):

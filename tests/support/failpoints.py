@@ -24,8 +24,8 @@ MORTAL_DAEMON = Path(__file__).with_name("mortal_daemon.py")
 REPO = "org/model"
 # What may lie in a home; a writer that was killed may have left `.NAME.new` beside what it wrote.
 KNOWN = re.compile(
-    r"(mlxd\.lock|mlxd\.sock|mlxd\.sock\.\S+|downloads\.json|config\.toml|logs/mlxd\.log(\.\d)?|run/children/\d+\.json"
-    r"|models/.*|hub/.*|cache/prompts/.*|batch\.sqlite3\S*|\S*/?\.[\w.]+\.new|run/tmp/.*)"
+    r"(mlxd\.lock|mlxd\.sock|\.mlxd\.sock\.\d+|downloads\.json|config\.toml|batch\.sqlite3\S*|logs/mlxd\.log(\.\d)?"
+    r"|run/children/\d+\.json|run/tmp/.*|models/.*|hub/.*|cache/prompts/.*|(\S*/)?\.[\w.]+\.new)"
 )
 
 

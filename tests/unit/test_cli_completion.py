@@ -65,6 +65,8 @@ def test_shells_accept_them(shell: str, tmp_path: Path) -> None:
         (["jobs", "cancel", "org"], {"org/a", "org/b"}),
         (["catalog", "--use", "c"], {"coding"}),
         (["status", "x"], set()),
+        (["batch", "submit", "script"], {"script.jsonl"}),
+        (["batch", "results", "org"], {"org/a", "org/b"}),
         (["config", "keep_alive_"], {"keep_alive_s"}),
         (["config", "rel"], {"reload"}),
         (["events", "--topic", "sys"], {"system"}),
@@ -73,13 +75,15 @@ def test_shells_accept_them(shell: str, tmp_path: Path) -> None:
 )
 def test_bash_completes(words: list[str], found: set[str], tmp_path: Path) -> None:
     fake_mlxd(tmp_path, "mlxd/cleanup", "org/a", "org/b")
+    (tmp_path / "script.jsonl").touch()
     line = " ".join(f"'{word}'" for word in ["mlxd", *words])
     script = (
         f"{SCRIPTS['bash']}\nCOMP_WORDS=({line}); COMP_CWORD={len(words)}; _mlxd; printf '%s\\n' \"${{COMPREPLY[@]}}\""
     )
     done = subprocess.run(
-        ["bash", "-c", script], capture_output=True, text=True, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    )
+        ["bash", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+    )  # fmt: skip
     assert set(done.stdout.split()) == found
 
 

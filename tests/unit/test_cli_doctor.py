@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from mlxd.batch.header import FILE
+from mlxd.batch.store import Store
 from mlxd.cli import doctor, exits
 from mlxd.cli.main import main
 from mlxd_client import types
@@ -39,12 +42,30 @@ def test_a_sound_machine_is_sound(capsys: pytest.CaptureFixture[str]) -> None:
     status, found = findings(capsys)
     assert status == exits.OK
     checks = ["python", "packages", "engine", "gpu", "settings", "home", "files", "socket", "daemon", "service", "disk",
-              "memory", "hub"]  # fmt: skip
+              "memory", "batches", "hub"]  # fmt: skip
     assert list(found) == checks
     assert {found[name]["state"] for name in checks if name not in ("engine", "disk")} == {"ok"}
     assert "Device" in found["engine"]["told"]  # a real product was computed
     assert found["hub"]["told"] == "not asked: HF_HUB_OFFLINE is set"
     assert not list(Path(os.environ["MLXD_HOME"]).iterdir())  # no daemon was started
+
+
+def test_files_of_batch_jobs_are_looked_at(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_ENGINE", "print('Device(cpu, 0)')")
+    file = home / FILE
+    file.with_name(f"{FILE}.damaged-20260101-120000").touch()
+    _, found = findings(capsys)
+    assert found["batches"]["state"] == "warning"
+    assert "damaged-20260101-120000" in found["batches"]["told"]
+    Store(file, 1 << 20).close()
+    with sqlite3.connect(file) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    status, found = findings(capsys)
+    assert (status, found["batches"]["state"]) == (exits.FAILED, "failed")
+    assert "version 99" in found["batches"]["told"]
 
 
 def test_what_is_wrong_is_named_with_advice(

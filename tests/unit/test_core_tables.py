@@ -184,6 +184,7 @@ class Waiting:
     client: int
     seq: int
     priority: str = "interactive"
+    yields: bool = False
 
 
 def drain(queue: FairQueue[Waiting], slots: int = 1) -> list[int]:

@@ -131,3 +131,18 @@ def test_items_do_not_hold_up_a_drain():
     assert (bench.one(do.CancelOnWorker).rid, bench.one(do.Fail).rid) == (running, waiting)
     bench.tell(ev.Done(running))
     assert bench.core.quiet
+
+
+def test_few_items_begin_beside_an_interactive_request():
+    bench = Bench(max_batch=8, batch_slots=8)
+    bench.have()
+    bench.load()
+    urgent = request(bench)
+    items = [item(bench) for _ in range(5)]
+    assert [rid for rid in items if rid in bench.core.models[MODEL].running] == items[:2]
+    bench.ask(lambda rid: ev.Submit(rid, 2, MODEL, "batch"))
+    assert bench.all(do.Dispatch), "one that does not yield has a free slot"
+    bench.tell(ev.Done(items[0]))
+    assert bench.one(do.Dispatch).rid == items[2]
+    bench.tell(ev.Done(urgent))
+    assert [action.rid for action in bench.all(do.Dispatch)] == items[3:]

@@ -79,6 +79,14 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{page.name} links to {link}: no such heading"
 
 
+@named
+def test_files_that_are_named_exist(page: Path) -> None:
+    for path in re.findall(
+        r"`((?:client|clients|daemon|docs|launchd|tests|tools)/[\w./*-]+)`", page.read_text("utf-8")
+    ):
+        assert list(ROOT.glob(path.rstrip("/"))), f"{page.name} names {path}"
+
+
 def test_every_page_is_found_from_the_index() -> None:
     index = ROOT / "docs" / "README.md"
     links = re.findall(r"\]\(([^)]+)\)", index.read_text("utf-8"))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mlxd.server.limits import ServerLimits
+from mlxd.server.methods.table import METHODS
 from mlxd_client import codec
 from mlxd_client.codec import Encoding
 from mlxd_client.types import MalformedToolCall, ToolCall
@@ -30,8 +31,7 @@ def test_ping_and_hello(encoding: Encoding) -> None:
             assert hello["epoch"] == "epoch-1"
             assert hello["server"]["name"] == "mlxd"
             assert hello["limits"]["requests_in_flight"] == 1024
-            assert "process" in hello["capabilities"]
-            assert "config.get" not in hello["capabilities"]
+            assert hello["capabilities"] == sorted(METHODS)
 
     run(main())
 

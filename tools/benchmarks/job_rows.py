@@ -18,6 +18,8 @@ from .table import Row, paired
 
 # Items of the job that an interactive stream is measured beside; it is not to end first.
 BESIDE = 64
+# A stream that decodes alone may be guessed ahead, which is another comparison.
+ROW: dict[str, Any] = {"speculation": "off"}
 
 
 def job_rows(label: str, daemon: Daemon, model: Path, scale: Scale) -> Iterator[Row]:
@@ -36,7 +38,7 @@ def job_rows(label: str, daemon: Daemon, model: Path, scale: Scale) -> Iterator[
         beside = alternate(
             scale.job_rounds + 1,
             lambda: stream_beside(client, model, prompts, scale.stream_tokens),
-            lambda: stream_ours(client, model, prompts.one(), scale.stream_tokens),
+            lambda: stream_ours(client, model, prompts.one(), scale.stream_tokens, **ROW),
         )[1:]
     what = f"{label}: a batch job of {scale.job_items} chats; {STREAMS} clients by hand"
     yield paired(f"jobs/{model.name}", what, runs, "items/s", (">=", 0.95))
@@ -68,10 +70,13 @@ def stream_beside(client: Client, model: Path, prompts: Prompts, tokens: int) ->
         job = client.submit_items(items)
         while client.batch(job.job).done_items == 0:
             events.get(60)
-    made = stream_ours(client, model, prompts.one(), tokens)
+    made = stream_ours(client, model, prompts.one(), tokens, **ROW)
     if client.batch(job.job).ended_at is not None:
         raise RuntimeError("the job ended first: it takes more items")
-    client.delete_batch(job.job, cancel=True)
+    with client.events(["queue"]) as events:
+        client.delete_batch(job.job, cancel=True)
+        while client.model(str(model)).active:
+            events.get(60)
     return made
 
 

@@ -71,6 +71,7 @@ class WorkerLink:
         self._load_s = load_s
         self._events = events
         self._answers = answers
+        self._death: Death | None = None
         self._load_id: int | None = None
         self._load_timer: asyncio.TimerHandle | None = None
         self._rids: dict[int, int] = {}  # the child's request id → rid
@@ -114,6 +115,9 @@ class WorkerLink:
         Returns: what `give_up` takes.
         """
         assert self.child is not None
+        if self._death is not None:  # it ended since whoever asks has looked for it: nobody would answer any more
+            answer(self._death.to_error())
+            return -1
         request_id = self.child.request(method, params)
         self._asked[request_id] = answer
         self._expect_reading(request_id, characters)
@@ -198,6 +202,7 @@ class WorkerLink:
 
     def on_exit(self, child: Child, death: Death, /) -> None:
         self._load_ended()
+        self._death = death
         asked, self._asked = self._asked, {}
         for answer in asked.values():
             answer(death.to_error())

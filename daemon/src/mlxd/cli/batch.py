@@ -25,7 +25,7 @@ lines in the same order, with index, custom_id, and result or error {kind, messa
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = add_command(
-        commands, "batch", batch, "many requests from a file, worked off in idle slots, whatever happens meanwhile",
+        commands, "batch", batch, "put in many requests from a file, to be worked off in idle slots",
         epilog=_EPILOG,
     )  # fmt: skip
     parser.add_argument("action", choices=tuple(_ACTIONS), help="what to do")

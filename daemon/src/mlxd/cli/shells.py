@@ -23,12 +23,25 @@ _USES = ("general", "light", "coding", "vision")
 
 @dataclass(frozen=True)
 class Word:
-    """One option or positional. `values` is a fixed set, `files`, a kind of `_LISTS`, or nothing that is known."""
+    """One option or positional. `values` is a fixed set, or kinds with blanks between: `files`, those of `_LISTS`."""
 
     flags: tuple[str, ...]
     help: str
     takes_value: bool
     values: tuple[str, ...] | str = ()
+
+    @property
+    def files(self) -> bool:
+        return isinstance(self.values, str) and "files" in self.values.split()
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """The kinds of ids that it may be."""
+        return tuple(kind for kind in self.values.split() if kind in _LISTS) if isinstance(self.values, str) else ()
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        return () if isinstance(self.values, str) else self.values
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,7 @@ def _word(command: str, action: argparse.Action) -> Word:
     if action.dest in ("model", "models", "adapter", "draft_model"):
         values = "catalog" if command == "pull" else "models"
     elif action.dest == "job":
-        values = "jobs"
+        values = "jobs files" if "FILE" in metavar else "jobs"
     elif action.dest == "use":
         values = _USES
     elif action.dest == "topic":
@@ -105,13 +118,13 @@ complete -F _mlxd mlxd
 
 def _bash_values(*words: Word) -> str:
     """Completes with what any of the words may be: which of a command's positionals it is, is not counted."""
-    if words[0].values == "files":
-        return 'COMPREPLY=($(compgen -f -- "$current"))'
-    known = " ".join(
-        f"$({_LISTS[word.values]})" if isinstance(word.values, str) and word.values else " ".join(word.values)
-        for word in words
-    )
-    return f'COMPREPLY=($(compgen -W "{known}" -- "$current"))'
+    known = [f"$({_LISTS[kind]})" for word in words for kind in word.lists]
+    known += [value for word in words for value in word.fixed]
+    sources = ["-f"] if any(word.files for word in words) else []
+    if known or not sources:
+        sources.append('-W "' + " ".join(known) + '"')
+    found = " ".join("$(compgen " + source + ' -- "$current")' for source in sources)
+    return f"COMPREPLY=({found})"
 
 
 def zsh(commands: list[Described]) -> str:
@@ -121,11 +134,10 @@ def zsh(commands: list[Described]) -> str:
         )
 
     def action(word: Word) -> str:
-        if word.values == "files":
-            return "_files"
-        if isinstance(word.values, str) and word.values:
-            return f"_mlxd_{word.values}"
-        return f"({' '.join(word.values)})" if word.values else ""
+        calls = [f"_mlxd_{kind}" for kind in word.lists] + (["_files"] if word.files else [])
+        if len(calls) > 1:
+            return f"{{{'; '.join(calls)}}}"
+        return calls[0] if calls else f"({' '.join(word.fixed)})" if word.fixed else ""
 
     cases = []
     for command in commands:
@@ -185,9 +197,10 @@ def fish(commands: list[Described]) -> str:
             parts = [f"complete -c mlxd {when}"]
             parts += [f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in word.flags]
             if word.takes_value and word.flags:
-                parts.append("-r -F" if word.values == "files" else "-x")
-            if word.values and word.values != "files":
-                values = f"({_LISTS[word.values]})" if isinstance(word.values, str) else " ".join(word.values)
+                parts.append("-r -F" if word.files else "-x")
+            elif word.files:
+                parts.append("-F")
+            if values := " ".join([*(f"({_LISTS[kind]})" for kind in word.lists), *word.fixed]):
                 parts.append(f"-a {quoted(values)}")
             if word.flags or word.values:
                 lines.append(" ".join([*parts, f"-d {quoted(word.help)}"]))

@@ -46,6 +46,9 @@ from .room import room_for
 
 __all__ = ["Core", "Limits"]
 
+# Beside interactive requests, this part of the items that may run otherwise.
+BESIDE = 4
+
 
 class Core:
     """All models, requests, leases and jobs of one daemon.
@@ -511,12 +514,20 @@ class Core:
                 self._book.publish("queue", record)
         self._book.touched.clear()
 
+    def _may_begin_items(self, record: ModelRecord) -> bool:
+        """Beside an interactive request only few items of batch jobs begin: each row makes all others' steps longer."""
+        if all(request.priority == "batch" for request in record.running.values()):
+            return True
+        items = sum(request.yields for request in record.running.values())
+        return items < max(1, self._book.limits.batch_slots // BESIDE)
+
     def _dispatch(self, record: ModelRecord, now: float) -> None:
         if not record.serving or record.recycling:
             return
         assert record.worker is not None
         while len(record.running) < record.max_batch:
-            request = record.queue.pop(record.running_by_client, record.last_seq)
+            yielding = not record.queue.of_priority("batch") or self._may_begin_items(record)
+            request = record.queue.pop(record.running_by_client, record.last_seq, yielding=yielding)
             if request is None:
                 return
             request.started_at = now

@@ -46,7 +46,10 @@ def _check_model(core: Core, m: ModelRecord) -> None:
     if m.serving and not m.running and not m.queue:
         _hold(m.idle_since is not None, f"{m.id} rests, but its idle timer does not run")
     if m.serving and m.last_seq is None and not m.recycling:
-        _hold(not m.queue or len(m.running) == m.max_batch, f"{m.id} lets requests wait beside free slots")
+        others = [r for r in m.queue if not r.yields]
+        _hold(not others or len(m.running) == m.max_batch, f"{m.id} lets requests wait beside free slots")
+        quiet = all(r.priority == "batch" for r in m.running.values())
+        _hold(not m.queue or not quiet or len(m.running) == m.max_batch, f"{m.id} lets items wait for nobody")
         urgent = m.queue.of_priority("interactive")
         stay = [r for r in m.running.values() if r.yields and r.ending is None]
         going = sum(r.ending is not None for r in m.running.values())

@@ -20,6 +20,7 @@ class Waiting(Protocol):
     client: int
     seq: int
     priority: Priority
+    yields: bool
 
 
 T = TypeVar("T", bound=Waiting)
@@ -52,15 +53,19 @@ class FairQueue(Generic[T]):
         self._lines[request.priority].setdefault(request.client, deque()).append(request)
         self._length += 1
 
-    def pop(self, running: Mapping[int, int], up_to: int | None = None) -> T | None:
+    def pop(self, running: Mapping[int, int], up_to: int | None = None, *, yielding: bool = True) -> T | None:
         """Take the next request.
 
         Args:
             running: how many requests each client has running on this model.
             up_to: only requests accepted no later than this sequence number.
+            yielding: also those that yield.
         """
         for line in self._lines.values():
-            ready = [c for c, waiting in line.items() if up_to is None or waiting[0].seq <= up_to]
+            ready = [
+                client for client, waiting in line.items()
+                if (up_to is None or waiting[0].seq <= up_to) and (yielding or not waiting[0].yields)
+            ]  # fmt: skip
             if ready:
                 client = min(ready, key=lambda c: (running.get(c, 0), self._served.get(c, -1), c))
                 request = line[client].popleft()

@@ -109,6 +109,7 @@ class Subscription:
         "id",
         "models",
         "names",
+        "variant",
         "view",
         "wake",
     )
@@ -127,6 +128,8 @@ class Subscription:
         self.names = names
         self.models = models
         self.view = _View.of(names)
+        # What its frames depend on. By the encoding's name, whose hash is known: its own is a call into Python.
+        self.variant = (number, encoding.value, self.view)
         self.wake = wake
         self._log = log
         self._queue: OrderedDict[int, _Waiting] = OrderedDict()
@@ -151,6 +154,11 @@ class Subscription:
 
     def take(self, limit: int) -> bytes:
         """The next frames, joined, until they exceed `limit` bytes; empty where none waits."""
+        if len(self._queue) == 1 and not self._lagging:  # nearly always
+            _, (frame, _) = self._queue.popitem()
+            self._newest.clear()
+            self._bytes = 0
+            return frame
         frames: list[bytes] = []
         size = 0
         if self._lagging:
@@ -167,13 +175,14 @@ class Subscription:
             self._bytes -= len(entry.frame)
         return b"".join(frames)
 
-    def _put(self, record: _Record, frame: bytes, limits: ServerLimits) -> None:
+    def _put(self, entry: _Waiting, limits: ServerLimits) -> None:
         if self._lagging:
             self._dropped += 1
             return
+        frame, record = entry
         if record.name in _COALESCING:
             self._replace(record)
-        self._queue[record.rev] = _Waiting(frame, record)
+        self._queue[record.rev] = entry
         self._bytes += len(frame)
         if len(self._queue) > limits.subscriber_events or self._bytes > limits.subscriber_bytes:
             self._dropped += len(self._queue)
@@ -322,19 +331,19 @@ class EventLog:
 
     def _deliver(self, record: _Record, readers: list[Subscription]) -> None:
         """Each variant is encoded once, however many subscriptions share it."""
-        frames: dict[tuple[int, codec.Encoding, _View], bytes] = {}
+        entries: dict[tuple[int, str, _View], _Waiting] = {}
+        limits = self.limits
         for sub in readers:
-            if not sub.matches(record):
+            if sub.models is not None and not sub.matches(record):
                 continue
             if sub._lagging:
                 sub._dropped += 1
                 self.dropped += 1
                 continue
-            key = (sub.id, sub.encoding, sub.view)
-            frame = frames.get(key)
-            if frame is None:
-                frame = frames[key] = _encoded(record, sub)
-            sub._put(record, frame, self.limits)
+            entry = entries.get(sub.variant)
+            if entry is None:
+                entry = entries[sub.variant] = _Waiting(_encoded(record, sub), record)
+            sub._put(entry, limits)
             sub.wake()
 
     def _replay(self, sub: Subscription, since: Since) -> bool:
@@ -345,7 +354,7 @@ class EventLog:
         known = self.dropped, self.lagged
         for record in itertools.islice(self._ring, since.rev + 1 - oldest, None):
             if record.name in sub.names and sub.matches(record):
-                sub._put(record, _encoded(record, sub), self.limits)
+                sub._put(_Waiting(_encoded(record, sub), record), self.limits)
         if sub._lagging:
             sub._lagging, sub._dropped = False, 0
             self.dropped, self.lagged = known  # a resync loses nothing
