@@ -135,3 +135,13 @@ def test_clients_that_do_not_read_delay_the_end_by_little() -> None:
             assert ended(daemon) == 0
             assert time.monotonic() - asked_at < 0.2 + 2.0
             sock.close()
+
+
+def test_signals_do_not_change_how_a_daemon_ends_that_is_ending_already() -> None:
+    for _ in range(3):
+        with Daemon(drain_s=5) as daemon, daemon.client(reconnect=False) as client:
+            client.shutdown()
+            assert daemon.process is not None
+            while daemon.process.poll() is None:
+                terminate(daemon)
+            assert daemon.process.returncode == 0

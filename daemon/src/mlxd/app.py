@@ -93,6 +93,7 @@ def serve(loaded: Loaded, launch: Launch | None = None) -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_Daemon(loaded, files, installed, listener, notifier, launch).run(inherited))
+            _heed_no_signal(runner.get_loop())
     except StateTooNew as error:
         logs.get("mlxd").error("state is too new", path=str(error.path), reason=str(error))
         if launch.managed and inherited is None:
@@ -125,6 +126,16 @@ def give_up(reason: str, notifier: Notifier | None = None, sock: socket.socket |
                 sock.accept()[0].close()
     notifier.stopping()
     return EXIT_OK
+
+
+def _heed_no_signal(loop: asyncio.AbstractEventLoop) -> None:
+    """All is done but leaving: whoever asks for that once more would get another exit status for it."""
+    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # the loop leaves them to the system for a moment
+    for number in numbers:
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 
 def _allow_many_files() -> int:
