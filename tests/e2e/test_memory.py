@@ -195,7 +195,8 @@ def test_a_worker_that_grows_past_its_share_is_recycled(tight: Daemon) -> None:
         assert client.process("!grow 400", model=model).text == "!grow 400"
         (said,) = (event for event in until_step(events, "reported") if event.name == "memory_exceeded")
         assert said.details is not None
-        assert said.details["footprint_bytes"] > 400 * MIB > said.details["share_bytes"]
+        assert said.details["footprint_bytes"] > said.details["share_bytes"] + 64 * MIB  # it may still be growing
+        assert said.details["share_bytes"] < 400 * MIB
         with client.stream_process("!slow 1", model=model) as running:
             until_step(events, "trimmed", "recycled")
             waiting = client.stream_process("after it", model=model)

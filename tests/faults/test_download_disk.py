@@ -234,7 +234,7 @@ def test_a_file_that_may_not_grow_is_the_disks_failure(hub: Hub) -> None:
 def test_a_list_of_downloads_that_cannot_be_written_stops_no_download(hub: Hub) -> None:
     commit = hub.commit(MODEL, files := fake_model.files(SIZE))
     with Daemon(bad_child="worker", env=hub.env()) as daemon, daemon.client() as client:
-        (daemon.home / "downloads.new").mkdir()  # where it is written before it is renamed
+        (daemon.home / ".downloads.json.new").mkdir()  # where it is written before it is renamed
         assert client.wait_job(client.download(MODEL)).state == "done"
         assert "open downloads could not be written down" in daemon.log()
         assert Eye(daemon.home / "hub", MODEL, {commit: digests(files)}).look() == commit

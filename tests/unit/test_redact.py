@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,18 @@ def test_secrets_are_found_by_name_in_urls_and_in_the_hubs_file(tmp_path: Path) 
         "TOKENIZERS_PARALLELISM": "false", "EMPTY_TOKEN": "",
     }  # fmt: skip
     assert secrets_of(env) == {"from-a-file", "by-its-name", "me:sesame12", "sesame12"}
+
+
+@pytest.mark.parametrize(
+    "piece", ["x", "a.", "eyJ-", "token", "https://", "http://a", "bearer ", "token=", "ghp_", "/home/"]
+)
+def test_long_texts_take_no_time_that_grows_with_their_square(piece: str) -> None:
+    def seconds(count: int) -> float:
+        text = piece * count
+        began = time.process_time()
+        Redactor().text(text)
+        return time.process_time() - began
+
+    seconds(100)
+    shorter, longer = (min(seconds(count) for _ in range(3)) for count in (2_000, 32_000))
+    assert longer < max(16 * shorter * 4, 0.2)

@@ -27,18 +27,19 @@ _SECRET_NAME = re.compile(
     r"(token|secret|passw(or)?d|passphrase|credentials?|cookie|authorization|private_?key|api_?key|access_?key|_key)$",
     re.IGNORECASE,
 )
+# None of these may take a time that grows with the square of the text's length: the text may be anybody's.
 _FORMS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\bhf_[A-Za-z0-9]{6,}"), "hf_***"),
     (re.compile(r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{16,}"), "***"),
     (re.compile(r"\b(?:gh[pousr]_|github_pat_|glpat-|xox[abprs]-)[A-Za-z0-9_-]{10,}"), "***"),
     (re.compile(r"\bAKIA[0-9A-Z]{16}\b"), "***"),
-    (re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"), "***"),
+    (re.compile(r"\beyJ[A-Za-z0-9_-]{8,4000}\.[A-Za-z0-9_-]{8,4000}\.[A-Za-z0-9_-]*"), "***"),
     (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}"), r"\1 ***"),
-    (re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)[^\s/@'\"]+@"), r"\1***@"),
-    (re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://[^\s?#'\"]+)[?#][^\s'\"]+"), r"\1?***"),
+    (re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/@'\"]+@"), r"\1***@"),
+    (re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30}://[^\s?#'\"]{1,1000})[?#][^\s'\"]+"), r"\1?***"),
     (
         re.compile(
-            r"(?i)([\w-]*(?:token|secret|passw(?:or)?d|api[_-]?key|credentials?|authorization)[\"']?\s*[=:]\s*)"
+            r"(?i)((?:token|secret|passw(?:or)?d|api[_-]?key|credentials?|authorization)[\"']?\s*[=:]\s*)"
             r"([\"']?)[^\s\"',;}\]]{3,}"
         ),
         r"\1\2***",
@@ -54,6 +55,8 @@ _TRACE = re.compile(
 )
 _EXCEPTION = re.compile(r"([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Warning|Died|Failed|Lost))\b")
 _MOST_CHARACTERS = 2000
+# So much of a text is looked through; what may be the beginning of something secret at its end is left out.
+_LOOKED_THROUGH, _LEFT_OUT = 16_000, 4_000
 _LEAST_SECRET = 5
 
 
@@ -104,7 +107,9 @@ class Redactor:
                 return "***"
             if name in _FOREIGN:
                 return self.trace(value)
-            told = self.text(value)
+            told = self.text(value[:_LOOKED_THROUGH])
+            if len(value) > _LOOKED_THROUGH:
+                told = told[:-_LEFT_OUT]
             return told if len(told) <= _MOST_CHARACTERS else told[:_MOST_CHARACTERS] + "…"
         if isinstance(value, Mapping):
             return {self.text(str(key)): self.value(inner, str(key)) for key, inner in value.items()}

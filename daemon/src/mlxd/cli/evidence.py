@@ -164,15 +164,16 @@ def _add_daemon(socket: str | None, add: Callable[[str, Callable[[], Any]], None
 def _log(path: Path, lines: int, redactor: Redactor) -> bytes:
     """The last lines, each as it may be told; what is no JSON is not known well enough to be told."""
     kept: list[bytes] = []
-    for entry in list(_entries(path))[-max(0, lines) :]:
+    size = 0
+    newest_first = reversed(list(_entries(path))[-lines:]) if lines > 0 else ()
+    for entry in newest_first:  # there may be no room for the oldest
         told = {"left_out": "a line that is no JSON"} if entry is None else redactor.value(entry)
         kept.append(json.dumps(told, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-    size = 0
-    for place in range(len(kept) - 1, -1, -1):  # what is cut off is the oldest
-        size += len(kept[place])
+        size += len(kept[-1])
         if size > _PART_BYTES:
-            return b"".join(kept[place + 1 :])
-    return b"".join(kept)
+            kept.pop()
+            break
+    return b"".join(reversed(kept))
 
 
 def _crashes(path: Path) -> list[dict[str, Any]]:
