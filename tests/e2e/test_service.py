@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mlxd.cli.service import runs
+from mlxd.cli.daemon import runs
 from mlxd_client import Client
 from support.restarts import newer
 from support.systemd import PATIENCE_S, NoSystemd, UserSystemd

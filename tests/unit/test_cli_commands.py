@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from mlxd.cli import exits, service
+from mlxd.cli import exits
+from mlxd.cli.daemon import gone
 from mlxd.cli.main import main
 from mlxd_client import errors, types
 from support.scripted_daemon import NOTHING, PATIENCE_S, Connection, ScriptedDaemon, beside, completion, model
@@ -274,7 +275,7 @@ def test_stop_without_a_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_ended_processes_are_seen(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    assert service.gone(str(tmp_path / "no-socket"), process.pid, 0)
+    assert gone(str(tmp_path / "no-socket"), process.pid, 0)
 
 
 # --- run ------------------------------------------------------------------------------------------------------------

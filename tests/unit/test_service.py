@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxd.cli.manage import _remove
+from mlxd.cli.service import _remove
 from mlxd.service.launchd import Launchd, property_list
 from mlxd.service.spec import ServiceError, ServiceSpec, describe
 from mlxd.service.systemd import service_unit, socket_unit

@@ -51,7 +51,7 @@ def _make_room(path: str | None, pid: int) -> None:
     from mlxd_client import Client
     from mlxd_client.errors import ConnectionLost, MlxdError, ShuttingDown
 
-    from .service import runs
+    from .daemon import runs
 
     try:
         with Client(path, name="mlxd-join", start=False, reconnect=False, timeout_s=10.0) as client:

@@ -16,11 +16,11 @@ from . import (
     chat,
     completion,
     config,
+    daemon,
     doctor,
     generate,
     hub,
     jobs,
-    manage,
     models,
     personas,
     service,
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mlxd {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for group in (
-        generate, chat, personas, models, hub, jobs, batch, cache, watch, top, stats, status, service, manage, config,
+        generate, chat, personas, models, hub, jobs, batch, cache, watch, top, stats, status, daemon, service, config,
         doctor, bugreport, completion,
     ):  # fmt: skip
         group.register(commands)

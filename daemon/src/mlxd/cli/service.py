@@ -1,180 +1,221 @@
-"""`mlxd serve`, `stop` and `status`: the daemon itself."""
+"""`mlxd service`: have launchd or systemd start the daemon for the first client, and take that back without a trace."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import time
-from typing import TYPE_CHECKING, Any
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .common import Commands, add_command, connect
+from .common import Commands, add_command
 from .exits import FAILED, OK, USAGE
 
 if TYPE_CHECKING:
+    from mlxd.service.manager import Manager, ServiceState
+    from mlxd.service.spec import ServiceSpec
+    from mlxd.settings import Settings
+
     from .output import Output
+
+_ACTIONS = ("install", "uninstall", "start", "stop", "restart", "status", "logs")
+# What lies in a home folder; settings, caches and batch jobs outlive the service unless it is purged.
+_LEFTOVERS = ("logs", "run", "downloads.json", "mlxd.lock", "mlxd.sock")
+_PURGED = ("config.toml", "cache", "batch.sqlite3", "batch.sqlite3-wal", "batch.sqlite3-shm")
+_LINES = 50
 
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = add_command(commands, "serve", serve, "run the daemon in the foreground", daemon=False)
-    parser.add_argument("--home", metavar="PATH", help="the folder that holds everything the daemon keeps")
-    parser.add_argument("--socket", metavar="PATH", help="where to listen (default: mlxd.sock in the home folder)")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="what the log holds")
-    parser.add_argument("--log-prompts", action="store_true", default=None, help="log prompts and answers too")
-    parser.add_argument(
-        "--stdio",
-        action="store_true",
-        help="also serve whoever started this, on standard input and output, and end with it",
-    )
-    parser.add_argument(
-        "--join",
-        action="store_true",
-        help="with --stdio: run no daemon, lead to the one of the user, which is started if need be",
-    )
-    parser.add_argument("--parent-pid", type=int, metavar="PID", help="end when this process does")
-    parser.add_argument(
-        "--managed", action="store_true",
-        help="started by launchd or systemd: exit with 0 where starting again would not help",
-    )  # fmt: skip
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
-        help="any setting of config.toml, e.g. --set keep_alive_s=60; may be repeated",
-    )  # fmt: skip
-
     parser = add_command(
-        commands, "restart", restart, "replace the running daemon by a new one, of the version that is installed now",
-        epilog="Requests that the old one has accepted are answered by it; nobody is refused meanwhile. Where the new "
-               "one does not start, the old one goes on and this command says why.",
+        commands, "service", service, "have the system start the daemon for the first client", daemon=False,
+        epilog="install and uninstall may be repeated. stop ends the daemon; the next client starts it again. What "
+               "this shell's MLXD_ and HF_ variables say is installed with it.",
     )  # fmt: skip
+    parser.add_argument("action", choices=_ACTIONS, help="what to do with it")
+    parser.add_argument(
+        "--purge", action="store_true", help="with uninstall: also remove config.toml, caches and batch jobs"
+    )
+    parser.add_argument("-f", "--follow", action="store_true", help="with logs: go on as they grow")
+    parser.add_argument(
+        "-n", "--lines", type=int, default=_LINES, metavar="N", help=f"with logs: how many of them (default: {_LINES})"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
-    parser = add_command(commands, "stop", stop, "stop the daemon, once running requests are done or out of time")
-    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="how long to wait (default: 60)")
+
+def service(args: argparse.Namespace, output: Output) -> int:
+    for given, option, action in ((args.purge, "--purge", "uninstall"), (args.follow, "--follow", "logs")):
+        if given and args.action != action:
+            output.note(f"{option} goes with `mlxd service {action}`")
+            return USAGE
+    from mlxd.service.manager import manager_for
+    from mlxd.service.spec import describe
+
+    settings = _settings(args.action, output)
+    if args.action == "logs":
+        return _logs(settings.log_file, args, output)
+    manager = manager_for(describe(settings))
+    if args.action == "status":
+        return _status(manager.state(), output)
+    done = _act(manager, args, output)
+    if output.json:
+        output.document({"service": manager.spec.name, "manager": manager.name, "done": done})
+    else:
+        output.line(done)
+    return OK
 
 
-def serve(args: argparse.Namespace, output: Output) -> int:
-    if args.join:
-        return _join(args, output)
+def _settings(action: str, output: Output) -> Settings:
+    """Those of this shell. A wrong configuration must not keep anyone from looking at the service, or ending it."""
     from mlxd import settings
-    from mlxd_client.errors import MlxdError
-
-    flags: dict[str, Any] = {
-        "home": args.home, "socket": args.socket, "log_level": args.log_level, "log_prompts": args.log_prompts,
-    }  # fmt: skip
-    from mlxd.lean import without_openssl
-
-    without_openssl()
-    from mlxd import app
-
-    try:
-        for text in args.settings:
-            name, equals, value = text.partition("=")
-            if not equals:
-                raise settings.SettingsError(f"--set {text} has no value: write --set {name}=VALUE")
-            flags[name.strip().replace("-", "_")] = value
-        loaded = settings.load(flags=flags)
-    except MlxdError as error:
-        if args.managed:
-            return app.give_up(str(error))
-        raise
-    for warning in loaded.warnings:
-        output.note(warning)
-    return app.serve(loaded, app.Launch(managed=args.managed, stdio=args.stdio, parent_pid=args.parent_pid))
-
-
-def _join(args: argparse.Namespace, output: Output) -> int:
-    """Lead standard input and output to the user's daemon."""
-    from mlxd import sidecar
-
-    from .join import reached
-
-    if not args.stdio:
-        output.note("--join goes with --stdio")
-        return USAGE
-    sidecar.join(reached(args.socket))
-    return OK
-
-
-def restart(args: argparse.Namespace, output: Output) -> int:
-    """Have a daemon take over that is what this command is. None running is fine: the next one will be."""
-    from mlxd_client.errors import ConnectFailed
-
-    args.no_start = True
-    try:
-        with connect(args) as client:
-            before = client.connect().server
-            _choose(client.path)
-            after = client.restart()
-    except ConnectFailed:
-        if output.json:
-            output.document({"restarted": False})
-        else:
-            output.line("mlxd is not running")
-        return OK
-    if output.json:
-        output.document({"restarted": True, "before": before, "after": after})
-    else:
-        process = "" if after.pid is None else f" (process {after.pid})"
-        output.line(f"mlxd {before.version} (process {before.pid}) is replaced by {after.version}{process}")
-    return OK
-
-
-def _choose(path: str) -> None:
-    """Where the daemon has the home of this shell, let this command's own program take over."""
-    from pathlib import Path
-
-    from mlxd.handover import choose_program
     from mlxd_client import paths
-    from mlxd_client.errors import SocketPathTooLong
-
-    from .common import program
 
     try:
-        if os.path.realpath(path) == os.path.realpath(paths.socket_path()):
-            choose_program(Path(paths.home()), program())
-    except (OSError, SocketPathTooLong):
-        return  # then it takes its own, as it would have anyway
+        return settings.load().settings
+    except settings.SettingsError as error:
+        if action == "install":
+            raise
+        output.note(f"the daemon will not run: {error}")
+        return settings.Settings(home=paths.home(), socket=paths.socket_path())
 
 
-def stop(args: argparse.Namespace, output: Output) -> int:
-    """Ask the daemon to end and wait until it has. None running is fine: that is what was wanted."""
-    from mlxd_client.errors import ConnectFailed, ConnectionLost
+def _act(manager: Manager, args: argparse.Namespace, output: Output) -> str:
+    """Do it, and say what was done."""
+    from mlxd.service.spec import ServiceError
 
-    args.no_start = True
+    spec = manager.spec
+    if args.action == "install":
+        from mlxd.server.listen import HomeError, prepare_home
+
+        try:
+            prepare_home(Path(spec.home))
+        except HomeError as error:
+            raise ServiceError(str(error)) from None
+        if not manager.state().listening:
+            _stop_daemon(spec.socket)  # one that was started by hand would hold the socket
+        changed = manager.install()
+        return f"mlxd is started by {manager.name} for the first client" + ("" if changed else ", as it was before")
+    if args.action == "uninstall":
+        changed = manager.uninstall()
+        _stop_daemon(spec.socket)
+        removed = _remove(Path(spec.home), purge=args.purge)
+        return "the service is uninstalled" if changed or removed else "there was no service"
+    if not manager.state().installed:
+        raise ServiceError("the service is not installed; `mlxd service install` does that")
+    if args.action == "restart":
+        return _restart(manager)
+    {"start": manager.start, "stop": manager.stop}[args.action]()
+    return {"start": "mlxd runs", "stop": "mlxd has stopped"}[args.action]
+
+
+def _restart(manager: Manager) -> str:
+    """Have the service run this very installation with this shell's settings, with as little of a gap as can be.
+
+    1. Nothing but the command differs from what is installed, and the daemon runs: another takes over from it.
+    2. Other settings, or a manager that would not have that: it is installed anew, and started.
+    3. An older daemon, that nothing can take over from, is stopped by the manager, whose socket keeps who connects.
+    """
+    from mlxd.service.spec import ServiceError
+    from mlxd_client import Client
+    from mlxd_client.errors import ClientError, MethodNotFound, RestartFailed, Unsupported
+
+    spec = manager.spec
+    if not manager.update():
+        manager.install()
+        manager.start()
+        return "mlxd was installed anew and started"
+    if manager.state().pid is None:
+        manager.start()
+        return "mlxd was started"
     try:
-        with connect(args) as client:
-            path, pid = client.path, client.status().pid
+        with Client(spec.socket, name="mlxd-cli", start=False, reconnect=False) as client:
+            _choose(spec)
+            result = client.restart()
+        return f"mlxd {result.version} has taken over"
+    except RestartFailed as error:
+        raise ServiceError(f"the daemon goes on as it was: {error.message}") from None
+    except (MethodNotFound, Unsupported, ClientError):
+        manager.restart()
+        return "mlxd was started anew"
+
+
+def _choose(spec: ServiceSpec) -> None:
+    """Let the service's own command take over."""
+    from mlxd.handover import choose_program
+
+    try:
+        choose_program(Path(spec.home), spec.program, managed=True)
+    except OSError:
+        return  # then the daemon takes its own, which mostly is the same
+
+
+def _stop_daemon(socket: str) -> None:
+    """End a daemon that listens there, once what it does is done. None is fine."""
+    from mlxd_client import Client
+    from mlxd_client.errors import ClientError
+
+    from .daemon import gone
+
+    if not os.path.exists(socket):
+        return
+    try:
+        with Client(socket, name="mlxd-cli", start=False, reconnect=False) as client:
+            pid = client.status().pid
             client.shutdown()
-    except (ConnectFailed, ConnectionLost):
-        if output.json:
-            output.document({"stopped": False})
-        else:
-            output.line("mlxd is not running")
-        return OK
-    if not gone(path, pid, args.timeout):
-        output.note(f"mlxd (process {pid}) agreed to stop, but still runs after {args.timeout:g} s")
-        return FAILED
-    if output.json:
-        output.document({"stopped": True, "pid": pid})
-    else:
-        output.line("mlxd has stopped")
-    return OK
+    except ClientError:
+        return
+    gone(socket, pid, 60.0)
 
 
-def gone(path: str, pid: int, timeout_s: float) -> bool:
-    """Wait for the end of a process that is no child of ours, which only asking again and again can tell."""
-    deadline = time.monotonic() + timeout_s
-    while os.path.exists(path) or runs(pid):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def runs(pid: int) -> bool:
-    """Whether it is a process of this user's. One that has ended, and that nobody has asked how, does not run."""
-    import psutil
-
+def _remove(home: Path, *, purge: bool) -> bool:
+    """Take away what the daemon left in its home. What it did not make stays. Returns whether there was anything."""
+    removed = False
+    aside = [path.name for path in home.glob(".*.new")]  # of writers that were killed
+    for name in (*_LEFTOVERS, *aside, *(_PURGED if purge else ())):
+        path = home / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+            removed = True
+        elif path.exists() or path.is_symlink():
+            path.unlink()
+            removed = True
     try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.uids().real == os.getuid()
-    except psutil.Error:
-        return False
+        home.rmdir()
+    except OSError:
+        pass  # something is left in it, or it never was
+    return removed
+
+
+def _status(state: ServiceState, output: Output) -> int:
+    if output.json:
+        output.document(state)
+    else:
+        output.table((), _rows(state))
+    return OK if state.installed and state.listening and state.failed is None else FAILED
+
+
+def _rows(state: ServiceState) -> list[tuple[str, str]]:
+    if not state.installed:
+        return [("service", f"not installed ({state.manager})")]
+    rows = [("service", f"installed ({state.manager})")]
+    if not state.current:
+        rows.append(("", "with other settings than this shell's; `mlxd service install` brings it up to date"))
+    rows.append(("socket", "held: the first client starts the daemon" if state.listening else "not held; start it"))
+    rows.append(("daemon", f"runs as process {state.pid}" if state.pid else "does not run"))
+    if state.text:
+        rows.append(("", state.text))
+    if state.failed:
+        rows.append(("failed", f"{state.failed}; see `mlxd service logs`"))
+    return rows + [("file", file) for file in state.files]
+
+
+def _logs(path: Path, args: argparse.Namespace, output: Output) -> int:
+    if not path.exists():
+        output.note(f"there is no log yet: {path}")
+        return FAILED
+    output.out.flush()
+    if args.follow:
+        os.execvp("tail", ["tail", "-n", str(args.lines), "-F", str(path)])
+    with open(path, errors="replace") as file:
+        for line in file.readlines()[-args.lines :] if args.lines > 0 else ():
+            output.text(line)
+    return OK
