@@ -46,6 +46,8 @@ def by_id(state: Snapshot) -> Snapshot:
 
 
 class World(RuleBasedStateMachine):
+    elsewhere = 0  # what a daemon that this one took over from still holds
+
     def __init__(self) -> None:
         super().__init__()
         self.core = Core(
@@ -152,13 +154,14 @@ class World(RuleBasedStateMachine):
         assert self.now - began_at <= 1.0 or (began_at in self.asked and self.now - self.told_at <= 1.0)
         assert self.last.began_at >= self.last_exit
         others = CAPACITY - self.last.reading.available_bytes - sum(self.last.footprints.values())
-        promised = sum(m.reserved_bytes for m in self.core._book.by_worker.values())
+        # What another daemon holds is taken already, and among the others here.
+        promised = sum(m.reserved_bytes for worker, m in self.core._book.by_worker.items() if worker != ELSEWHERE)
         assert promised + others + 1 <= CAPACITY, "two loads overshoot together"
         needs = sum(m.wanted_bytes for m in self.core._book.by_worker.values())
         assert needs <= self.core.limits.budget_bytes
 
     def begin_reading(self, stall: float = 0.0, known: bool = True) -> None:
-        left = max(0, CAPACITY - self.others - sum(self.taken.values())) if known else None
+        left = max(0, CAPACITY - self.others - self.elsewhere - sum(self.taken.values())) if known else None
         reading = Reading(CAPACITY, left, stalls=(Stall("psi", 2 * stall, stall),))
         self.readings.append(ev.Measured(self.now, reading, dict(self.taken)))
 
@@ -603,9 +606,10 @@ class Moves(World):
     """The same, beside a daemon that it took over from and that lets go of memory bit by bit; another may take over
     from this one, or not after all. Each run ends with that: what was accepted is served, then no process is left."""
 
+    elsewhere = 9
+
     def __init__(self) -> None:
         super().__init__()
-        self.elsewhere = 9
         self.tell(ev.Elsewhere(9))
 
     def perform(self, action: do.Action) -> None:

@@ -75,6 +75,8 @@ class IdleExit:
         self._server, self._runtime, self._settings, self._stop = server, runtime, settings, stop
         self._kept = kept
         self._timer: asyncio.TimerHandle | None = None
+        self._leaving = False
+        self._stay: asyncio.Task[None] | None = None
         server.on_clients = runtime.on_settled = self._look
         self._look()
 
@@ -85,9 +87,15 @@ class IdleExit:
             self._timer = None
         self._look()
 
+    @property
+    def _needless(self) -> bool:
+        return not self._kept() and self._server.deserted and self._runtime.idle
+
     def _look(self) -> None:
         idle_s = self._settings.idle_exit_s
-        if not (idle_s > 0 and not self._kept() and self._server.deserted and self._runtime.idle):
+        if self._leaving:
+            return
+        if not (idle_s > 0 and self._needless):
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
@@ -95,9 +103,26 @@ class IdleExit:
             self._timer = asyncio.get_running_loop().call_later(idle_s, self._leave)
 
     def _leave(self) -> None:
-        """Whoever connects from here on waits in the manager's socket for the next daemon."""
+        """Whoever connects from here on waits in the manager's socket for the next daemon. Who was accepted just before
+        is heard of in the loop's next turn only."""
+        self._leaving = True
         self._server.stop_accepting()
-        self._stop()
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, self._go)
+
+    def _go(self) -> None:
+        if self._needless:
+            self._stop()
+            return
+        self._stay = asyncio.get_running_loop().create_task(self._server.resume())
+        self._stay.add_done_callback(self._stayed)
+
+    def _stayed(self, resumed: asyncio.Task[None]) -> None:
+        self._leaving, self._timer = False, None
+        if not resumed.cancelled() and resumed.exception() is not None:
+            self._stop()  # nobody can come any more; the manager starts another
+        else:
+            self._look()
 
 
 def child_settings(settings: Settings) -> ChildSettings:

@@ -131,12 +131,20 @@ class _Top:
     # --- what is shown --------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Events, over restarts."""
-        async with self._client.events() as events:
-            self._board.begin(events.snapshot)
-            async for event in events:
-                self._board.apply(event)
-                self._news.set()
+        """Events, over restarts, and anew where the daemon went while they were asked for."""
+        import asyncio
+
+        from mlxd_client.errors import ConnectFailed, ConnectionLost, ShuttingDown
+
+        while True:
+            try:
+                async with self._client.events() as events:
+                    self._board.begin(events.snapshot)
+                    async for event in events:
+                        self._board.apply(event)
+                        self._news.set()
+            except (ConnectFailed, ConnectionLost, ShuttingDown):
+                await asyncio.sleep(_REFRESH_S)
 
     async def _refresh(self) -> None:
         """Figures that no event tells, and whether the daemon is there."""
