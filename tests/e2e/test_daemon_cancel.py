@@ -97,7 +97,7 @@ def test_a_client_that_vanishes_takes_its_requests_along(stepped) -> None:
 def test_a_client_that_vanishes_while_its_model_loads() -> None:
     """Its request goes at once; the load goes on for whoever comes next, and ends by itself when nobody does."""
     with (
-        Daemon(bad_child="late:0.5", keep_alive_s=0.2) as daemon,
+        Daemon(bad_child="late:2", keep_alive_s=0.2) as daemon,
         daemon.client() as client,
         client.events() as events,
     ):

@@ -105,7 +105,8 @@ class World(RuleBasedStateMachine):
     @rule(data=st.data())
     def start(self, data: st.DataObject) -> None:
         kept = self.jobs[name := data.draw(st.sampled_from(sorted(self.jobs)))]
-        if kept["state"] in ("open", "failed", "cancelled"):
+        closing = any(what == "end" and job == name for _, (what, job, *_rest) in self.outbox)
+        if kept["state"] in ("open", "failed", "cancelled") and not closing:  # else it waits for that to be recorded
             kept["state"], kept["ended_at"] = "running", None
             self.tell(ev.BatchStarted(name, 1001.0))
 

@@ -126,6 +126,10 @@ class Batches:
         return await self._surely(self._start(job))
 
     async def _start(self, job: str) -> types.Job:
+        if self.ledger.closing(job):  # what is still to be recorded of its end must not end it once it began anew
+            await self.cancel(job)
+            if self.ledger.closing(job):
+                raise errors.InvalidParams(f"{job} is about to end; start it once it has ended", field="job")
         kept, changed = await self.ledger.roomy(lambda store: store.start(job))
         if changed:
             assert kept.started_at is not None
