@@ -22,6 +22,7 @@ from mlxd.worker.engine import Engine
 from mlxd.worker.load import LoadedModel, load
 from mlxd_client.errors import InvalidParams, ModelNotFound, RpcError, Unsupported
 from support import tiny_adapter, tiny_model
+from support.mix import held_bytes
 
 pytestmark = pytest.mark.model
 
@@ -290,14 +291,14 @@ def test_one_that_waits_is_cancelled(world: World, tmp_path: Path) -> None:
 def test_memory_is_counted_and_given_back(world: World, tmp_path: Path) -> None:
     engine = bounded(world, most=1)
     kinds = {name: type(module) for name, module in world.loaded.model.named_modules()}
-    before = mx.get_active_memory()
+    before = held_bytes()
     wide = tiny_adapter.build(tmp_path / "wide", world.base, rank=64)
     answer(engine, ask("hello", wide))
     assert engine.adapters.nbytes > 100_000
-    assert mx.get_active_memory() - before >= 0.9 * engine.adapters.nbytes
+    assert held_bytes() - before >= 0.9 * engine.adapters.nbytes
     (held,) = engine.adapters._kept.values()
     engine.adapters._remove(held)
-    assert mx.get_active_memory() - before < 50_000
+    assert held_bytes() - before < 50_000
     assert {name: type(module) for name, module in world.loaded.model.named_modules()} == kinds
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 
 from mlxd.childwire import Generate, Generated
@@ -17,6 +15,7 @@ from mlxd.worker.prompt import PromptBuilder
 from mlxd_client.errors import InternalError, Unsupported
 from support import tiny_model
 from support.families import FAMILIES
+from support.mix import held_bytes
 
 pytestmark = pytest.mark.model
 
@@ -319,16 +318,15 @@ def test_what_is_dropped_is_given_back(models: dict[str, LoadedModel]) -> None:
     assert engine.cache is not None
     answer(engine, turns("hello"))
     engine.cache.tree.clear()
-    gc.collect()
-    before = mx.get_active_memory()
+    before = held_bytes()
     for number in range(8):
         ask(engine, number, turns(f"{number} hello " * 30))
     drain(engine)
     kept = engine.cache.nbytes
-    assert 0.9 * kept < mx.get_active_memory() - before < 1.1 * kept + 65_536
+    assert 0.9 * kept < held_bytes() - before < 1.1 * kept + 65_536
     engine.cache.tree.fit(AMPLE)
     assert engine.cache.nbytes == 0
-    assert mx.get_active_memory() - before < 65_536
+    assert held_bytes() - before < 65_536
 
 
 def test_a_batch_that_fails_leaves_nothing_behind(
