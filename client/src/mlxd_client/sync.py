@@ -666,10 +666,13 @@ class EventStream:
 
     def _begin(self, deadline: float | None) -> None:
         """Subscribe. A daemon that goes meanwhile is followed to the one that comes after it."""
-        for moves in range(1, MOST_MOVES + 1):
+        moves = 0
+        while True:
             try:
-                return self._subscribe(deadline, self._client._start, again=moves > 1)
+                self._subscribe(deadline, self._client._start, again=moves > 0)
+                return
             except (ConnectionLost, ShuttingDown) as error:
+                moves += 1
                 if moves == MOST_MOVES or not (self._client._reconnect and self._cursor.again(error)):
                     raise
             time.sleep(self._backoff.next_s())
