@@ -2,55 +2,33 @@
 
 from __future__ import annotations
 
-import errno
-import subprocess
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from mlxd_client.errors import InsufficientDisk
 from support.daemon import PATIENCE_S, Daemon, until
+from support.tmpfs import Tmpfs
 
 SIZE = 20_000
 
 
 @pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tmpfs]:
     """A small file system that daemons have their folders on."""
-    folder = Path(tempfile.mkdtemp(prefix="mlxd-disk-"))
-    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "mlxd-test", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        folder.rmdir()
-        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
-    with monkeypatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(folder))
-        yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-    folder.rmdir()
+    with Tmpfs(24 * 1024 * 1024) as disk, monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(disk.folder))
+        yield disk
 
 
-def fill(folder: Path) -> Path:
-    filler = folder / "filler"
-    with open(filler, "ab", buffering=0) as file:
-        while True:
-            try:
-                file.write(bytes(4096))
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                return filler
-
-
-def test_it_waits_and_goes_on_by_itself(disk: Path) -> None:
+def test_it_waits_and_goes_on_by_itself(disk: Tmpfs) -> None:
     texts = ["piece0", *(f"{n:02}" + "x" * SIZE for n in range(100))]
     daemon = Daemon(bad_child="worker", steps=True, batch_slots=1, log_level="error")
     with daemon, daemon.client() as client, client.events() as events:
         job = client.submit_items({"method": "process", "params": {"prompt": text}} for text in ["!slow 1", *texts[1:]])
         until(events, "queue", active=1)
-        filler = fill(disk)
+        disk.leave(0)
         daemon.step(0)
         while True:
             event = events.get(PATIENCE_S)
@@ -65,7 +43,7 @@ def test_it_waits_and_goes_on_by_itself(disk: Path) -> None:
             client.submit_items({"method": "process", "params": {"prompt": "x" * SIZE}} for _ in range(200))
         have = [result.index for result in client.results(job.job)]
         assert have == list(range(len(have)))
-        filler.unlink()
+        disk.relax()
         ended = client.wait_job(job.job, wait_s=PATIENCE_S)
         assert (ended.state, ended.done_items, ended.failed_items, ended.error) == ("done", 101, 0, None)
         assert [result.result.text for result in client.results(job.job) if result.result] == texts
