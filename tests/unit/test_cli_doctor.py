@@ -81,6 +81,7 @@ def test_what_is_wrong_is_named_with_advice(
     assert found["engine"]["state"] == "failed"
     assert "signal 6" in found["engine"]["told"]
     assert found["home"]["state"] == found["hub"]["state"] == found["memory"]["state"] == "warning"
+    assert found["hub"]["told"] == "http://127.0.0.1:1 cannot be reached: Connection refused"
     assert all(found[name]["advice"] for name in ("engine", "home", "hub", "memory"))
 
 

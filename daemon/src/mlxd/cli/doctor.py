@@ -43,7 +43,12 @@ from huggingface_hub import constants
 if constants.HF_HUB_OFFLINE:
     print("offline")
     sys.exit()
-urllib.request.urlopen(constants.ENDPOINT + "/api/models?limit=1", timeout=float(sys.argv[1])).read(1)
+try:
+    urllib.request.urlopen(constants.ENDPOINT + "/api/models?limit=1", timeout=float(sys.argv[1])).read(1)
+except Exception as error:
+    reason = getattr(error, "reason", error)
+    print(constants.ENDPOINT, "cannot be reached:", getattr(reason, "strerror", None) or reason)
+    sys.exit(1)
 import huggingface_hub
 print(constants.ENDPOINT, "answers;", "with" if huggingface_hub.get_token() else "without", "a token")
 """
@@ -88,7 +93,7 @@ def examine() -> list[Finding]:
     try:
         loaded = all_settings.load()
     except MlxdError as error:  # also a path that no socket can have
-        findings.append(_failed("settings", str(error), "correct it; `mlxd config` shows the others"))
+        findings.append(_failed("settings", str(error), "correct it; where it is in the file, by `mlxd config edit`"))
     else:
         changed = [name for name, origin in loaded.origins.items() if origin.kind != "default"]
         told = f"changed: {', '.join(changed)}" if changed else "all at their default"
@@ -249,7 +254,8 @@ def _daemon(settings: Settings) -> Finding:
     broken = [worker.model for worker in status.workers if worker.breaker == "open"]
     if broken:
         return _warning("daemon", f"workers keep dying: {', '.join(broken)}", "`mlxd status` says how")
-    return _ok("daemon", f"version {status.version}, process {status.pid}, {status.models.loaded} models loaded")
+    loaded = f"{status.models.loaded} model{'' if status.models.loaded == 1 else 's'} loaded"
+    return _ok("daemon", f"version {status.version}, process {status.pid}, {loaded}")
 
 
 def _service(settings: Settings) -> Finding:
@@ -325,9 +331,7 @@ def _hub() -> Finding:
         return _ok("hub", "not asked: HF_HUB_OFFLINE is set")
     if status == 0:
         return _ok("hub", told)
-    return _warning(
-        "hub", f"cannot be reached: {told}", "downloads will fail; check the network, HF_ENDPOINT and proxies"
-    )
+    return _warning("hub", told, "downloads will fail; check the network, HF_ENDPOINT and proxies")
 
 
 def _run(code: str, limit_s: float, *arguments: str) -> tuple[int, str]:
