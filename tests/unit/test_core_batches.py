@@ -134,6 +134,20 @@ def test_a_model_that_cannot_be_had_fails_its_job_after_three_tries() -> None:
     assert bench.one(do.ReadItems).after == (0, -1)
 
 
+def test_what_is_about_to_end_does_not_begin() -> None:
+    """It was recorded as started, and its end comes after that: it would run on with nobody to record it."""
+    bench = Bench(batch_slots=2)
+    bench.tell(ev.BatchFound("j", 2, WALL + bench.now, open=True, state="queued"))
+    bench.tell(ev.CancelJob("j"))
+    assert bench.one(do.EndBatch).state == "cancelled"
+    bench.tell(ev.BatchStarted("j", WALL + bench.now))
+    assert not bench.all(do.ReadItems)
+    bench.tell(ev.BatchRecorded("j", (), 0, 0, "cancelled", WALL + bench.now))
+    assert bench.job("j").state == "cancelled"
+    bench.tell(ev.BatchStarted("j", WALL + bench.now))
+    assert bench.one(do.ReadItems).after == (0, -1)
+
+
 def test_progress_is_told_now_and_then() -> None:
     bench = Bench(batch_slots=1)
     job(bench, items=50)

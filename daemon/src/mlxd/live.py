@@ -103,8 +103,8 @@ class IdleExit:
             self._timer = asyncio.get_running_loop().call_later(idle_s, self._leave)
 
     def _leave(self) -> None:
-        """Whoever connects from here on waits in the manager's socket for the next daemon. Who was accepted in this turn
-        of the loop is heard of in the next one only, but before what is put in there now."""
+        """Whoever connects from here on waits in the manager's socket for the next daemon. Who was accepted in this
+        turn of the loop is heard of in the next one only, but before what is put in there now."""
         self._leaving = True
         self._server.stop_accepting()
         asyncio.get_running_loop().call_soon(self._go)

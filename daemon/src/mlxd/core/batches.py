@@ -122,7 +122,9 @@ class BatchLine:
         job = self._book.jobs.get(event.job)
         if not isinstance(job, BatchJob):
             return  # all jobs were lost meanwhile
-        job.open, job.state, job.ended_at, job.error, job.closing = False, "running", None, None, None
+        if job.closing is not None:
+            return  # its end is recorded after this, and stands
+        job.open, job.state, job.ended_at, job.error = False, "running", None, None
         job.started_at = event.started_at - self._book.wall
         job.ready.clear()
         job.cursor, job.exhausted, job.reading, job.run = (0, -1), False, False, job.run + 1

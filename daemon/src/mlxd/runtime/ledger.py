@@ -232,11 +232,6 @@ class Ledger:
 
     # --- room -----------------------------------------------------------------------------------------------------
 
-    def closing(self, job: str) -> bool:
-        """It is decided that the job ends, and not recorded yet."""
-        known = self._core.jobs.get(job)
-        return isinstance(known, BatchJob) and known.closing is not None
-
     async def roomy(self, work: Callable[[Store], T]) -> T:
         """As `ask`; where the budget is used up, the oldest ended jobs go until it is not."""
         while True:
