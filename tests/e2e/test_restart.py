@@ -199,7 +199,7 @@ def test_what_was_loaded_is_loaded_again() -> None:
 
 def test_leases_end_and_waiting_loads_ask_the_new_one(tmp_path: Path) -> None:
     with (
-        Relay(bad_child="late:1.0") as daemon,
+        Relay(bad_child="late", steps=True) as daemon,
         daemon.client() as client,
         daemon.client() as other,
         ThreadPoolExecutor(1) as pool,
@@ -208,6 +208,7 @@ def test_leases_end_and_waiting_loads_ask_the_new_one(tmp_path: Path) -> None:
         loading = pool.submit(client.acquire, CLEANUP)
         until(events, "loading_started")
         pid = other.restart().pid
+        daemon.step(0)
         lease = loading.result(PATIENCE_S)  # by the new one
         assert lease.held
         assert other.model(CLEANUP).leases == 1

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import Commands, add_command
 from .exits import FAILED, OK, USAGE
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mlxd.service.manager import Manager, ServiceState
     from mlxd.service.spec import ServiceSpec
     from mlxd.settings import Settings
@@ -80,6 +80,8 @@ def _settings(action: str, output: Output) -> Settings:
 
 def _act(manager: Manager, args: argparse.Namespace, output: Output) -> str:
     """Do it, and say what was done."""
+    from pathlib import Path
+
     from mlxd.service.spec import ServiceError
 
     spec = manager.spec
@@ -140,6 +142,8 @@ def _restart(manager: Manager) -> str:
 
 def _choose(spec: ServiceSpec) -> None:
     """Let the service's own command take over."""
+    from pathlib import Path
+
     from mlxd.handover import choose_program
 
     try:
@@ -168,6 +172,8 @@ def _stop_daemon(socket: str) -> None:
 
 def _remove(home: Path, *, purge: bool) -> bool:
     """Take away what the daemon left in its home. What it did not make stays. Returns whether there was anything."""
+    import shutil
+
     removed = False
     aside = [path.name for path in home.glob(".*.new")]  # of writers that were killed
     for name in (*_LEFTOVERS, *aside, *(_PURGED if purge else ())):
