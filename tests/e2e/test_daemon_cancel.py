@@ -97,7 +97,7 @@ def test_a_client_that_vanishes_takes_its_requests_along(stepped) -> None:
 def test_a_client_that_vanishes_while_its_model_loads() -> None:
     """Its request goes at once; the load goes on for whoever comes next, and ends by itself when nobody does."""
     with (
-        Daemon(bad_child="late:2", keep_alive_s=0.2) as daemon,
+        Daemon(bad_child="late", steps=True, keep_alive_s=0.2) as daemon,
         daemon.client() as client,
         client.events() as events,
     ):
@@ -105,6 +105,7 @@ def test_a_client_that_vanishes_while_its_model_loads() -> None:
         active(events, 0, 1)
         sock.close()
         active(events, 0, 0)
+        daemon.step(0)
         until(events, "loading_completed")
         until(events, "unloaded")
         assert client.model(CLEANUP).leases == 0
@@ -136,10 +137,12 @@ def test_a_client_that_says_nothing_costs_nothing(stepped) -> None:
 
 
 def test_cancel_while_the_model_loads() -> None:
-    with Daemon(bad_child="late:1") as daemon, daemon.client() as client, client.events() as events:
+    with Daemon(bad_child="late", steps=True) as daemon, daemon.client() as client, client.events() as events:
         stream = client.stream_process("hello")
         until(events, "loading_started")
         stream.close()
+        active(events, 0, 0)
+        daemon.step(0)
         until(events, "loading_completed")
         assert client.status().queue.waiting == 0
         assert client.process("hello").text == "hello"

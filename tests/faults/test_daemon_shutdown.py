@@ -111,10 +111,16 @@ def test_the_shutdown_method_does_the_same() -> None:
 
 def test_a_drain_that_waits_for_a_load() -> None:
     """A request that was accepted before the signal is served, though its model was not loaded yet."""
-    with Daemon(bad_child="late:0.5", drain_s=30) as daemon, daemon.client() as client, client.events() as events:
+    with (
+        Daemon(bad_child="late", steps=True, drain_s=30) as daemon,
+        daemon.client() as client,
+        client.events() as events,
+    ):
         stream = client.stream_process("hello")
         until(events, "loading_started")
         terminate(daemon)
+        until(events, "daemon_stopping")
+        daemon.step(0)
         assert stream.wait().text == "hello"
         assert ended(daemon) == 0
 

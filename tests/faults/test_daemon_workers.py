@@ -97,7 +97,11 @@ def test_a_killed_worker_is_told_within_a_second() -> None:
 
 
 def test_a_worker_killed_while_it_loads() -> None:
-    with Daemon(bad_child="late:30") as daemon, daemon.client() as client, client.events() as events:
+    with (
+        Daemon(bad_child="late", steps=True) as daemon,
+        daemon.client() as client,
+        client.events() as events,
+    ):
         stream = client.stream_process("x")
         until(events, "loading_started")
         daemon.worker().kill()

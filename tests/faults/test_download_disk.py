@@ -9,9 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +24,7 @@ from mlxd_client.types import Job
 from support import fake_model
 from support.daemon import PATIENCE_S, Daemon
 from support.hub import Hub
+from support.tmpfs import Tmpfs
 from support.wholeness import Eye, digests
 
 MODEL = "org/model"
@@ -52,50 +51,15 @@ class Disk(Protocol):
     def relax(self) -> None: ...
 
 
-class Tmpfs:
+class Mounted(Tmpfs):
     """A small file system in memory."""
 
-    def __init__(self, size: int) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="mlxd-disk-"))
-        self.cache = self.folder / "hub"
-        self._filler = self.folder / "filler"
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "mlxd-test", str(self.folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            self.folder.rmdir()
-            pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
+    @property
+    def cache(self) -> Path:
+        return self.folder / "hub"
 
     def daemon(self, hub: Hub) -> Daemon:
         return Daemon(bad_child="worker", env=hub.env(self.cache), download_connections=1)
-
-    def free(self) -> int:
-        status = os.statvfs(self.folder)
-        return status.f_bavail * status.f_frsize
-
-    def leave(self, count: int) -> None:
-        self.relax()
-        with open(self._filler, "wb") as file:
-            if (size := self.free() - count) > 0:
-                os.posix_fallocate(file.fileno(), 0, size)
-            while count == 0 and not self._is_full():
-                pass
-        assert abs(self.free() - count) < 0.5 * MIB
-
-    def _is_full(self) -> bool:
-        """Takes another page if there is one."""
-        try:
-            with open(self._filler, "ab") as file:
-                file.write(bytes(4096))
-        except OSError as error:
-            return error.errno == errno.ENOSPC
-        return False
-
-    def relax(self) -> None:
-        self._filler.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        subprocess.run(["umount", str(self.folder)], check=True)
-        self.folder.rmdir()
 
 
 class Seeming:
@@ -124,11 +88,8 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
     if request.param == "seeming":
         yield Seeming(tmp_path)
         return
-    tmpfs = Tmpfs(256 * MIB)
-    try:
-        yield tmpfs
-    finally:
-        tmpfs.close()
+    with Mounted(256 * MIB) as mounted:
+        yield mounted
 
 
 def weights(hub: Hub) -> int:
@@ -245,8 +206,7 @@ def test_a_home_on_a_full_disk(hub: Hub) -> None:
     commit = hub.commit(MODEL, files := fake_model.files(SIZE))
     hub.commit("org/other", fake_model.files(MIB, seed=1))
     hub.fault(MODEL, "hold", file="model.safetensors", at=12 * MIB)
-    tmpfs = Tmpfs(16 * MIB)
-    try:
+    with Tmpfs(16 * MIB) as tmpfs:
         daemon = Daemon(bad_child="worker", download_connections=1)
         environment = hub.env(daemon.home / "hub")
         daemon.env |= environment | {"MLXD_HOME": str(tmpfs.folder / "home"), "MLXD_SOCKET": str(daemon.socket)}
@@ -268,5 +228,3 @@ def test_a_home_on_a_full_disk(hub: Hub) -> None:
                     assert client.wait_job(one.job).state == "done"
                 assert client.model(MODEL).state == "Downloaded"
                 assert Eye(daemon.home / "hub", MODEL, {commit: digests(files)}).look() == commit
-    finally:
-        tmpfs.close()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from mlxd_client import errors
 from support.daemon import Daemon
 from support.failpoints import Failpoints, check_files
 from support.hub import Hub
+from support.tmpfs import Tmpfs
 
 KILLS = 3
 
@@ -34,17 +33,14 @@ def test_killed_before_any_step_on_disk() -> None:
 
 
 @pytest.fixture
-def small_home() -> Iterator[Daemon]:
+def small_home() -> Iterator[tuple[Daemon, Tmpfs]]:
     """A daemon, not started yet, whose folder is a file system of two megabytes."""
     daemon = Daemon(bad_child="worker", drain_s=1)
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "mlxd-test", str(daemon.home)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+    try:
+        with Tmpfs(2 * 1024 * 1024, daemon.home) as disk:
+            yield daemon, disk
+    finally:
         daemon.remove()
-        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
-    yield daemon
-    subprocess.run(["umount", str(daemon.home)], check=True)
-    daemon.remove()
 
 
 def states(home: Path) -> dict[str, bytes]:
@@ -52,16 +48,17 @@ def states(home: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files if path.exists()}
 
 
-def test_a_home_without_room(small_home: Daemon) -> None:
+def test_a_home_without_room(small_home: tuple[Daemon, Tmpfs]) -> None:
     """What cannot be kept is refused, and named; all else is served, and what was kept stays as it was."""
-    home = small_home.home
-    model = small_home.model("m")
-    with small_home as daemon:
+    daemon, disk = small_home
+    home = daemon.home
+    model = daemon.model("m")
+    with daemon:
         with daemon.client() as client:
             client.call("config.set", {"values": {"keep_alive_s": 120.0}})
             client.load(model)
             before = states(home)
-            filler = fill(home)
+            disk.leave(0)
             with pytest.raises(errors.InsufficientDisk):
                 client.call("config.set", {"values": {"keep_alive_s": 240.0}})
             items = [{"method": "process", "params": {"prompt": "x" * 100_000}}]
@@ -74,18 +71,7 @@ def test_a_home_without_room(small_home: Daemon) -> None:
         with daemon.client() as client:
             assert states(home) == before
             assert client.process("all is well", model=model).text == "all is well"
-            filler.unlink()
+            disk.relax()
             client.call("config.set", {"values": {"keep_alive_s": 240.0}})
         assert b"240" in states(home)["config.toml"]
         check_files(home)
-
-
-def fill(folder: Path) -> Path:
-    """Take all the room that there is. Returns what has to be removed to have it back."""
-    filler = folder / "models" / "filler"
-    with open(filler, "wb", buffering=0) as file:
-        for size in (65_536, 4096, 1):
-            with contextlib.suppress(OSError):
-                while True:
-                    file.write(bytes(size))
-    return filler

@@ -76,7 +76,7 @@ def wait_gone(pids: list[int], limit_s: float) -> float:
 
 
 def test_children_of_a_killed_daemon_end_by_themselves(start: Start) -> None:
-    daemon = start("worker", "flood", "late:0.1", "deaf")
+    daemon = start("worker", "flood", "deaf")
     daemon.end(signal.SIGKILL)
     wait_gone(daemon.pids, 10)
 

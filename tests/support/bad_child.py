@@ -22,7 +22,7 @@ Modes (default: `worker`):
     flood               ready, then messages as fast as they go
     flood-stderr        the same to stderr, with heartbeats
     deaf                ready and heartbeats, but reads nothing
-    late:SECONDS        a worker that gets ready late
+    late                a worker that gets ready once it may take step 0 (see `!slow`)
 
 A worker answers all requests; `generate` echoes the prompt, a word a step, and tokens are characters. A prompt (the
 last message's text), or a path given to `load`, that contains one of these words makes it act on that instead:
@@ -106,6 +106,16 @@ def spin() -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sum(range(10**14))
     raise AssertionError("unreachable")
+
+
+def may_take(folder: str, step: int) -> bool:
+    """Whether the test has let this step happen."""
+    return Path(folder, f"step-{step}").exists()
+
+
+def be_late() -> None:
+    while not may_take(os.environ["BAD_CHILD_STEPS"], 0):
+        time.sleep(0.005)
 
 
 def leave(code: int) -> NoReturn:
@@ -322,7 +332,7 @@ class Generation:
 
     def may_go_on(self) -> bool:
         if self.steps_folder:
-            return Path(self.steps_folder, f"step-{self.made}").exists()
+            return may_take(self.steps_folder, self.made)
         if time.monotonic() < self.due:
             return False
         self.due = time.monotonic() + 0.02
@@ -342,7 +352,7 @@ def main(argv: list[str]) -> None:
         pipe.sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         hang()
     if mode == "late":
-        time.sleep(float(value))
+        be_late()
     if mode == "ignore-all":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pipe.ready()

@@ -42,7 +42,7 @@ class Daemon:
         settings: by their names; they go to the environment as MLXD_ variables.
         bad_child: workers are tests/support/bad_child.py instead of real ones, in this mode.
         files: how many descriptors it may have.
-        steps: a bad_child's `!slow` generations take no step before `step` lets them.
+        steps: a bad_child's `!slow` generations take no step before `step` lets them, and one that is `late` stays so.
         program: what is run, before `serve`, in place of `python -m mlxd`.
     """
 
@@ -113,7 +113,7 @@ class Daemon:
         return fake_model.build(self.home / "models" / name, weights_bytes=weights_bytes)
 
     def step(self, *numbers: int) -> None:
-        """Let a bad_child's `!slow` generations take these steps; needs `steps=True`."""
+        """Let a bad_child take these steps; needs `steps=True`."""
         for number in numbers:
             (self.home / "steps" / f"step-{number}").touch()
 

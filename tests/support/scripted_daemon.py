@@ -5,6 +5,7 @@ Nothing here waits by the clock: a reply that shall be late waits for an event o
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import threading
@@ -15,7 +16,7 @@ import msgspec
 
 from mlxd_client import types
 from mlxd_client.codec import Decoder, Encoding, Invalid, encode
-from mlxd_client.errors import MethodNotFound, ProtocolError, RpcError
+from mlxd_client.errors import MethodNotFound, ProtocolError, RpcError, ShuttingDown
 
 # The most that any wait in a test takes before it is a failure.
 PATIENCE_S = 60.0
@@ -164,6 +165,10 @@ class ScriptedDaemon:
             assert self._news.wait_for(lambda: len(self.connections) > number, PATIENCE_S), "nobody connected"
             return self.connections[number]
 
+    def asked(self, method: str) -> int:
+        """How many requests for `method` came, on all connections together."""
+        return sum(len(connection.requests(method)) for connection in self.connections)
+
     def _run(self, work: Callable[[], None]) -> None:
         thread = threading.Thread(target=work, daemon=True)
         self._threads.append(thread)
@@ -230,6 +235,22 @@ def beside(reply: Callable[[Connection, dict[str, Any]], Any]) -> Callable[[Conn
         return NOTHING
 
     return start
+
+
+def leaves_twice(result: Any) -> Reply:
+    """Refuses as one that another takes over from, then ends the connection instead of answering; then answers."""
+    asked = itertools.count()
+
+    def reply(connection: Connection, _: dict[str, Any]) -> Any:
+        number = next(asked)
+        if number == 0:
+            raise ShuttingDown("connect anew", reconnect=True)
+        if number == 1:
+            connection.drop()
+            return NOTHING
+        return result
+
+    return reply
 
 
 def completion(text: str, **fields: Any) -> types.Completion:

@@ -3,13 +3,10 @@ versions, refused from newer ones, set aside where it is damaged."""
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from mlxd.batch.header import VERSION, version_of
 from mlxd.batch.store import End, Item, Outcome, Store, Try
 from mlxd_client import types
 from mlxd_client.errors import InsufficientDisk, InvalidParams, NotFound
+from support.tmpfs import Tmpfs
 
 DATA = Path(__file__).parents[1] / "data"
 BUDGET = 1 << 30
@@ -390,28 +388,9 @@ def test_a_damaged_file_is_told_from_others(path: Path, damage: Callable[[Path],
 
 
 @pytest.fixture
-def small_disk() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="mlxd-disk-"))
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "mlxd-test", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        folder.rmdir()
-        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-    folder.rmdir()
-
-
-def fill(folder: Path) -> Path:
-    filler = folder / "filler"
-    with open(filler, "ab", buffering=0) as file:
-        while True:
-            try:
-                file.write(bytes(4096))
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                return filler
+def small_disk() -> Iterator[Tmpfs]:
+    with Tmpfs(2 * 1024 * 1024) as disk:
+        yield disk
 
 
 def record_all(store: Store, size: int) -> None:
@@ -419,18 +398,18 @@ def record_all(store: Store, size: int) -> None:
         store.record([Outcome("j", n, True, answer("x" * size))])
 
 
-def test_a_full_disk_tears_nothing(small_disk: Path) -> None:
-    path = small_disk / "batch.sqlite3"
+def test_a_full_disk_tears_nothing(small_disk: Tmpfs) -> None:
+    path = small_disk.folder / "batch.sqlite3"
     store = Store(path, BUDGET)
     store.submit("j", items(20, size=1000))
-    filler = fill(small_disk)
+    small_disk.leave(0)
     with pytest.raises(InsufficientDisk):
         record_all(store, 20_000)
     have = store.job("j").done
     assert len(places(store, "j")) == have < 20
     with pytest.raises(InsufficientDisk):
         store.submit("k", items(500, size=1000))
-    filler.unlink()
+    small_disk.relax()
     store.record([Outcome("j", n, True, answer("y")) for n in range(have, 20)])
     assert (store.job("j").state, places(store, "j")) == ("done", list(range(20)))
     store.close()

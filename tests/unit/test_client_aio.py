@@ -14,8 +14,9 @@ import pytest
 
 from mlxd_client import connect, errors, types
 from mlxd_client.aio import AsyncClient
+from mlxd_client.rpc import MOST_MOVES
 from mlxd_client.sync import Client
-from support.scripted_daemon import NOTHING, PATIENCE_S, Connection, ScriptedDaemon, completion, model
+from support.scripted_daemon import NOTHING, PATIENCE_S, Connection, ScriptedDaemon, completion, leaves_twice, model
 
 
 @pytest.fixture
@@ -291,6 +292,32 @@ def test_events_survive_a_reconnect_without_loss_or_repetition(daemon: ScriptedD
                 await events.get(wait_s=0.01)
 
     play(daemon, scene)
+
+
+def test_a_daemon_that_goes_while_events_are_asked_for_is_followed(daemon: ScriptedDaemon) -> None:
+    daemon.on("events.subscribe", leaves_twice(subscribed("e1", 1, snapshot=types.Snapshot(models=[model()]))))
+
+    async def scene(client: AsyncClient) -> None:
+        async with client.events() as events:
+            assert events.snapshot == types.Snapshot(models=[model()])
+
+    play(daemon, scene)
+    assert daemon.asked("events.subscribe") == 3
+
+
+@pytest.mark.parametrize(("reconnect", "asked"), [(True, MOST_MOVES), (False, 1)])
+def test_events_are_not_asked_for_without_end(daemon: ScriptedDaemon, reconnect: bool, asked: int) -> None:
+    def go(*_: Any) -> Any:
+        raise errors.ShuttingDown("connect anew", reconnect=True)
+
+    daemon.on("events.subscribe", go)
+
+    async def scene(client: AsyncClient) -> None:
+        with pytest.raises(errors.ShuttingDown):
+            await anext(client.events())
+
+    play(daemon, scene, reconnect=reconnect)
+    assert daemon.asked("events.subscribe") == asked
 
 
 def test_a_restarted_daemon_begins_anew_with_resync(daemon: ScriptedDaemon) -> None:

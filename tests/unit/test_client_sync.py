@@ -15,8 +15,9 @@ import msgspec
 import pytest
 
 from mlxd_client import connect, errors, sync, types
+from mlxd_client.rpc import MOST_MOVES
 from mlxd_client.sync import Client
-from support.scripted_daemon import NOTHING, PATIENCE_S, Connection, ScriptedDaemon, completion, model
+from support.scripted_daemon import NOTHING, PATIENCE_S, Connection, ScriptedDaemon, completion, leaves_twice, model
 
 
 @pytest.fixture(autouse=True)
@@ -563,6 +564,45 @@ def test_a_restarted_daemon_begins_anew_with_resync(daemon: ScriptedDaemon, clie
         event = next(events)
         assert (event.name, event.snapshot, events.snapshot, events.epoch) == ("resync", fresh, fresh, "e2")
         assert daemon.connection(2).requests("events.subscribe")[0]["params"]["since"] == {"epoch": "e1", "rev": 5}
+
+
+def test_a_daemon_that_goes_while_events_are_asked_for_is_followed(daemon: ScriptedDaemon, client: Client) -> None:
+    daemon.on("events.subscribe", leaves_twice(subscribed("e1", 1, snapshot=types.Snapshot(models=[model()]))))
+    with client.events() as events:
+        assert events.snapshot == types.Snapshot(models=[model()])
+    assert daemon.asked("events.subscribe") == 3
+
+
+def drop(connection: Connection, _: dict[str, Any]) -> Any:
+    connection.drop()
+    return NOTHING
+
+
+def refuse(error: errors.RpcError) -> Callable[[Connection, dict[str, Any]], Any]:
+    def reply(*_: Any) -> Any:
+        raise error
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("reply", "reconnect", "asked"),
+    [
+        (drop, True, MOST_MOVES),
+        (drop, False, 1),
+        (refuse(errors.ShuttingDown("another comes", reconnect=True)), True, MOST_MOVES),
+        (refuse(errors.ShuttingDown("another comes", reconnect=True)), False, 1),
+        (refuse(errors.ShuttingDown("it ends")), True, 1),
+    ],
+)
+def test_events_are_not_asked_for_without_end(daemon: ScriptedDaemon, reply: Any, reconnect: bool, asked: int) -> None:
+    daemon.on("events.subscribe", reply)
+    with (
+        Client(daemon.path, reconnect=reconnect) as client,
+        pytest.raises((errors.ConnectionLost, errors.ShuttingDown)),
+    ):
+        client.events()
+    assert daemon.asked("events.subscribe") == asked
 
 
 def test_a_position_from_an_earlier_run_is_resumed_or_announced(daemon: ScriptedDaemon, client: Client) -> None:

@@ -7,8 +7,6 @@ import contextlib
 import os
 import resource
 import signal
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from mlxd.service.spec import ServiceError, write_private
 from mlxd.wholefiles import write_whole
 from support.children import QuietLog
 from support.hubcache import dies_at, in_a_process
+from support.tmpfs import Tmpfs
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "daemon" / "src" / "mlxd"
@@ -86,29 +85,9 @@ def test_what_lies_aside_is_not_written_through(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_disk() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="mlxd-disk-"))
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "mlxd-test", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        folder.rmdir()
-        pytest.skip(f"no small file system can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-    folder.rmdir()
-
-
-def fill(folder: Path) -> Path:
-    """Take all the room that there is. Returns what has to be removed to have it back."""
-    filler = folder / "filler"
-    with open(filler, "wb", buffering=0) as file:
-        for size in (65_536, 4096, 1):
-            try:
-                while True:
-                    file.write(bytes(size))
-            except OSError:
-                continue
-    return filler
+def small_disk() -> Iterator[Tmpfs]:
+    with Tmpfs(256 * 1024) as disk:
+        yield disk
 
 
 def write_downloads(folder: Path, size: int) -> Path:
@@ -131,15 +110,16 @@ def write_unit(folder: Path, size: int) -> Path:
 
 
 @pytest.mark.parametrize("write", [write_downloads, write_child, write_unit])
-def test_a_full_disk_leaves_the_old(small_disk: Path, write: Callable[[Path, int], Path]) -> None:
-    path = write(small_disk, 10)
+def test_a_full_disk_leaves_the_old(small_disk: Tmpfs, write: Callable[[Path, int], Path]) -> None:
+    folder = small_disk.folder
+    path = write(folder, 10)
     old = path.read_bytes()
-    filler = fill(small_disk)
-    assert write(small_disk, 5000) == path
+    small_disk.leave(0)
+    assert write(folder, 5000) == path
     assert path.read_bytes() == old
-    assert sorted(os.listdir(small_disk)) == sorted(["filler", path.name]), "something lies beside it"
-    filler.unlink()
-    assert len(write(small_disk, 5001).read_bytes()) > 5000
+    assert sorted(os.listdir(folder)) == sorted(["filler", path.name]), "something lies beside it"
+    small_disk.relax()
+    assert len(write(folder, 5001).read_bytes()) > 5000
 
 
 # --- nobody writes otherwise ----------------------------------------------------------------------------------------

@@ -600,12 +600,20 @@ class AsyncEventStream:
         return None
 
     async def _subscribed(self) -> None:
-        if self._subscription is None and not self._ended.is_set():
-            await self._subscribe(self._client._start)
+        """Subscribe, if that is not done. A daemon that goes meanwhile is followed to the one that comes after it."""
+        moves = 0
+        while self._subscription is None and not self._ended.is_set():
+            try:
+                await self._subscribe(self._client._start, again=moves > 0)
+            except (ConnectionLost, ShuttingDown) as error:
+                moves += 1
+                if moves == MOST_MOVES or not (self._client._reconnect and self._cursor.again(error)):
+                    raise
+                await asyncio.sleep(self._backoff.next_s())
 
-    async def _subscribe(self, start: Start) -> None:
+    async def _subscribe(self, start: Start, *, again: bool = False) -> None:
         wait_s = self._client._timeout_s
-        link = self._link = await self._client._open(wait_s, start, again=False)
+        link = self._link = await self._client._open(wait_s, start, again=again)
         try:
             call = link.begin(lambda to: to.subscribe(self._cursor.params()))
             if call is None:

@@ -352,6 +352,12 @@ class Cursor:
             return None
         return Event(subscription=result.subscription, rev=result.rev, name="resync", at=at, snapshot=result.snapshot)
 
+    @staticmethod
+    def again(error: MlxdError) -> bool:
+        """Whether a subscription that was refused with `error` is to be asked for anew, of the daemon that comes after:
+        unlike other requests, it may be where its connection ended, since asking does nothing."""
+        return isinstance(error, ConnectionLost) or (isinstance(error, ShuttingDown) and error.reconnect)
+
     def passed(self, event: Event) -> None:
         """`event` is about to be handed to the caller: it will not be asked for again."""
         self.rev = event.rev

@@ -613,7 +613,7 @@ class EventStream:
         self._backoff = Backoff()
         self._ended = threading.Event()
         self._link: _Link | None = None
-        self._subscribe(_deadline(client._timeout_s), client._start)
+        self._begin(_deadline(client._timeout_s))
 
     @property
     def snapshot(self) -> types.Snapshot | None:
@@ -664,8 +664,21 @@ class EventStream:
             self._link.end()
         return None
 
-    def _subscribe(self, deadline: float | None, start: Start) -> None:
-        link = self._link = self._client._open(deadline, start, again=False)
+    def _begin(self, deadline: float | None) -> None:
+        """Subscribe. A daemon that goes meanwhile is followed to the one that comes after it."""
+        moves = 0
+        while True:
+            try:
+                self._subscribe(deadline, self._client._start, again=moves > 0)
+                return
+            except (ConnectionLost, ShuttingDown) as error:
+                moves += 1
+                if moves == MOST_MOVES or not (self._client._reconnect and self._cursor.again(error)):
+                    raise
+            time.sleep(self._backoff.next_s())
+
+    def _subscribe(self, deadline: float | None, start: Start, *, again: bool = False) -> None:
+        link = self._link = self._client._open(deadline, start, again=again)
         try:
             call = link.begin(lambda to: to.subscribe(self._cursor.params()), deadline)
             if call is None:

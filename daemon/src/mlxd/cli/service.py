@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import Commands, add_command
 from .exits import FAILED, OK, USAGE
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from mlxd.service.manager import Manager, ServiceState
     from mlxd.service.spec import ServiceSpec
     from mlxd.settings import Settings
@@ -82,6 +82,8 @@ def _settings(action: str, output: Output) -> Settings:
 
 def _act(manager: Manager, args: argparse.Namespace, output: Output) -> str:
     """Do it, and say what was done."""
+    from pathlib import Path
+
     from mlxd.service.spec import ServiceError
 
     spec = manager.spec
@@ -143,6 +145,8 @@ def _restart(manager: Manager) -> str:
 
 def _choose(spec: ServiceSpec) -> None:
     """Let the service's own command take over."""
+    from pathlib import Path
+
     from mlxd.handover import choose_program
 
     try:
@@ -187,6 +191,8 @@ def _remove_socket(socket: Path) -> bool:
 
 def _remove(home: Path, *, purge: bool) -> bool:
     """Take away what the daemon left in its home. What it did not make stays. Returns whether there was anything."""
+    import shutil
+
     removed = False
     for path in [path for name in (*_LEFTOVERS, *(_PURGED if purge else ())) for path in home.glob(name)]:
         if path.is_dir() and not path.is_symlink():

@@ -12,7 +12,7 @@ from .common import Commands, add_command
 from .exits import INTERRUPTED, OK
 
 if TYPE_CHECKING:
-    from mlxd_client import AsyncClient
+    from mlxd_client import AsyncClient, AsyncEventStream
 
     from .board import Board
     from .output import Output
@@ -72,25 +72,26 @@ async def _once(args: argparse.Namespace, output: Output) -> int:
 
 
 async def _live(args: argparse.Namespace) -> int:
-    """Connect first, so that what is wrong then is said on the screen that stays."""
+    """Subscribe first, so that what is wrong then is said on the screen that stays."""
     from .board import Board
     from .screen import Screen
 
-    async with _client(args, start=not args.no_start) as client:
-        await client.ping()
-    with Screen() as screen:
-        # From here on, a daemon that is stopped on purpose is not started again by who watches it.
-        async with _client(args, start=False) as client:
-            return await _Top(client, Board(), screen).run()
+    # Events go on over restarts. A daemon that is stopped on purpose is not started again by who watches it.
+    async with (
+        _client(args, start=not args.no_start).events() as events,
+        _client(args, start=False) as client,
+    ):
+        with Screen() as screen:
+            return await _Top(client, events, Board(), screen).run()
 
 
 class _Top:
     """The tasks of one `mlxd top`."""
 
-    def __init__(self, client: AsyncClient, board: Board, screen: Screen) -> None:
+    def __init__(self, client: AsyncClient, events: AsyncEventStream, board: Board, screen: Screen) -> None:
         import asyncio
 
-        self._client, self._board, self._screen = client, board, screen
+        self._client, self._events, self._board, self._screen = client, events, board, screen
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._news.set()
@@ -131,20 +132,11 @@ class _Top:
     # --- what is shown --------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Events, over restarts, and anew where the daemon went while they were asked for."""
-        import asyncio
-
-        from mlxd_client.errors import ConnectFailed, ConnectionLost, ShuttingDown
-
-        while True:
-            try:
-                async with self._client.events() as events:
-                    self._board.begin(events.snapshot)
-                    async for event in events:
-                        self._board.apply(event)
-                        self._news.set()
-            except (ConnectFailed, ConnectionLost, ShuttingDown):
-                await asyncio.sleep(_REFRESH_S)
+        """Events, over restarts."""
+        self._board.begin(self._events.snapshot)
+        async for event in self._events:
+            self._board.apply(event)
+            self._news.set()
 
     async def _refresh(self) -> None:
         """Figures that no event tells, and whether the daemon is there."""

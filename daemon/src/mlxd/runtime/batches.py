@@ -37,8 +37,8 @@ MOST_OPEN, MOST_MODELS = 256, 100
 AHEAD_BYTES = 1024 * 1024
 # So many items are checked before others get their turn.
 CHECKED_AT_ONCE = 100
-# How long a caller that cancels waits for that to be recorded, in seconds.
-CANCEL_S = 5.0
+# How long a caller waits for the end of a job to be recorded that is about to end, in seconds.
+ENDED_S = 5.0
 
 _KINDS: dict[str, type[types.ProcessParams] | type[types.ChatParams]] = {
     "process": types.ProcessParams, "chat": types.ChatParams,
@@ -123,13 +123,12 @@ class Batches:
         return self._jobs.get(job)
 
     async def start(self, job: str) -> types.Job:
+        """Raises ModelBusy where the job is about to end, and that cannot be recorded."""
+        if self._closing(job) and (await self._ended(job)).ended_at is None:
+            raise errors.ModelBusy(f"{job} is about to end; that could not be recorded yet", job=job)
         return await self._surely(self._start(job))
 
     async def _start(self, job: str) -> types.Job:
-        if self.ledger.closing(job):  # what is still to be recorded of its end must not end it once it began anew
-            await self.cancel(job)
-            if self.ledger.closing(job):
-                raise errors.InvalidParams(f"{job} is about to end; start it once it has ended", field="job")
         kept, changed = await self.ledger.roomy(lambda store: store.start(job))
         if changed:
             assert kept.started_at is not None
@@ -150,8 +149,17 @@ class Batches:
         """The job, once it is recorded that it is cancelled; where that takes long, as it stands."""
         self.get(job)
         self._jobs.cancel(job)
+        return await self._ended(job)
+
+    def _closing(self, job: str) -> bool:
+        """It is decided that the job ends, and not recorded yet."""
+        known = self._core.jobs.get(job)
+        return isinstance(known, BatchJob) and known.closing is not None
+
+    async def _ended(self, job: str) -> types.Job:
+        """The job, once it is recorded that it has ended; where that takes long, as it stands."""
         try:
-            async with asyncio.timeout(CANCEL_S):
+            async with asyncio.timeout(ENDED_S):
                 return await self._jobs.wait(job)
         except TimeoutError:
             return self.get(job)
