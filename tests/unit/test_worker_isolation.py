@@ -247,3 +247,22 @@ def test_a_device_that_is_gone_loses_the_engine_at_once(scene: Scene, tried: boo
     else:
         with pytest.raises(EngineLost):
             scene.engine.step()
+
+
+@pytest.mark.parametrize(("told", "lost"), [("[METAL] Command buffer execution failed", True), ("shapes", False)])
+def test_what_raises_when_a_request_has_what_it_waited_for(loaded: LoadedModel, told: str, lost: bool) -> None:
+    """The first request where memory is counted has the model tried out, here once its rule is compiled."""
+    engine = Engine(loaded, max_batch=8, prefill_step=32, kv_bytes=2**30)
+
+    def fault(*_args: Any, **_more: Any) -> None:
+        loaded.model.fault = None
+        raise RuntimeError(told)
+
+    loaded.model.fault = fault
+    engine.submit(VICTIM, ask("hello", max_tokens=5, schema={"type": "boolean"}))
+    if lost:
+        with pytest.raises(EngineLost, match="METAL"):
+            drain(engine)
+    else:
+        assert isinstance(drain(engine)[VICTIM], InternalError)
+        assert not engine.busy
