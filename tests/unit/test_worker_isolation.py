@@ -5,6 +5,8 @@ In each test a bystander is in the middle of its answer; it ends with the text t
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from mlxd.childwire import CountTokens
 from mlxd.worker import prompt as prompts
+from mlxd.worker.batch import RowGenerator
 from mlxd.worker.constraint import Constraint
 from mlxd.worker.decoding import MAX_FAILED_STEPS
 from mlxd.worker.engine import Engine
@@ -222,6 +225,22 @@ def test_a_row_that_cannot_be_taken_out(scene: Scene, monkeypatch: pytest.Monkey
         patch.setattr(scene.engine._generator.plain, "remove", lambda uids: [][1])
         scene.ends.update(scene.engine.cancel(VICTIM).ended)
     assert_clean(scene)
+
+
+def test_of_a_lane_that_failed_nothing_is_held(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(loaded, max_batch=8, prefill_step=32)
+    for number in (1, 2):
+        engine.submit(number, ask("hello", max_tokens=20, kv_bits=8))
+    while engine.waiting or not engine._generator._homes[engine._decoding.uids[1]].rows.decoding:
+        engine.step()
+    rows = weakref.ref(engine._generator._homes[engine._decoding.uids[1]].rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(RowGenerator, "remove", lambda self, uids: [][1])
+        ends = dict(engine.cancel(1).ended)
+    assert {type(end) for end in ends.values()} == {InternalError}
+    assert (len(ends), engine.busy) == (2, False)
+    gc.collect()
+    assert rows() is None
 
 
 def test_a_forward_pass_that_always_raises_loses_the_engine(scene: Scene) -> None:
