@@ -6,7 +6,9 @@ import json
 import os
 import sqlite3
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from mlxd.batch.store import Store
 from mlxd.cli import doctor, exits
 from mlxd.cli.main import main
 from mlxd_client import types
-from support.scripted_daemon import ScriptedDaemon
+from support.scripted_daemon import PATIENCE_S, ScriptedDaemon
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +83,27 @@ def test_what_is_wrong_is_named_with_advice(
     assert found["engine"]["state"] == "failed"
     assert "signal 6" in found["engine"]["told"]
     assert found["home"]["state"] == found["hub"]["state"] == found["memory"]["state"] == "warning"
+    assert found["hub"]["told"] == "http://127.0.0.1:1 cannot be reached: Connection refused"
     assert all(found[name]["advice"] for name in ("engine", "home", "hub", "memory"))
+
+
+def test_why_the_hub_is_of_no_use_is_a_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(endpoint: str) -> str:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        return str(findings(capsys)[1]["hub"]["told"])
+
+    monkeypatch.setattr(doctor, "_ENGINE", "print('Device(cpu, 0)')")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert told("hub") == "hub cannot be reached: unknown url type: 'hub/api/models?limit=1'"
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # one that knows no GET
+        server.timeout = PATIENCE_S
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        answering = threading.Thread(target=server.handle_request)
+        answering.start()
+        assert told(endpoint) == f"{endpoint} answers 501 Unsupported method ('GET')"
+        answering.join()
 
 
 def test_a_wrong_configuration_is_a_finding(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mlxd.worker import places
 from mlxd.worker.engine import Engine
 from mlxd.worker.load import LoadedModel, load
 from mlxd.worker.rows import STEPS_OPEN, RowBatch
+from mlxd_client.errors import ModelInvalid
 from support import tiny_model
 from support.engines import GREEDY, Watched, answer, ask, drain, step
 
@@ -146,6 +149,30 @@ def test_a_row_that_is_cancelled_as_it_begins_leaves_the_others_alone(engine: En
     assert (
         ends[1].text == answer(Engine(loaded, max_batch=8, prefill_step=64), "a", max_tokens=30, **GREEDY, **NEVER).text
     )
+
+
+def test_what_failed_leaves_nothing_in_its_place(tmp_path: Path) -> None:
+    """A row whose values are no finite numbers ends; the one that takes its place is as it is alone."""
+    broken = load(str(tiny_model.build(tmp_path / "broken")), lambda fraction: None)
+    token = broken.tokenizer.encode("Ü", add_special_tokens=False)[-1]
+    embedding = broken.model.model.embed_tokens
+    embedding.weight[token] = mx.full((embedding.weight.shape[1],), float("nan"))
+    without = {"logit_bias": {"2": -1000, str(token): -1000}}
+    engine = Engine(broken, max_batch=4, prefill_step=64)
+    ends: dict[int, Any] = {}
+    for number in range(3):
+        begin(engine, ends, number, "hello", 40, **without)
+    engine.submit(3, ask("Ü" * 20, max_tokens=20, **GREEDY))
+    while 3 not in ends:
+        step(engine, ends)
+    assert isinstance(ends[3], ModelInvalid)
+    assert rows_of(engine).open_places == 1
+    begin(engine, ends, 4, "a", 10, **without)
+    assert rows_of(engine).open_places == 0
+    drain(engine, ends)
+    plain = Engine(broken, max_batch=4, prefill_step=64)
+    assert ends[4].text == answer(plain, "a", max_tokens=10, **GREEDY | without).text
+    assert ends[0].text == answer(plain, "hello", max_tokens=40, **GREEDY | without).text
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
-import subprocess
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -250,6 +248,9 @@ def _path(words: Sequence[str], args: argparse.Namespace, output: Output) -> int
 
 def _edit(words: Sequence[str], args: argparse.Namespace, output: Output) -> int:
     """Open the file in the person's editor, then say what became of it."""
+    import shlex
+    import subprocess
+
     from mlxd import settings
 
     client = _running(args)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import stat
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -38,12 +36,18 @@ name, most = facts.get("device_name", ""), int(facts.get("max_recommended_workin
 print(mx.default_device(), name, most, sep="\\t")
 """
 _HUB = """
-import sys, urllib.request
+import http.client, sys, urllib.error, urllib.request
 from huggingface_hub import constants
 if constants.HF_HUB_OFFLINE:
     print("offline")
     sys.exit()
-urllib.request.urlopen(constants.ENDPOINT + "/api/models?limit=1", timeout=float(sys.argv[1])).read(1)
+try:
+    urllib.request.urlopen(constants.ENDPOINT + "/api/models?limit=1", timeout=float(sys.argv[1])).read(1)
+except urllib.error.HTTPError as error:
+    sys.exit(f"{constants.ENDPOINT} answers {error.code} {error.reason}")
+except (OSError, ValueError, http.client.HTTPException) as error:
+    reason = getattr(error, "reason", error)
+    sys.exit(f"{constants.ENDPOINT} cannot be reached: {getattr(reason, 'strerror', None) or reason}")
 import huggingface_hub
 print(constants.ENDPOINT, "answers;", "with" if huggingface_hub.get_token() else "without", "a token")
 """
@@ -88,7 +92,7 @@ def examine() -> list[Finding]:
     try:
         loaded = all_settings.load()
     except MlxdError as error:  # also a path that no socket can have
-        findings.append(_failed("settings", str(error), "correct it; `mlxd config` shows the others"))
+        findings.append(_failed("settings", str(error), "correct it; where it is in the file, by `mlxd config edit`"))
     else:
         changed = [name for name, origin in loaded.origins.items() if origin.kind != "default"]
         told = f"changed: {', '.join(changed)}" if changed else "all at their default"
@@ -139,6 +143,8 @@ def _packages() -> Finding:
 
 def _engine() -> tuple[Finding, Finding | None]:
     """MLX is tried in a process of its own: it may end it. Returns what it says of the GPU, too, where it runs."""
+    import shutil
+
     status, told = _run(_ENGINE, ENGINE_S)
     device, _, facts = told.partition("\t")
     if status != 0 or not facts:
@@ -249,7 +255,8 @@ def _daemon(settings: Settings) -> Finding:
     broken = [worker.model for worker in status.workers if worker.breaker == "open"]
     if broken:
         return _warning("daemon", f"workers keep dying: {', '.join(broken)}", "`mlxd status` says how")
-    return _ok("daemon", f"version {status.version}, process {status.pid}, {status.models.loaded} models loaded")
+    loaded = f"{status.models.loaded} model{'' if status.models.loaded == 1 else 's'} loaded"
+    return _ok("daemon", f"version {status.version}, process {status.pid}, {loaded}")
 
 
 def _service(settings: Settings) -> Finding:
@@ -271,6 +278,8 @@ def _service(settings: Settings) -> Finding:
 
 
 def _disk(settings: Settings) -> Finding:
+    import shutil
+
     from mlxd.store.hub import cache_folder
 
     folder = str(cache_folder(os.environ))
@@ -325,13 +334,13 @@ def _hub() -> Finding:
         return _ok("hub", "not asked: HF_HUB_OFFLINE is set")
     if status == 0:
         return _ok("hub", told)
-    return _warning(
-        "hub", f"cannot be reached: {told}", "downloads will fail; check the network, HF_ENDPOINT and proxies"
-    )
+    return _warning("hub", told, "downloads will fail; check the network, HF_ENDPOINT and proxies")
 
 
 def _run(code: str, limit_s: float, *arguments: str) -> tuple[int, str]:
     """Run Python code elsewhere. Returns its status, and the last line that it printed."""
+    import subprocess
+
     command = [sys.executable, "-c", code, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)

@@ -97,9 +97,11 @@ def put(caches: Iterable[Any], others: Iterable[Any], places: Sequence[int]) -> 
             _shift(cache, other._idx - cache._idx)
         start, end = cache._idx - other._idx, cache._idx
         taken = mx.array(list(places))
+        # What was there before goes: one value that is no finite number would reach the row through the mask.
+        before = [(0, 0), (0, 0), (start, 0), (0, 0)]
         for row, place in enumerate(places):
-            cache.keys[place : place + 1, :, start:end] = other.keys[row : row + 1, :, : other._idx]
-            cache.values[place : place + 1, :, start:end] = other.values[row : row + 1, :, : other._idx]
+            cache.keys[place : place + 1, :, :end] = mx.pad(other.keys[row : row + 1, :, : other._idx], before)
+            cache.values[place : place + 1, :, :end] = mx.pad(other.values[row : row + 1, :, : other._idx], before)
         cache.left_padding = mx.put_along_axis(cache.left_padding, taken, other.left_padding + start, axis=0)
         cache.offset = mx.put_along_axis(cache.offset, taken, other.offset, axis=0)
 
