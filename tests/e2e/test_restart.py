@@ -361,6 +361,7 @@ import os, psutil, structlog
 info = structlog.stdlib.BoundLogger.info
 def watched(self, event, *rest, **facts):
     if event == {moment!r}:
+        open(os.environ["MLXD_HOME"] + "/killed", "w").close()
         os.kill({victim}, 9)
     return info(self, event, *rest, **facts)
 structlog.stdlib.BoundLogger.info = watched
@@ -374,7 +375,9 @@ structlog.stdlib.BoundLogger.info = watched
             client.restart(wait_s=PATIENCE_S)
         except errors.MlxdError:
             pass
-        psutil.wait_procs([first], timeout=0.5)
+        assert (daemon.home / "killed").exists(), "nobody was killed"
+        if whom == "old":
+            first.wait(PATIENCE_S)
         with daemon.client(start=lambda: another(daemon)) as after:
             deadline = 20
             while True:
