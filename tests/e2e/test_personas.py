@@ -58,8 +58,11 @@ def test_requests_name_them_and_a_change_holds_for_the_next_request() -> None:
         assert [line.split()[:2] for line in mlxd(daemon, "personas").splitlines()] == [
             ["NAME", "KIND"], ["editor", "persona"], ["translate", "template"],
         ]  # fmt: skip
+        assert mlxd(daemon, "personas", "--kind", "persona", "--quiet") == "editor\n"
+        assert mlxd(daemon, "personas", "--kind", "template", "--quiet") == "translate\n"
         assert json.loads(mlxd(daemon, "personas", "--json"))["personas"]["editor"]["temperature"] == 0.25
         client.config_set({"personas.editor": {"system": "Write."}}, unset=["templates.translate"])
+        assert mlxd(daemon, "personas", "--kind", "template").startswith("the settings have no template; ")
         asked = asked_of(client.process("!asked", persona="editor", model="mlxd/cleanup"))
         assert (asked["messages"][0]["content"], asked["options"]) == ("Write.", {})
         with pytest.raises(errors.InvalidParams, match="there is no template"):

@@ -124,9 +124,12 @@ def test_the_old_one_goes_on_where_the_new_one_fails(tmp_path: Path, before: str
         stream = client.stream_process("!slow 2")
         active(events, 1)
         choose_program(daemon.home, newer(tmp_path, before=before))
+        process = psutil.Process(pid)
+        held = process.num_fds(), len(process.children())
         with pytest.raises(errors.RestartFailed, match="the new daemon failed") as failed:
             client.restart()
         assert FAILS[before] in failed.value.message
+        assert (process.num_fds(), len(process.children())) == held
         assert client.status().pid == pid
         assert not client.status().draining
         assert client.process("hello").text == "hello"
@@ -191,6 +194,18 @@ def test_a_pid_that_cannot_be_written_down_is_no_reason_to_fail(tmp_path: Path) 
             client.restart()
             assert client.process("hello").text == "hello"
             assert client.status().pid != first
+
+
+def test_who_asks_while_one_takes_over_gets_the_same_one() -> None:
+    async def main(daemon: Relay) -> set[int | None]:
+        async with AsyncClient(daemon.socket, name="tests", timeout_s=PATIENCE_S) as client:
+            return {result.pid for result in await asyncio.gather(*(client.restart() for _ in range(4)))}
+
+    with Relay(bad_child="worker") as daemon:
+        first = daemon.newest()
+        (new,) = asyncio.run(main(daemon))
+        first.wait(PATIENCE_S)
+        assert daemon.newest().pid == new != first.pid
 
 
 def test_a_new_one_that_says_nothing_is_not_waited_for_for_ever(tmp_path: Path) -> None:
@@ -304,6 +319,25 @@ def test_a_signal_does_the_same(tmp_path: Path) -> None:
         assert client.status().version == "9.9.9"
 
 
+def test_a_daemon_that_ends_is_not_replaced() -> None:
+    """Told to stop, and then to restart: whoever wanted it gone finds none."""
+    with Relay(bad_child="worker", steps=True, drain_s=PATIENCE_S) as daemon:
+        old = daemon.newest()
+        with daemon.client() as client, client.events() as events:
+            stream = client.stream_process("!slow 1")
+            active(events, 1)
+            old.send_signal(signal.SIGTERM)
+            until(events, "daemon_stopping")
+            old.send_signal(signal.SIGUSR2)
+            while not any(told in daemon.log() for told in ("this daemon is ending", "has taken over")):
+                client.ping()
+            daemon.step(0)
+            assert stream.wait().text == "piece0"
+        old.wait(PATIENCE_S)
+        assert daemon.daemons() == []
+        assert not daemon.socket.exists()
+
+
 def run(daemon: Relay, program: list[str], *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*program, *words], env=daemon.env, capture_output=True, text=True, timeout=PATIENCE_S, check=False
@@ -381,6 +415,7 @@ import os, psutil, structlog
 info = structlog.stdlib.BoundLogger.info
 def watched(self, event, *rest, **facts):
     if event == {moment!r}:
+        open(os.environ["MLXD_HOME"] + "/killed", "w").close()
         os.kill({victim}, 9)
     return info(self, event, *rest, **facts)
 structlog.stdlib.BoundLogger.info = watched
@@ -394,7 +429,9 @@ structlog.stdlib.BoundLogger.info = watched
             client.restart(wait_s=PATIENCE_S)
         except errors.MlxdError:
             pass
-        psutil.wait_procs([first], timeout=0.5)
+        assert (daemon.home / "killed").exists(), "nobody was killed"
+        if whom == "old":
+            first.wait(PATIENCE_S)
         with daemon.client(start=lambda: another(daemon)) as after:
             deadline = 20
             while True:

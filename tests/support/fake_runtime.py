@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from mlxd.server.events import EventLog
@@ -103,6 +104,8 @@ class FakeRuntime:
         self.hold_cancels = False
         self.shutdowns = 0
         self.rooms: list[int] = []
+        self.idle = True
+        self.on_settled: Callable[[], None] = lambda: None
 
     # --- what the test does ---------------------------------------------------------------------------------------
 

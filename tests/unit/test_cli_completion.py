@@ -22,8 +22,15 @@ def fake_mlxd(folder: Path, *ids: str) -> None:
     """A command that lists these ids, asked as the scripts may ask: quietly, and of a daemon that already runs."""
     fake = folder / "mlxd"
     fake.write_text(
-        "#!/bin/sh\ncase $1 in list|catalog|jobs) ;; *) exit 2;; esac\n"
-        f'[ "$2" = --quiet ] && [ "$3" = --no-start ] || exit 2\nprintf "%s\\n" {" ".join(ids)}\n'
+        f"""\
+#!/bin/sh
+case "$*" in
+    "list --quiet --no-start"|"catalog --quiet --no-start"|"jobs --quiet --no-start") printf "%s\\n" {" ".join(ids)};;
+    "personas --kind persona --quiet --no-start") echo editor;;
+    "personas --kind template --quiet --no-start") echo translate;;
+    *) exit 2;;
+esac
+"""
     )
     fake.chmod(0o755)
 
@@ -71,6 +78,9 @@ def test_shells_accept_them(shell: str, tmp_path: Path) -> None:
         (["config", "rel"], {"reload"}),
         (["events", "--topic", "sys"], {"system"}),
         (["load", "--draft-model", "org/b"], {"org/b"}),
+        (["run", "--persona", ""], {"editor"}),
+        (["chat", "--persona", "e"], {"editor"}),
+        (["run", "--template", ""], {"translate"}),
     ],
 )
 def test_bash_completes(words: list[str], found: set[str], tmp_path: Path) -> None:
@@ -98,6 +108,7 @@ def test_bash_completes(words: list[str], found: set[str], tmp_path: Path) -> No
         ("mlxd run --seed ", set()),
         ("mlxd run -m org/", {"org/ant", "org/bee"}),
         ("mlxd rm m", {"mlxd/cleanup"}),
+        ("mlxd run --persona ", {"editor"}),
         ("mlxd jobs c", {"cancel"}),
     ],
 )
@@ -122,6 +133,7 @@ def test_fish_completes(line: str, found: set[str], tmp_path: Path) -> None:
         ("mlxd run -m org/b", "mlxd run -m org/bee "),
         ("mlxd rm org/ant m", "mlxd rm org/ant mlxd/cleanup "),
         ("mlxd jobs can", "mlxd jobs cancel "),
+        ("mlxd run --template tr", "mlxd run --template translate "),
         ("mlxd completion fi", "mlxd completion fish "),
         ("mlxd service uninst", "mlxd service uninstall "),
     ],

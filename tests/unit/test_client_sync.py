@@ -705,6 +705,13 @@ def test_a_daemon_that_ends_at_once_is_reported(path: str, monkeypatch: pytest.M
         Client(path, start=[sys.executable, "-c", "raise SystemExit(78)"]).ping()
 
 
+def test_a_daemon_that_ends_at_once_has_its_last_words_told(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connect, "_AFTER_EXIT_S", 0.0)
+    wrong = "import sys; print('more', 'mlxd: the folder is gone', sep=chr(10), file=sys.stderr); sys.exit(2)"
+    with pytest.raises(errors.ConnectFailed, match=r"ended with exit code 2: the folder is gone$"):
+        Client(path, start=[sys.executable, "-c", wrong]).ping()
+
+
 def test_a_daemon_that_never_listens_is_reported(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connect, "START_DEADLINE_S", 0.0)
     with pytest.raises(errors.ConnectFailed, match="did not listen"):

@@ -6,7 +6,7 @@ import pytest
 
 from mlxd.core import actions as do
 from mlxd.core import events as ev
-from mlxd.core.batches import PROGRESS_S, verdict
+from mlxd.core.batches import ENDED_BATCHES_KEPT, PROGRESS_S, verdict
 from mlxd_client import errors
 from support.core_bench import WALL, Bench
 
@@ -177,6 +177,35 @@ def test_what_has_ended_is_kept_for_a_while() -> None:
     assert bench.one(do.DeleteBatch).job == "old"
     bench.tell(ev.BatchGone("old"))
     assert "old" not in bench.core.jobs
+
+
+def test_so_many_that_have_ended_are_kept() -> None:
+    """The first of them goes, and none while another daemon may have the file."""
+    bench = Bench()
+    bench.tell(ev.Hold())
+    for number in range(ENDED_BATCHES_KEPT + 1):
+        facts = {"state": "done", "done": 1, "ended_at": WALL + bench.now}
+        bench.tell(ev.BatchFound(f"old-{number}", 1, WALL, **facts))  # type: ignore[arg-type]
+        assert not bench.all(do.DeleteBatch)
+    bench.tell(ev.GoOn())
+    assert bench.one(do.DeleteBatch).job == "old-0"
+
+
+def test_what_works_and_fails_in_turn_is_tried_less_and_less() -> None:
+    """Where there is nothing to record, only the next reading shows whether it works."""
+    bench = Bench(batch_slots=1)
+    bench.tell(ev.BatchFound("j", 2, WALL + bench.now))
+    for wait in (0.5, 1.0, 2.0):
+        assert bench.one(do.ReadItems)
+        bench.tell(ev.BatchStoreFailed(errors.InternalError("a bad sector")))
+        assert bench.core.next_deadline() == bench.now + wait
+        bench.now += wait
+        bench.tell(ev.Tick())
+        assert bench.all(do.WriteAgain)
+        bench.tell(ev.BatchStoreWorks())
+    bench.tell(ev.BatchItems("j", bench.one(do.ReadItems).run, ((0, 0),), (0, 0), True))
+    bench.tell(ev.BatchStoreFailed(errors.InternalError("another")))
+    assert bench.core.next_deadline() == bench.now + 0.5
 
 
 def test_nothing_begins_while_nothing_can_be_recorded() -> None:

@@ -165,11 +165,13 @@ def test_line_breaks_do_not_reach_a_unit(tmp_path: Path) -> None:
 def test_uninstalling_leaves_what_is_the_users_and_purging_what_the_daemon_did_not_make(tmp_path: Path) -> None:
     home = tmp_path / "home"
     for name in ("logs/mlxd.log", "run/children/1.json", "cache/prompts/x", "downloads.json", "mlxd.lock",
-                 "config.toml", "batch.sqlite3", "batch.sqlite3-wal", "mine.txt"):  # fmt: skip
+                 "config.toml", "batch.sqlite3", "batch.sqlite3-wal", "mine.txt", ".config.toml.7.new",
+                 "batch.sqlite3.damaged-20310102-030405"):  # fmt: skip
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).touch()
     assert _remove(home, purge=False)
-    kept = ["batch.sqlite3", "batch.sqlite3-wal", "cache", "config.toml", "mine.txt"]
+    kept = ["batch.sqlite3", "batch.sqlite3-wal", "batch.sqlite3.damaged-20310102-030405", "cache", "config.toml",
+            "mine.txt"]  # fmt: skip
     assert sorted(path.name for path in home.iterdir()) == kept
     assert _remove(home, purge=True)
     assert [path.name for path in home.iterdir()] == ["mine.txt"]

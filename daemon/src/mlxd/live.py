@@ -103,12 +103,11 @@ class IdleExit:
             self._timer = asyncio.get_running_loop().call_later(idle_s, self._leave)
 
     def _leave(self) -> None:
-        """Whoever connects from here on waits in the manager's socket for the next daemon. Who was accepted just before
-        is heard of in the loop's next turn only."""
+        """Whoever connects from here on waits in the manager's socket for the next daemon. Who was accepted in this
+        turn of the loop is heard of in the next one only, but before what is put in there now."""
         self._leaving = True
         self._server.stop_accepting()
-        loop = asyncio.get_running_loop()
-        loop.call_soon(loop.call_soon, self._go)
+        asyncio.get_running_loop().call_soon(self._go)
 
     def _go(self) -> None:
         if self._needless:

@@ -53,7 +53,9 @@ def list_models(args: argparse.Namespace, output: Output) -> int:
         models = client.models(updates=args.updates)
     if output.json:
         output.document(models)
-    elif args.quiet:
+        return OK
+    models = [model for model in models if model.state != "NotDownloaded"]  # of a download that failed: see `jobs`
+    if args.quiet:
         for model in models:
             output.line(model.id)
     else:
@@ -106,7 +108,10 @@ def _count(number: int | None) -> str:
 
 def ps(args: argparse.Namespace, output: Output) -> int:
     with connect(args) as client:
-        models = [model for model in client.models() if model.state in ("Loading", "Ready") or model.phase is not None]
+        models = [
+            model for model in client.models()
+            if model.state in ("Loading", "Ready") or (model.state == "Downloaded" and model.phase == "queued")
+        ]  # fmt: skip
     if output.json:
         output.document(models)
     elif not models:

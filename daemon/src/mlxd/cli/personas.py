@@ -17,10 +17,12 @@ _MOST = 60
 
 
 def register(commands: Commands[argparse.ArgumentParser]) -> None:
-    add_command(
+    parser = add_command(
         commands, "personas", personas, "list the personas and prompt templates of the settings",
         epilog="`mlxd run --persona NAME` and `mlxd run --template NAME` use them; `mlxd config edit` changes them.",
     )  # fmt: skip
+    parser.add_argument("--kind", choices=("persona", "template"), help="only these")
+    parser.add_argument("-q", "--quiet", action="store_true", help="names only")
 
 
 def personas(args: argparse.Namespace, output: Output) -> int:
@@ -31,10 +33,15 @@ def personas(args: argparse.Namespace, output: Output) -> int:
         return OK
     rows = [(name, "persona", *_persona(one)) for name, one in found.personas.items()]
     rows += [(name, "template", *_template(one)) for name, one in found.templates.items()]
-    if rows:
+    rows = [row for row in rows if args.kind in (None, row[1])]
+    if args.quiet:
+        for name, *_ in rows:
+            output.line(name)
+    elif rows:
         output.table(("NAME", "KIND", "WITH", "WHAT FOR"), rows)
     else:
-        output.line("the settings have none; docs/personas.md says how to write them")
+        what = "none" if args.kind is None else f"no {args.kind}"
+        output.line(f"the settings have {what}; docs/personas.md says how to write them")
     return OK
 
 

@@ -11,11 +11,13 @@ from mlxd_client.types import EVENT_TOPICS
 
 __all__ = ["Described", "Word", "bash", "describe", "fish", "zsh"]
 
-# What lists the ids of each kind, asked only of a daemon that already runs: a tab key should not start one.
+# What lists the ids or names of each kind, asked only of a daemon that already runs: a tab key should not start one.
 _LISTS = {
     "models": "mlxd list --quiet --no-start 2>/dev/null",
     "catalog": "mlxd catalog --quiet --no-start 2>/dev/null",
     "jobs": "mlxd jobs --quiet --no-start 2>/dev/null",
+    "personas": "mlxd personas --kind persona --quiet --no-start 2>/dev/null",
+    "templates": "mlxd personas --kind template --quiet --no-start 2>/dev/null",
 }
 _CONFIG = ("get", "set", "unset", "reload", "path", "edit")
 _USES = ("general", "light", "coding", "vision")
@@ -75,6 +77,8 @@ def _word(command: str, action: argparse.Action) -> Word:
         values = "catalog" if command == "pull" else "models"
     elif action.dest == "job":
         values = "jobs files" if "FILE" in metavar else "jobs"
+    elif action.dest in ("persona", "template"):
+        values = action.dest + "s"
     elif action.dest == "use":
         values = _USES
     elif action.dest == "topic":

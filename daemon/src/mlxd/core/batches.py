@@ -107,7 +107,7 @@ class BatchLine:
             self._jobs[job.job] = job
             self._changed[job.job] = job
         else:
-            self._keep(job)
+            self._kept[job.job] = job
         job.shown = job.seen(wall, None)
 
     def grew(self, event: ev.BatchGrew, now: float) -> None:
@@ -154,19 +154,11 @@ class BatchLine:
         self._book.out.append(do.EndBatch(job.job, state, error))
         self._changed[job.job] = job
 
-    def _keep(self, job: BatchJob) -> None:
-        self._kept[job.job] = job
-        if len(self._kept) > ENDED_BATCHES_KEPT:
-            self._drop(next(iter(self._kept)))
-
-    def _drop(self, job: str) -> None:
-        del self._kept[job]
-        self._book.out.append(do.DeleteBatch(job))
-
     # --- items ----------------------------------------------------------------------------------------------------
 
     def items(self, event: ev.BatchItems, now: float) -> None:
         job = self._jobs.get(event.job)
+        self._fault_wait_s = FIRST_WAIT_S
         if job is None or not job.live or not job.reading or event.run != job.run:
             return  # it ended meanwhile, or began anew
         job.reading = False
@@ -235,6 +227,7 @@ class BatchLine:
     # --- what is recorded -----------------------------------------------------------------------------------------
 
     def recorded(self, event: ev.BatchRecorded, now: float) -> None:
+        self._fault_wait_s = FIRST_WAIT_S
         for ticket in event.tickets:
             self.unrecorded.pop(ticket, None)
         job = self._jobs.get(event.job)
@@ -248,7 +241,7 @@ class BatchLine:
                 job.error = None
             job.retry_at = None
             del self._jobs[job.job]
-            self._keep(job)
+            self._kept[job.job] = job
         self._changed[job.job] = job
 
     def store_failed(self, event: ev.BatchStoreFailed, now: float) -> None:
@@ -261,8 +254,8 @@ class BatchLine:
             self._changed[job.job] = job
 
     def store_works(self, event: ev.BatchStoreWorks, now: float) -> None:
+        """Or so it seems: how long the next fault is waited out is as before until something was read or recorded."""
         self.fault = self._write_at = None
-        self._fault_wait_s = FIRST_WAIT_S
         self._changed.update(self._jobs)
 
     def lost(self, event: ev.BatchLost, now: float) -> None:
@@ -286,10 +279,8 @@ class BatchLine:
 
     def settle(self, now: float) -> None:
         self._now = now
-        for name, job in list(self._kept.items()):
-            if self.held or job.ended_at is None or job.ended_at + self._book.limits.batch_keep_s > now:
-                break
-            self._drop(name)
+        if not self.held:
+            self._drop(now)
         if self._write_at is not None and self._write_at <= now and not self.held:
             self._write_at = None
             self._book.out.append(do.WriteAgain())
@@ -301,6 +292,17 @@ class BatchLine:
             self._read()
         for job in list(self._changed.values()):
             self._show(job, now)
+
+    def _drop(self, now: float) -> None:
+        """Have those removed that ended long ago, and the first of too many."""
+        while self._kept:
+            name, job = next(iter(self._kept.items()))
+            assert job.ended_at is not None
+            due = job.ended_at + self._book.limits.batch_keep_s <= now
+            if not due and len(self._kept) <= ENDED_BATCHES_KEPT:
+                break
+            del self._kept[name]
+            self._book.out.append(do.DeleteBatch(name))
 
     @property
     def let_go(self) -> bool:
@@ -327,7 +329,7 @@ class BatchLine:
         """1. A suspect that is due runs, once nothing else does; 2. else items of the jobs in turn, into free slots."""
         if any(flight.alone for flight in self.flights.values()):
             return
-        due = [(at, flight) for at, flight in self._suspects if at <= now and self._may_run(flight.job, now)]
+        due = [(at, flight) for at, flight in self._suspects if at <= now and flight.job.may_run]
         if due:
             if not self.flights:
                 first = min(due, key=lambda one: one[0])
@@ -336,15 +338,12 @@ class BatchLine:
             return
         slots = self._book.limits.batch_slots
         while len(self.flights) < slots and len(self.unrecorded) < slots:
-            able = [job for job in self._jobs.values() if job.ready and self._may_run(job, now)]
+            able = [job for job in self._jobs.values() if job.ready and job.may_run]
             if not able:
                 return
             job = min(able, key=lambda job: job.served)
             place, tries = job.ready.popleft()
             self._run(Flight(job, place, tries))
-
-    def _may_run(self, job: BatchJob, now: float) -> bool:
-        return job.live and job.retry_at is None
 
     def _run(self, flight: Flight) -> None:
         ticket = next(self._tickets)

@@ -540,5 +540,3 @@ class Core:
         if urgent and record.last_seq is None:
             going = sum(request.ending is not None for request in record.running.values())
             self._book.step_aside(record, now, max(0, urgent - going))
-
-    # --- small changes that many decisions share ------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from .batches import ENDED_BATCHES_KEPT
 from .book import ENDED_JOBS_KEPT, REMAINS_KEPT
 from .core import Core
 from .jobs import BatchJob, DownloadJob, repo_of
@@ -159,6 +160,7 @@ def _check_batches(core: Core) -> None:
         all(jobs.get(name) is job and job.ended_at is None for name, job in line._jobs.items()), "an ended job is open"
     )
     _hold(all(job.ended_at is not None for job in line._kept.values()), "an open job counts as ended")
+    _hold(line.held or len(line._kept) <= ENDED_BATCHES_KEPT, "ended jobs are kept for ever")
     _hold(all(j.ended_at is not None or name in line._jobs for name, j in jobs.items()), "an open job is forgotten")
     _hold(len(line.flights) <= limits.batch_slots, "too many items run")
     alone = [flight for flight in line.flights.values() if flight.alone]

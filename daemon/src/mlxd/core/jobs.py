@@ -150,6 +150,11 @@ class BatchJob:
         """Its items are to run."""
         return self.ended_at is None and not self.open and self.closing is None
 
+    @property
+    def may_run(self) -> bool:
+        """Its items may be begun now."""
+        return self.live and self.retry_at is None
+
     def view(self, wall: float) -> Job:
         """The job as it was told last; `wall` turns the core's clock into Unix seconds."""
         assert self.shown is not None
