@@ -216,8 +216,8 @@ class Server:
 
     @property
     def full(self) -> bool:
-        """Whether one more connection would be one too many."""
-        return len(self._sessions) >= self.limits.connections
+        """Whether one more connection would be one too many. Those that are closing hold a descriptor, too."""
+        return len(self._transports) >= self.limits.connections
 
     def session_refused(self) -> None:
         self._refused += 1
