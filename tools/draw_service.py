@@ -9,8 +9,9 @@ from __future__ import annotations
 import plistlib
 from pathlib import Path
 
+from mlxd.notify import PATIENCE_S
 from mlxd.service.launchd import property_list
-from mlxd.service.spec import PATIENCE_S, ServiceSpec
+from mlxd.service.spec import ServiceSpec
 from mlxd.service.systemd import service_unit, socket_unit
 from mlxd.settings import Settings
 

@@ -10,6 +10,8 @@ What is looked for stands in tools/fuzzing/codec_fuzzer.py and session_fuzzer.py
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import sys
 import tempfile
 import time
@@ -30,9 +32,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="stop after so long, if the count is not reached before")
     parser.add_argument("--corpus", type=Path, help="a folder where inputs that showed something new lie between runs")
     options = parser.parse_args()
+    usual = RUNS if options.engine else FRAMES if options.session else EXECUTIONS
+    count = options.count or (None if options.seconds else usual)
     if options.engine:
-        return engine(options.count or RUNS, options.seed)
-    count = options.count or (None if options.seconds else FRAMES if options.session else EXECUTIONS)
+        return engine(count, options.seed, options.seconds)
     fuzz = session if options.session else codec
     return report(fuzz(count, options.seed, options.seconds, options.corpus))
 
@@ -70,15 +73,18 @@ def report(findings: list[str]) -> int:
     return 1 if findings else 0
 
 
-def engine(runs: int, seed: int) -> int:
+def engine(runs: int | None, seed: int, seconds: float | None) -> int:
     """Run mixes of 60 requests each, by seeds from `seed` on. Returns the exit status."""
     from support.mix import Mix, Models
 
     findings = []
     with tempfile.TemporaryDirectory(prefix="mlxd-mix-") as folder:
         models = Models(Path(folder))
-        for number in range(seed, seed + runs):
+        deadline = time.perf_counter() + seconds if seconds else math.inf
+        for number in itertools.count(seed) if runs is None else range(seed, seed + runs):
             began = time.perf_counter()
+            if began >= deadline:
+                break
             try:
                 told = dict(Mix(models, number).run(60))
                 print(f"seed {number}: {time.perf_counter() - began:.1f} s, {told}", flush=True)

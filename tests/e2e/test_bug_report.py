@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -98,6 +99,7 @@ def test_what_helps_is_in_it_and_no_secret(tmp_path: Path, person: Path) -> None
         assert parts["settings.json"]["log_prompts"] == {"value": True, "from": "the environment's MLXD_LOG_PROMPTS"}
         assert parts["settings.json"]["personas"]["value"] == ["butler"]
         assert parts["versions.json"]["packages"]["msgspec"]
+        assert parts["versions.json"]["os"][0] == platform.system()
         assert {finding["check"] for finding in parts["doctor.json"]} >= {"python", "engine", "socket", "hub"}
         assert any(line.get("event") == "worker ended" for line in parts["log.jsonl"])
         assert parts["log.jsonl"].count({"left_out": "a line that is no JSON"}) == 1

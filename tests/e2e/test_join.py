@@ -44,6 +44,9 @@ class App:
 def test_an_idle_older_one_makes_room(tmp_path: Path) -> None:
     with Relay(bad_child="worker") as daemon, daemon.client() as client, client.events() as events:
         assert client.process("hello").text == "hello"  # its model is loaded, and not in use
+        left = client.submit_batch(
+            [{"method": "process", "params": {"prompt": "later"}}], open=True
+        )  # nobody starts it
         old = daemon.newest()
         app = App(daemon, newer(tmp_path))
         status = app.ask("status")
@@ -54,6 +57,7 @@ def test_an_idle_older_one_makes_room(tmp_path: Path) -> None:
         assert daemon.process.wait() == 0
         assert client.process("hello").text == "hello"  # a client that was connected is served by the new one
         assert client.status().pid == daemon.note(status["pid"]).pid
+        assert client.batch(left.job).phase == "open"
         older = App(daemon, daemon.program)  # and an older app by the newer daemon
         assert older.ask("status")["pid"] == status["pid"]
         older.end()

@@ -124,9 +124,12 @@ def test_the_old_one_goes_on_where_the_new_one_fails(tmp_path: Path, before: str
         stream = client.stream_process("!slow 2")
         active(events, 1)
         choose_program(daemon.home, newer(tmp_path, before=before))
+        process = psutil.Process(pid)
+        held = process.num_fds(), len(process.children())
         with pytest.raises(errors.RestartFailed, match="the new daemon failed") as failed:
             client.restart()
         assert FAILS[before] in failed.value.message
+        assert (process.num_fds(), len(process.children())) == held
         assert client.status().pid == pid
         assert not client.status().draining
         assert client.process("hello").text == "hello"
@@ -137,6 +140,72 @@ def test_the_old_one_goes_on_where_the_new_one_fails(tmp_path: Path, before: str
         choose_program(daemon.home, newer(tmp_path))  # and the next one is none the worse for it
         assert client.restart().version == "9.9.9"
         daemon.gone(pid)
+
+
+DOES_NOT_LET_GO = """
+from mlxd.runtime import Runtime
+let_go = Runtime.let_go
+async def once(self, timeout_s):
+    Runtime.let_go = let_go
+    raise TimeoutError
+Runtime.let_go = once
+"""
+
+
+def listening(pid: int, home: Path) -> int:
+    """How many descriptors a process has that listen in this folder."""
+    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    links = {f"socket:[{row[6]}]" for row in rows if row[3] == "00010000" and row[-1].startswith(str(home))}
+    return sum(os.readlink(one) in links for one in Path(f"/proc/{pid}/fd").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which descriptors listen")
+def test_one_that_could_not_let_go_listens_no_more_often_than_before(tmp_path: Path) -> None:
+    program = newer(tmp_path, "0.1.0", before=DOES_NOT_LET_GO)
+    with Relay(bad_child="worker", program=program) as daemon, daemon.client() as client:
+        first = daemon.newest().pid
+        before = listening(first, daemon.home)
+        with pytest.raises(errors.RestartFailed, match="did not stop within"):
+            client.restart()
+        assert listening(first, daemon.home) == before > 0
+        assert client.restart().pid != first
+
+
+FULL_DISK = """
+import mlxd.server.listen as listen
+sign = listen._sign
+def full(lock):
+    if sys._getframe(1).f_code.co_name == "claim":
+        raise OSError(28, "No space left on device")
+    sign(lock)
+listen._sign = full
+"""
+
+
+def test_a_pid_that_cannot_be_written_down_is_no_reason_to_fail(tmp_path: Path) -> None:
+    with Relay(bad_child="worker", program=newer(tmp_path, "0.1.0", before=FULL_DISK)) as daemon:
+        first = daemon.newest().pid
+        with daemon.client() as client:
+            failing = FULL_DISK + "\nfrom mlxd.runtime import Runtime; Runtime.begin = lambda self: 1 / 0"
+            choose_program(daemon.home, newer(tmp_path, before=failing))
+            with pytest.raises(errors.RestartFailed, match="ZeroDivisionError"):
+                client.restart()
+            assert client.process("hello").text == "hello"  # and the old one goes on
+            client.restart()
+            assert client.process("hello").text == "hello"
+            assert client.status().pid != first
+
+
+def test_who_asks_while_one_takes_over_gets_the_same_one() -> None:
+    async def main(daemon: Relay) -> set[int | None]:
+        async with AsyncClient(daemon.socket, name="tests", timeout_s=PATIENCE_S) as client:
+            return {result.pid for result in await asyncio.gather(*(client.restart() for _ in range(4)))}
+
+    with Relay(bad_child="worker") as daemon:
+        first = daemon.newest()
+        (new,) = asyncio.run(main(daemon))
+        first.wait(PATIENCE_S)
+        assert daemon.newest().pid == new != first.pid
 
 
 def test_a_new_one_that_says_nothing_is_not_waited_for_for_ever(tmp_path: Path) -> None:
@@ -250,6 +319,25 @@ def test_a_signal_does_the_same(tmp_path: Path) -> None:
         assert client.status().version == "9.9.9"
 
 
+def test_a_daemon_that_ends_is_not_replaced() -> None:
+    """Told to stop, and then to restart: whoever wanted it gone finds none."""
+    with Relay(bad_child="worker", steps=True, drain_s=PATIENCE_S) as daemon:
+        old = daemon.newest()
+        with daemon.client() as client, client.events() as events:
+            stream = client.stream_process("!slow 1")
+            active(events, 1)
+            old.send_signal(signal.SIGTERM)
+            until(events, "daemon_stopping")
+            old.send_signal(signal.SIGUSR2)
+            while not any(told in daemon.log() for told in ("this daemon is ending", "has taken over")):
+                client.ping()
+            daemon.step(0)
+            assert stream.wait().text == "piece0"
+        old.wait(PATIENCE_S)
+        assert daemon.daemons() == []
+        assert not daemon.socket.exists()
+
+
 def run(daemon: Relay, program: list[str], *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*program, *words], env=daemon.env, capture_output=True, text=True, timeout=PATIENCE_S, check=False
@@ -327,6 +415,7 @@ import os, psutil, structlog
 info = structlog.stdlib.BoundLogger.info
 def watched(self, event, *rest, **facts):
     if event == {moment!r}:
+        open(os.environ["MLXD_HOME"] + "/killed", "w").close()
         os.kill({victim}, 9)
     return info(self, event, *rest, **facts)
 structlog.stdlib.BoundLogger.info = watched
@@ -340,7 +429,9 @@ structlog.stdlib.BoundLogger.info = watched
             client.restart(wait_s=PATIENCE_S)
         except errors.MlxdError:
             pass
-        psutil.wait_procs([first], timeout=0.5)
+        assert (daemon.home / "killed").exists(), "nobody was killed"
+        if whom == "old":
+            first.wait(PATIENCE_S)
         with daemon.client(start=lambda: another(daemon)) as after:
             deadline = 20
             while True:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +111,6 @@ def newest_main(systemd: UserSystemd) -> int:
 
 def test_another_takes_over_and_the_service_stays_one(installed: UserSystemd, tmp_path: Path) -> None:
     """systemd learns of the new process; streams of the old one go on; nothing is started or ended by systemd."""
-    from concurrent.futures import ThreadPoolExecutor
-
     (unit,) = [Path(file).name for file in state(installed)["files"] if file.endswith(".service")]
     with client(installed) as one, ThreadPoolExecutor(1) as pool:
         first = one.status().pid
@@ -164,8 +164,9 @@ def test_an_executable_that_moved_is_installed_anew(installed: UserSystemd, tmp_
 def test_a_wrong_configuration_ends_in_one_sentence_and_no_loop(installed: UserSystemd) -> None:
     config = Path(installed.env["MLXD_HOME"]) / "config.toml"
     config.write_text("max_bacth = 3\n")
-    with pytest.raises(Exception, match=r"."), client(installed) as one:
-        one.ping()
+    for _ in range(8):  # more than systemd would start by default within ten seconds, before it gave the socket up
+        with pytest.raises(Exception, match=r"."), client(installed) as one:
+            one.ping()
     while (now := state(installed)).get("pid"):
         pass
     assert (now["listening"], now.get("failed")) == (True, None)
@@ -202,6 +203,39 @@ def test_uninstalled_it_leaves_what_is_the_users(systemd: UserSystemd) -> None:
     (home / "mine.txt").unlink()
     mlxd(systemd, "service", "uninstall", "--purge")
     assert not home.exists()
+
+
+def test_uninstalled_it_leaves_nothing_beside_a_home_whose_socket_is_elsewhere(systemd: UserSystemd) -> None:
+    """A path too long for a socket, which then lies in /tmp; and a daemon that ran there by hand, with its lock."""
+    home = systemd.folder / ("m" * 100)
+    where = {"MLXD_HOME": str(home)}
+    socket = Path(mlxd(systemd, "config", "get", "socket", **where).stdout.strip())
+    assert socket.parent.parent == Path("/tmp")
+    mlxd(systemd, "status", **where)  # starts one
+    assert socket.with_name(f"{socket.name}.lock").exists()
+    mlxd(systemd, "service", "install", **where)
+    with Client(socket, name="tests", start=False, timeout_s=PATIENCE_S) as one:
+        one.ping()
+    mlxd(systemd, "service", "uninstall", "--purge", **where)
+    assert list(socket.parent.glob(f"*{socket.name}*")) == []
+    assert not home.exists()
+
+
+def test_the_daemon_has_the_time_that_it_needs_to_stop(installed: UserSystemd) -> None:
+    """Also where that became more after the units were written: systemd is told of it when it is needed."""
+    (unit,) = [Path(file) for file in state(installed)["files"] if file.endswith(".service")]
+    unit.write_text(re.sub("TimeoutStopSec=.*", "TimeoutStopSec=1", unit.read_text()))
+    installed.ctl("daemon-reload")
+    with client(installed) as one, ThreadPoolExecutor(1) as pool:
+        one.config_set({"drain_s": 60})
+        long = {"type": "string", "minLength": 5000}  # it does not end by itself
+        with one.stream_process("so um", max_tokens=900, schema=long) as stream:
+            next(iter(stream))
+            stopped = pool.submit(mlxd, installed, "service", "stop")
+            assert list(stream)
+            assert stream.result.finish_reason == "length"
+        stopped.result(PATIENCE_S)
+    assert installed.ctl("show", "--property=Result", "--value", unit.name).stdout.strip() == "success"
 
 
 def test_a_daemon_that_was_started_by_hand_gives_way(systemd: UserSystemd) -> None:

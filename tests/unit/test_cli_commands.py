@@ -162,6 +162,22 @@ def test_ps(daemon: ScriptedDaemon, mlxd: Run) -> None:
     assert mlxd("ps", "--json")[1] == "[]\n"
 
 
+def test_what_is_not_here_is_not_listed(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    """Neither what could not be downloaded, nor, as loaded, what is on its way."""
+    models = [
+        model("org/gone", "NotDownloaded", error=types.ErrorObject(kind="download_failed", message="the hub was down")),
+        model("org/coming", "Downloading", phase="downloading", progress=0.5),
+        model("org/next", "Downloaded", phase="queued"),
+    ]
+    daemon.on("models.list", types.ModelsResult(models=models))
+    assert mlxd("list", "-q")[1].split() == ["org/coming", "org/next"]
+    assert "the hub was down" not in mlxd("list")[1]
+    assert len(json.loads(mlxd("list", "--json")[1])) == 3
+    assert [" ".join(line.split()) for line in mlxd("ps")[1].splitlines()[1:]] == [
+        "org/next Downloaded, queued - 0 0 -"
+    ]
+
+
 def test_load_and_unload(daemon: ScriptedDaemon, mlxd: Run) -> None:
     daemon.on("models.load", MODELS[0])
     daemon.on("models.unload", model("mlxd/cleanup", "Downloaded"))
@@ -361,6 +377,9 @@ def test_run_warns_of_invented_words(daemon: ScriptedDaemon, mlxd: Run) -> None:
     status, out, err = mlxd("run", "meet maria", "-v")
     assert (status, out) == (0, "Meet Tofia.\n")
     assert err.splitlines()[0] == "mlxd: the answer has words that the prompt does not account for: Tofia"
+    daemon.on("process", completion("x", invented=[f"w{n}" for n in range(200)]))
+    told = mlxd("run", "meet maria")[2]
+    assert told.endswith(": w0, w1, w2, w3, w4, w5, w6, w7 and 192 more\n")
     assert "tokens/s" in err.splitlines()[1]
 
 

@@ -35,6 +35,11 @@ HEAVY = (
     "huggingface_hub",
 )
 
+SUBSCRIBED = {
+    "subscription": 1, "epoch": "e", "rev": 1,
+    "snapshot": {"models": [{"id": "org/m", "state": "Ready", "source": "hub"}], "jobs": []},
+}  # fmt: skip
+
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[ScriptedDaemon]:
@@ -94,7 +99,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"mlxd \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("line", ["", "no-such-command", "list --no-such-option", "load", "run --top-k x", "ps extra"])
+@pytest.mark.parametrize("line", ["no-such-command", "list --no-such-option", "load", "run --top-k x", "ps extra"])
 def test_usage_errors(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(line.split())
@@ -161,6 +166,69 @@ def test_a_reader_that_has_enough(daemon: ScriptedDaemon) -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert done.stdout.splitlines()[-1] == str(exits.BROKEN_PIPE)
+
+
+def test_a_reader_that_leaves_while_nothing_happens(daemon: ScriptedDaemon) -> None:
+    daemon.on("events.subscribe", SUBSCRIBED)
+    command = f"{' '.join(MLXD)} events --socket {daemon.path} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == str(exits.BROKEN_PIPE)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize("command", ["list", "list --json", "metrics", "events"])
+def test_a_full_disk_under_the_output_is_one_sentence(daemon: ScriptedDaemon, command: str) -> None:
+    daemon.on("models.list", {"models": []})
+    daemon.on("metrics", {"text": "x 1\n", "content_type": "text/plain"})
+    daemon.on("events.subscribe", SUBSCRIBED)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*MLXD, *command.split(), "--socket", daemon.path],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=30,
+        )
+    assert done.returncode == exits.FAILED
+    told = done.stderr if "--json" not in command else json.loads(done.stderr)["error"]["message"] + "\n"
+    assert told.removeprefix("mlxd: client_error: ") == "the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_fault_of_ours(daemon: ScriptedDaemon, closed: str) -> None:
+    daemon.on("models.list", {"models": []})
+    command = f"{' '.join(MLXD)} list --socket {daemon.path} {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run(["bash", "-c", f"{' '.join(MLXD)} run --no-start <&-"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (exits.USAGE, "mlxd: the prompt is empty\n")
+
+
+@pytest.mark.parametrize("module", ["argparse", "mlxd_client.errors", "mlxd.cli.exits", "mlxd.cli.watch"])
+def test_ctrl_c_while_it_begins_says_nothing(module: str) -> None:
+    """Most of the start is imports; here ctrl-C comes with one of them."""
+    script = (
+        "import sys\n"
+        "class Interrupted:\n    def find_spec(self, name, *_):\n        if name == sys.argv[1]:\n"
+        "            sys.meta_path.remove(self)\n            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from mlxd.cli.main import main\nsys.exit(main(['status', '--no-start']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, module], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (exits.INTERRUPTED, "", "")
+
+
+def test_a_mistyped_command_is_told_what_it_may_have_been(capsys: pytest.CaptureFixture[str]) -> None:
+    for line, meant in (("stauts", "stats or status"), ("service instal", "install or uninstall")):
+        with pytest.raises(SystemExit):
+            main(line.split())
+        assert capsys.readouterr().err.endswith(f"; did you mean {meant}?\n")
+
+
+def test_a_bare_mlxd_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == exits.USAGE
+    assert "bug-report" in capsys.readouterr().err
 
 
 def test_ctrl_c_cancels_the_request(daemon: ScriptedDaemon) -> None:

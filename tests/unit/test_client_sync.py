@@ -660,6 +660,18 @@ def serving(life: float = 60.0) -> list[str]:
     return [sys.executable, "-c", SERVE.format(path=sys.path, life=life)]
 
 
+def test_one_that_another_keeps_from_starting_is_started_again(path: str, tmp_path: Path) -> None:
+    """As where the other one is about to end, and listens no more."""
+    told = tmp_path / "refused"
+    refused_once = f"import os, sys\nif not os.path.exists({str(told)!r}): open({str(told)!r}, 'x'); sys.exit(8)\n"
+    command = [sys.executable, "-c", refused_once + serving()[-1]]
+    with Client(path, start=command, timeout_s=PATIENCE_S) as client:
+        client.ping()
+        assert told.exists()
+        with pytest.raises(errors.ConnectionLost):
+            client.shutdown()
+
+
 def test_a_daemon_is_started_on_demand_detached(path: str) -> None:
     with Client(path, start=serving(), timeout_s=PATIENCE_S) as client:
         client.ping()
@@ -691,6 +703,13 @@ def test_a_daemon_that_ends_at_once_is_reported(path: str, monkeypatch: pytest.M
     monkeypatch.setattr(connect, "_AFTER_EXIT_S", 0.0)
     with pytest.raises(errors.ConnectFailed, match="ended with exit code 78"):
         Client(path, start=[sys.executable, "-c", "raise SystemExit(78)"]).ping()
+
+
+def test_a_daemon_that_ends_at_once_has_its_last_words_told(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connect, "_AFTER_EXIT_S", 0.0)
+    wrong = "import sys; print('more', 'mlxd: the folder is gone', sep=chr(10), file=sys.stderr); sys.exit(2)"
+    with pytest.raises(errors.ConnectFailed, match=r"ended with exit code 2: the folder is gone$"):
+        Client(path, start=[sys.executable, "-c", wrong]).ping()
 
 
 def test_a_daemon_that_never_listens_is_reported(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

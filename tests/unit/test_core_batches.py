@@ -6,7 +6,7 @@ import pytest
 
 from mlxd.core import actions as do
 from mlxd.core import events as ev
-from mlxd.core.batches import PROGRESS_S, verdict
+from mlxd.core.batches import ENDED_BATCHES_KEPT, PROGRESS_S, verdict
 from mlxd_client import errors
 from support.core_bench import WALL, Bench
 
@@ -87,6 +87,7 @@ def test_who_may_be_to_blame_runs_alone() -> None:
     ended(bench, bench.one(do.RunItem).ticket)
     assert ran(bench) == [("j", 3), ("j", 4)], "the last try of it is later"
     others = [run.ticket for run in bench.all(do.RunItem)]
+    bench.tell(ev.BatchRecorded("j", tuple(bench.core._batches.unrecorded), 2, 0))
     bench.now += 60.0
     bench.tell(ev.Tick())
     assert ran(bench) == []
@@ -134,6 +135,63 @@ def test_a_model_that_cannot_be_had_fails_its_job_after_three_tries() -> None:
     assert bench.one(do.ReadItems).after == (0, -1)
 
 
+def test_no_item_begins_as_long_as_many_are_not_recorded() -> None:
+    bench = Bench(batch_slots=2)
+    bench.tell(ev.BatchFound("j", 6, WALL + bench.now))
+    read = bench.one(do.ReadItems)
+    bench.tell(ev.BatchItems("j", read.run, tuple((n, n // 3) for n in range(6)), (0, 5), False))
+    tickets = []
+    while begun := bench.all(do.RunItem):
+        tickets.append(begun[0].ticket)
+        ended(bench, tickets[-1])
+    assert len(tickets) == 2
+    bench.tell(ev.BatchRecorded("j", (tickets[0],), 1, 0))
+    assert bench.one(do.RunItem)
+
+
+def test_the_answer_to_a_read_that_was_given_up_counts_for_nothing() -> None:
+    """It may come beside that to the read after it, with the same items."""
+    bench = Bench(batch_slots=2)
+    bench.tell(ev.BatchFound("j", 6, WALL + bench.now))
+    slow = bench.one(do.ReadItems)
+    bench.tell(ev.BatchStoreFailed(errors.InternalError("a bad sector")))
+    bench.tell(ev.BatchStoreWorks())
+    read = bench.one(do.ReadItems)
+    page = tuple((n, 0) for n in range(4))
+    bench.tell(ev.BatchItems("j", slow.run, page, (0, 3), True))
+    assert ran(bench) == []
+    bench.tell(ev.BatchItems("j", read.run, page, (0, 3), True))
+    assert ran(bench) == [("j", 0), ("j", 1)]
+
+
+def test_only_failures_in_a_row_count() -> None:
+    """Each wait is twice the one before, until something went well."""
+    bench = Bench(batch_slots=1, batch_retry_s=0.0)
+    job(bench)
+    for waits in ((0.5, 1.0), (0.5, 1.0)):
+        for wait in waits:
+            ended(bench, bench.one(do.RunItem).ticket, errors.ModelNotFound("gone"), began=False)
+            assert bench.core.next_deadline() == bench.now + wait
+            bench.now += wait
+            bench.tell(ev.Tick())
+        ticket = bench.one(do.RunItem).ticket
+        ended(bench, ticket)
+        bench.tell(ev.BatchRecorded("j", (ticket,), 1, 0))
+    assert bench.job("j").state == "running"
+
+
+def test_nothing_begins_while_another_daemon_may_have_the_file() -> None:
+    bench = Bench(batch_slots=1)
+    job(bench)
+    (ticket,) = (run.ticket for run in bench.all(do.RunItem))
+    bench.tell(ev.Hold())
+    ended(bench, ticket, errors.ModelBusy("later", yielded=True))
+    assert not bench.all(do.RunItem)
+    assert bench.core.let_go
+    bench.tell(ev.GoOn())
+    assert ran(bench) == [("j", 0)]
+
+
 def test_what_is_about_to_end_does_not_begin() -> None:
     """It was recorded as started, and its end comes after that: it would run on with nobody to record it."""
     bench = Bench(batch_slots=2)
@@ -177,6 +235,35 @@ def test_what_has_ended_is_kept_for_a_while() -> None:
     assert bench.one(do.DeleteBatch).job == "old"
     bench.tell(ev.BatchGone("old"))
     assert "old" not in bench.core.jobs
+
+
+def test_so_many_that_have_ended_are_kept() -> None:
+    """The first of them goes, and none while another daemon may have the file."""
+    bench = Bench()
+    bench.tell(ev.Hold())
+    for number in range(ENDED_BATCHES_KEPT + 1):
+        facts = {"state": "done", "done": 1, "ended_at": WALL + bench.now}
+        bench.tell(ev.BatchFound(f"old-{number}", 1, WALL, **facts))  # type: ignore[arg-type]
+        assert not bench.all(do.DeleteBatch)
+    bench.tell(ev.GoOn())
+    assert bench.one(do.DeleteBatch).job == "old-0"
+
+
+def test_what_works_and_fails_in_turn_is_tried_less_and_less() -> None:
+    """Where there is nothing to record, only the next reading shows whether it works."""
+    bench = Bench(batch_slots=1)
+    bench.tell(ev.BatchFound("j", 2, WALL + bench.now))
+    for wait in (0.5, 1.0, 2.0):
+        assert bench.one(do.ReadItems)
+        bench.tell(ev.BatchStoreFailed(errors.InternalError("a bad sector")))
+        assert bench.core.next_deadline() == bench.now + wait
+        bench.now += wait
+        bench.tell(ev.Tick())
+        assert bench.all(do.WriteAgain)
+        bench.tell(ev.BatchStoreWorks())
+    bench.tell(ev.BatchItems("j", bench.one(do.ReadItems).run, ((0, 0),), (0, 0), True))
+    bench.tell(ev.BatchStoreFailed(errors.InternalError("another")))
+    assert bench.core.next_deadline() == bench.now + 0.5
 
 
 def test_nothing_begins_while_nothing_can_be_recorded() -> None:

@@ -76,7 +76,9 @@ STANDS_ON: dict[str, tuple[set[str], set[str]]] = {
     "mlxd.notify": (set(), set()),
     "mlxd.versions": (set(), set()),
     "mlxd.sidecar": (set(), set()),
-    "mlxd.service": ({"mlxd_client", "mlxd.settings", "mlxd.server", "mlxd.wholefiles"}, {"msgspec"}),
+    "mlxd.service": (
+        {"mlxd_client", "mlxd.notify", "mlxd.settings", "mlxd.server", "mlxd.wholefiles"}, {"msgspec"},
+    ),
     "mlxd.handover": ({"mlxd_client", "mlxd.server", "mlxd.wholefiles"}, {"msgspec"}),
     "mlxd.succession": (
         {"mlxd_client", "mlxd.children", "mlxd.handover", "mlxd.notify", "mlxd.runtime", "mlxd.server",

@@ -58,6 +58,13 @@ def test_flags_move_home_and_socket(env: dict[str, str], tmp_path: Path) -> None
     assert load(env, {"socket": str(tmp_path / "s")}).settings.socket == str(tmp_path / "s")
 
 
+def test_a_socket_where_it_would_be_anyway_is_the_default(env: dict[str, str]) -> None:
+    """Clients tell the daemon that they start where to listen: no variable of the user's is to be named for it."""
+    socket = env["MLXD_HOME"] + "/mlxd.sock"
+    assert load({**env, "MLXD_SOCKET": socket}).origins["socket"].kind == "default"
+    assert str(load({**env, "MLXD_SOCKET": socket + "x"}).origins["socket"]) == "the environment's MLXD_SOCKET"
+
+
 def test_tables(env: dict[str, str]) -> None:
     write(env, '[aliases]\ndictation = "mlxd/cleanup"\n[keep_alive]\n"mlxd/cleanup" = -1\n')
     settings = load(env).settings
@@ -79,7 +86,7 @@ def test_commands_from_the_environment(env: dict[str, str]) -> None:
         ("keepalive_s = 3", ["no setting 'keepalive_s'", "config.toml:1", "did you mean keep_alive_s?"]),
         ("\n\nmax_batch = 'many'", ["max_batch", "'many'", "config.toml:3", "expected `int`"]),
         ("max_batch = 0", ["max_batch", "0", ">= 1"]),
-        ("log_level = 'loud'", ["log_level", "'loud'", "invalid enum value"]),
+        ("log_level = 'loud'", ["log_level", "'loud'", "one of debug, info, warning, error"]),
         ("\n[keep_alive]\na = 'x'", ["keep_alive", "config.toml:2", "expected `float`"]),
         ("home = '/x'", ["home", "MLXD_HOME"]),
         ("socket = '/x'", ["socket", "MLXD_SOCKET"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -157,6 +158,31 @@ def test_rows_with_different_adapters_share_a_batch(worlds: dict[str, World], na
     assert len({tuple(world.reference(number, TEXTS[0])) for number in range(len(world.adapters))}) == len(
         world.adapters
     )
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_rows_with_adapters_take_places_that_others_left(worlds: dict[str, World], name: str) -> None:
+    world = worlds[name]
+    engine, draw = world.engine(max_batch=5), random.Random(3)
+    rows = engine._generator.plain._generation_batch
+    asked = [
+        (draw.randrange(len(world.adapters)), draw.choice(TEXTS), draw.randrange(1, TOKENS + 1)) for _ in range(25)
+    ]
+    ends: dict[int, Any] = {}
+    mixed = 0
+    for row, (number, text, most) in enumerate(asked):
+        engine.submit(row, world.ask(number, text, max_tokens=most))
+        for _ in range(draw.randrange(1, 4)):
+            ends.update(engine.step().ended)
+            mixed += rows.open_places > 0 and rows._mix is not None
+    drain(engine, ends)
+    assert mixed > 3
+    for row, (number, text, most) in enumerate(asked):
+        assert tokens(ends[row]) == world.reference(number, text)[:most]
+    for row, most in enumerate((4, 9, 9)):  # the last two end in one step, beside an open place
+        engine.submit(row, world.ask(row % 2, "hello", max_tokens=most))
+    drain(engine)
+    assert rows._places is rows._mix is None
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3 in 4 bits", "qwen3_moe"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -162,6 +164,37 @@ def test_prefixes_that_are_kept_give_way(loaded: LoadedModel, plain: Footprint) 
             engine.step()
             assert engine.cache.nbytes + engine._generator.plain.prompt_cache_nbytes <= limit
     assert engine.cache.nbytes > 0
+
+
+@pytest.mark.parametrize("seed", [4, 9, 10, 22, 46])
+def test_what_is_held_stays_within_the_bound_whoever_comes_and_goes(
+    loaded: LoadedModel, plain: Footprint, seed: int
+) -> None:
+    """Several answers to one prompt are more rows than there are places; some prompts step aside; places stay open."""
+    draw = random.Random(seed)
+    limit = plain.bytes(draw.choice((2, 3, 5)), draw.choice((300, 600)))
+    options = {"max_batch": draw.choice((2, 4)), "prefill_step": draw.choice((32, 128)), "kv_bytes": limit}
+    engine = Engine(loaded, prefill_joins=draw.choice((1, 8)), cache_bytes=draw.choice((0, 2**22)), **options)
+    ends: dict[int, Any] = {}
+    number, most = 0, 0
+    while number < 40 or engine.busy:
+        if number < 40 and draw.random() < 0.3:
+            number += 1
+            wished = {"max_tokens": draw.choice((3, 20, 60, 100)), "n": draw.choice((1, 1, 1, 2, 4))}
+            request = ask(text_of(loaded, 16 + 4 * draw.randrange(1, 60)), **NEVER_STOPS, **wished)
+            request.priority = draw.choice(("interactive", "batch"))
+            with contextlib.suppress(InsufficientMemory):
+                engine.submit(number, request)
+        if engine._decoding.uids and draw.random() < 0.03:
+            ends.update(engine.cancel(draw.choice(list(engine._decoding.uids))).ended)
+        if engine.busy:
+            step(engine, ends)
+        rows = engine._generator.plain
+        batches = [rows._generation_batch, rows._prompt_batch, rows._patience.batch]
+        assert sum(cache.nbytes for batch in batches if batch is not None for cache in batch.prompt_cache) <= limit
+        most = max(most, len(rows._generation_batch))
+    assert most == options["max_batch"]
+    assert_empty(engine)
 
 
 def test_a_failed_step_gives_its_memory_back(loaded: LoadedModel, plain: Footprint) -> None:

@@ -13,7 +13,7 @@ import struct
 import sys
 import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from .errors import ConnectFailed
 from .paths import check_socket_path, socket_path
@@ -34,9 +34,12 @@ __all__ = [
 Start = bool | Sequence[str] | Callable[[], Awaitable[object] | object]
 
 # A daemon that was just started has this long to listen. One that ended may have lost the race against another just
-# starting, which then gets the second limit.
+# starting, which then gets the second limit. One that found another holding its folder is started again now and then
+# until the first limit: the other may be about to end.
 START_DEADLINE_S = 10.0
 _AFTER_EXIT_S = 3.0
+_ALREADY_RUNNING = 8
+_START_AGAIN_S = 0.5
 # A client that was connected before gives a restarting daemon this long; a busy daemon has it in any case.
 RECONNECT_S = 5.0
 
@@ -152,21 +155,28 @@ def dial(
     elif starting:
         child = spawn(_command(start), path)
     backoff = Backoff(most_s=0.2 if starting else 1.0)
-    while True:
-        yield backoff.next_s()
-        try:
-            return open_socket(path)
-        except NobodyListens as error:
-            last = error
-        now = clock()
-        reason = child.hopeless(now - began) if child else None
-        limit = START_DEADLINE_S if starting else RECONNECT_S
-        if reason is None and child is None and now - began > limit:
-            reason = f"tried for {limit:g} s"
-        if reason is None and until is not None and now > until:
-            reason = "the caller's time limit has passed"
-        if reason is not None:
-            raise ConnectFailed(f"{last}: {reason}") from None
+    try:
+        while True:
+            yield backoff.next_s()
+            try:
+                return open_socket(path)
+            except NobodyListens as error:
+                last = error
+            now = clock()
+            if child is not None and child.refused(now - began):
+                child.close()
+                child = spawn(child.command, path)
+            reason = child.hopeless(now - began) if child else None
+            limit = START_DEADLINE_S if starting else RECONNECT_S
+            if reason is None and child is None and now - began > limit:
+                reason = f"tried for {limit:g} s"
+            if reason is None and until is not None and now > until:
+                reason = "the caller's time limit has passed"
+            if reason is not None:
+                raise ConnectFailed(f"{last}: {reason}") from None
+    finally:
+        if child is not None:
+            child.close()
 
 
 def reach(path: str | os.PathLike[str] | None = None, start: bool | Sequence[str] = True) -> socket.socket:
@@ -192,22 +202,49 @@ class _Process(Protocol):
 class Child:
     """A daemon that this process started. It is on its own from then on; only its early end is of interest."""
 
-    def __init__(self, process: _Process, command: Sequence[str]) -> None:
+    def __init__(self, process: _Process, command: Sequence[str], errors: IO[bytes] | None = None) -> None:
         self.process = process
         self.command = list(command)
+        self.errors = errors
         self._ended_after_s: float | None = None
 
+    def refused(self, waited_s: float) -> bool:
+        """Whether another daemon kept it from starting, which has not listened for a while since. `waited_s` as below;
+        no more once that is beyond the first limit."""
+        if self.process.poll() != _ALREADY_RUNNING or waited_s > START_DEADLINE_S:
+            return False
+        return waited_s - self._ended(waited_s) > _START_AGAIN_S
+
+    def _ended(self, waited_s: float) -> float:
+        """After how many seconds it was seen to have ended."""
+        if self._ended_after_s is None:
+            self._ended_after_s = waited_s
+        return self._ended_after_s
+
     def hopeless(self, waited_s: float) -> str | None:
-        """Why waiting longer makes no sense, or None. `waited_s` is the time since it was started."""
+        """Why waiting longer makes no sense, or None. `waited_s` is the time since the first start."""
         code = self.process.poll()
         if code is None:
             return f"it did not listen within {START_DEADLINE_S:g} s" if waited_s > START_DEADLINE_S else None
-        if self._ended_after_s is None:
-            self._ended_after_s = waited_s
-        if waited_s - self._ended_after_s <= _AFTER_EXIT_S:
+        if waited_s - self._ended(waited_s) <= _AFTER_EXIT_S:
             return None
         ended = f"exit code {code}" if code >= 0 else f"signal {-code}"
-        return f"`{' '.join(self.command)}` ended with {ended}; its log may say why"
+        why = self._last_words()
+        return f"`{' '.join(self.command)}` ended with {ended}" + (f": {why}" if why else "; run it to see why")
+
+    def close(self) -> None:
+        """Its end is of no interest any more."""
+        if self.errors is not None:
+            self.errors.close()
+
+    def _last_words(self) -> str:
+        """The last line that it wrote on standard error; it shares the file's position, which must stay where it is."""
+        if self.errors is None:
+            return ""
+        number = self.errors.fileno()
+        end = os.pread(number, 4096, max(0, os.fstat(number).st_size - 4096))
+        lines = end.decode("utf-8", "replace").strip().splitlines()
+        return lines[-1].removeprefix("mlxd: ") if lines else ""
 
 
 def daemon_command() -> list[str]:
@@ -230,9 +267,12 @@ def daemon_command() -> list[str]:
 def spawn(command: Sequence[str], path: str) -> Child:
     """Start `command` detached: own session, no terminal, no inherited files. It is told to listen at `path`.
 
+    What it says on standard error goes to a file without a name, from which a start that failed is explained.
+
     Raises ConnectFailed where it cannot be started at all.
     """
     import subprocess
+    import tempfile
     import threading
 
     env = dict(os.environ, MLXD_SOCKET=path)
@@ -240,14 +280,20 @@ def spawn(command: Sequence[str], path: str) -> Child:
         env["MLXD_HOME"] = os.path.abspath(os.path.expanduser(env["MLXD_HOME"]))
     nothing = subprocess.DEVNULL
     try:
+        errors: IO[bytes] | None = tempfile.TemporaryFile()  # noqa: SIM115  # Child closes it
+    except OSError:
+        errors = None
+    try:
         process = subprocess.Popen(
-            command, stdin=nothing, stdout=nothing, stderr=nothing, env=env, cwd="/", start_new_session=True
+            command, stdin=nothing, stdout=nothing, stderr=errors or nothing, env=env, cwd="/", start_new_session=True
         )
     except (OSError, ValueError) as error:
+        if errors is not None:
+            errors.close()
         raise ConnectFailed(f"cannot start `{' '.join(command)}`: {error}") from None
     # Whoever outlives the daemon must collect its exit status, or it stays in the process table.
     threading.Thread(target=process.wait, name="mlxd-reaper", daemon=True).start()
-    return Child(process, command)
+    return Child(process, command, errors)
 
 
 def _command(start: Any) -> list[str]:

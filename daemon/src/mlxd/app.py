@@ -25,7 +25,7 @@ from .children.exitwatch import ExitWatch
 from .children.supervisor import Supervisor
 from .configuration import Configuration
 from .live import IdleExit, Live, child_settings, server_limits
-from .notify import Notifier
+from .notify import PATIENCE_S, Notifier
 from .runtime import Runtime
 from .server.activation import handed_over
 from .server.listen import AlreadyRunning, Listener, ListenError, adopt, listen
@@ -44,6 +44,8 @@ EXIT_ALREADY_RUNNING = 8
 _LAST_WORDS_S = 1.0
 # How long children get to go by themselves once the daemon has to end; then SIGTERM, then SIGKILL.
 _LAST_GRACE_S = 0.5
+# How often a service manager without a watchdog hears how things are.
+_STATUS_S = 15.0
 # How much longer the daemon before this one may take to end, once it was told to.
 _PATIENCE_S = 2.0
 # The most that macOS allows, and more than `max_clients` may need by default.
@@ -213,7 +215,8 @@ class _Daemon:
         await runtime.begin()
         await server.start(self._listener)
         if self._forerunner is not None:
-            self._listener.claim()
+            self._forerunner.serving()
+            self._listener.claim()  # not before: the other one would go on, and have no socket, if this one failed
             self._do(self._forerunner.follow())
         self._offer(server, runtime)
         if self._listener.path is None:
@@ -223,7 +226,7 @@ class _Daemon:
         self._notifier.ready()
         bridge = await self._open_stdio(server) if self._launch.stdio else None
         watch = self._watch_parent(self._launch.parent_pid) if self._launch.parent_pid is not None else None
-        signs = loop.create_task(self._give_signs(runtime)) if self._notifier.watchdog_s else None
+        signs = loop.create_task(self._give_signs(runtime)) if self._notifier.heard else None
         await self._stop.wait()
         configuration.close()
         await self._end(server, runtime)
@@ -260,12 +263,14 @@ class _Daemon:
         self._stop.set()
 
     async def _give_signs(self, runtime: Runtime) -> None:
-        """Signs of life for the service manager, from the loop that does the work."""
-        assert self._notifier.watchdog_s is not None
+        """For the service manager: signs of life where it wants them, from the loop that does the work, and a line for
+        people."""
+        watchdog_s = self._notifier.watchdog_s
         while True:
-            self._notifier.alive()
+            if watchdog_s is not None:
+                self._notifier.alive()
             self._notifier.status(_status_line(runtime))
-            await asyncio.sleep(self._notifier.watchdog_s / 2)
+            await asyncio.sleep(_STATUS_S if watchdog_s is None else watchdog_s / 2)
 
     def _on_signal(self, name: str) -> None:
         """The first asks for a drain, the next one cuts it short."""
@@ -332,7 +337,8 @@ class _Daemon:
     async def _end(self, server: Server, runtime: Runtime) -> None:
         """Drain, answer everybody, end the children; only then may the next daemon have the socket's lock.
 
-        1. Another daemon serves already: there is time, unless that one ends or wants to.
+        1. Another daemon serves already: there is time, unless that one ends or wants to. Who connected after it died
+           is told to try again.
         2. Another one will be started: who connects waits for it, and is told to.
         3. Else clients learn that this one ends.
         The daemon before this one, should it still run, is told to end too, and is waited for.
@@ -348,8 +354,10 @@ class _Daemon:
         if successor is not None:
             hurry = successor.wished_away(self._hurry, settings.drain_s)
             await _race(server.drained(settings.handover_s), hurry)
+            if successor.gone and self._listener.path is not None:
+                await server.take_waiting()
         else:
-            self._notifier.stopping()
+            self._notifier.stopping(settings.drain_s + PATIENCE_S)
             if self._listener.path is None and self._launch.managed:
                 server.leave()
             server.begin_drain()

@@ -11,7 +11,10 @@ import os
 import socket
 from collections.abc import MutableMapping
 
-__all__ = ["Notifier"]
+__all__ = ["PATIENCE_S", "Notifier"]
+
+# How much longer than a drain a service manager waits before it kills.
+PATIENCE_S = 10
 
 
 class Notifier:
@@ -46,8 +49,11 @@ class Notifier:
     def alive(self) -> None:
         self._send("WATCHDOG=1")
 
-    def stopping(self) -> None:
+    def stopping(self, within_s: float = 0.0) -> None:
+        """It ends, and may take so long, in seconds, also where the manager was once told of less."""
         self._send("STOPPING=1")
+        if within_s:
+            self._send(f"EXTEND_TIMEOUT_USEC={int(within_s * 1e6)}")
 
     @property
     def heard(self) -> bool:

@@ -281,6 +281,8 @@ def load(
     values: dict[str, object] = {"home": paths.home(env), "socket": paths.socket_path(env)}
     origins = {name: Origin("default") for name in _TYPES}
     origins |= {name: Origin("env", f"MLXD_{name.upper()}") for name in _NOT_IN_FILE if env.get(f"MLXD_{name.upper()}")}
+    if values["socket"] == paths.socket_path({**env, "MLXD_SOCKET": ""}):  # clients tell it a daemon that they start
+        origins["socket"] = Origin("default")
 
     file = config_file(str(values["home"]))
     for name, value, origin in _from_text(read_file(file) if text is None else text, file):
@@ -352,10 +354,11 @@ def _checked(name: str, value: object, origin: Origin | None, *, strict: bool) -
     setting, key = name_and_key(name)
     if key is None and setting in _ENTRIES and isinstance(value, dict):
         return {entry: _checked(f"{name}.{entry}", one, origin, strict=strict) for entry, one in value.items()}
+    kind = _TYPES[name] if key is None else _ENTRIES[setting]
     try:
         if key is not None:
             msgspec.convert(key, Name)
-        made = msgspec.convert(value, _TYPES[name] if key is None else _ENTRIES[setting], strict=strict)
+        made = msgspec.convert(value, kind, strict=strict)
         if isinstance(made, Persona):
             check_persona(made)
         elif isinstance(made, Template):
@@ -367,6 +370,8 @@ def _checked(name: str, value: object, origin: Origin | None, *, strict: bool) -
         if unheard := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
             near = _near(unheard[1], dict.fromkeys(_ENTRIES[setting].__struct_fields__))
             reason = f"it has a field {unheard[1]!r} that is none{near}"
+        elif reason.startswith("Invalid enum value") and (choice := get_args(kind)):
+            reason = f"it is one of {', '.join(map(str, choice))}"
         told = f"{name} cannot be {_short(value)}{place}: {reason[0].lower()}{reason[1:]}"
         raise SettingsError(told, setting=name, place=None if origin is None else str(origin)) from None
 

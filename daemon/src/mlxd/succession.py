@@ -65,6 +65,7 @@ class Succession:
     ) -> None:
         self.successor: Successor | None = None
         self.under_way = False
+        self._given_up = False
         self._settings = settings
         self._listener = listener
         self._notifier = notifier
@@ -84,7 +85,8 @@ class Succession:
         return await asyncio.shield(self._task)
 
     async def give_up(self) -> None:
-        """This daemon ends for another reason: no other is to take over from it any more."""
+        """This daemon ends, maybe for another reason: no other is to take over from it any more."""
+        self._given_up = True
         if self.successor is None and self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait({self._task})
@@ -92,6 +94,8 @@ class Succession:
     async def _restart(self) -> RestartResult:
         if self.under_way:
             raise RestartFailed("another daemon has taken over already")
+        if self._given_up:
+            raise RestartFailed("this daemon is ending")
         if self._keeps_pid and self._listener.path is not None:
             raise RestartFailed("a service manager runs this daemon and would not start the next: restart it there")
         self.under_way = True
@@ -185,10 +189,13 @@ class Forerunner:
     def runs(self) -> bool:
         return not self._predecessor.gone.is_set()
 
-    async def follow(self) -> None:
-        """Say that this daemon serves, and load what was loaded, as soon as there is room for it; then count with the
-        memory that the other holds, and clear away what it may leave."""
+    def serving(self) -> None:
+        """Say that this daemon serves: there is no way back."""
         self._predecessor.serving()
+
+    async def follow(self) -> None:
+        """Load what was loaded, as soon as there is room for it; then count with the memory that the other holds, and
+        clear away what it may leave."""
         self._runtime.load_again(self._loaded)
         while self.runs:
             self._runtime.elsewhere(await self._predecessor.held())

@@ -3,6 +3,7 @@ that a daemon that is killed has made it or has not."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import sqlite3
@@ -127,16 +128,26 @@ class Store:
         path: the file.
         budget_bytes: what it may grow to.
         clock: Unix time.
+
+    Attributes:
+        closed: `open` has to come before anything else.
     """
 
     def __init__(self, path: Path, budget_bytes: int, clock: Callable[[], float] = time.time) -> None:
         self._path = path
+        self._budget_bytes = budget_bytes
         self._clock = clock
+        self.open()
+
+    def open(self) -> None:
+        """Raises schema.Newer, too."""
         with _told():
-            self.db = schema.connect(path, budget_bytes=budget_bytes)
+            self.db = schema.connect(self._path, budget_bytes=self._budget_bytes)
+        self.closed = False
 
     def close(self) -> None:
         """What was written ahead goes into the file, as far as the disk lets it."""
+        self.closed = True
         self.db.close()
 
     @contextmanager
@@ -439,7 +450,7 @@ def _result(place: int, custom_id: str | None, ok: bool, result: bytes) -> Batch
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """SQLite's errors as ours."""
+    """SQLite's errors, and the system's, as ours."""
     try:
         yield
     except sqlite3.Error as error:
@@ -447,9 +458,12 @@ def _told() -> Iterator[None]:
         if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
             raise schema.Damaged(str(error)) from None
         raise _refusal(name, error) from None
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise _refusal("SQLITE_FULL" if full else "SQLITE_CANTOPEN", error) from None
 
 
-def _refusal(name: str, error: sqlite3.Error) -> RpcError:
+def _refusal(name: str, error: Exception) -> RpcError:
     if name.startswith("SQLITE_FULL") or "full" in str(error):
         return InsufficientDisk("there is no room for batch jobs: the disk or the setting batch_disk_bytes is used up")
     if name.startswith(("SQLITE_READONLY", "SQLITE_PERM", "SQLITE_CANTOPEN")):

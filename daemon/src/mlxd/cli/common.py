@@ -5,16 +5,38 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 if TYPE_CHECKING:
     from mlxd_client import Client
 
     from .output import Output
 
-__all__ = ["Command", "Commands", "HelpFormatter", "add_command", "connect", "duration", "model_ref", "program"]
+__all__ = [
+    "Command",
+    "Commands",
+    "HelpFormatter",
+    "Parser",
+    "add_command",
+    "connect",
+    "duration",
+    "model_ref",
+    "program",
+]
 
 Commands = argparse._SubParsersAction  # the class has no public name
+
+
+class Parser(argparse.ArgumentParser):
+    """As the base, but names what a mistyped command was most likely meant to be."""
+
+    def error(self, message: str) -> NoReturn:
+        if wrong := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message):
+            import difflib
+
+            near = difflib.get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), n=2)
+            message += f"; did you mean {' or '.join(near)}?" if near else ""
+        super().error(message)
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -92,7 +92,7 @@ def examine() -> list[Finding]:
     try:
         loaded = all_settings.load()
     except MlxdError as error:  # also a path that no socket can have
-        findings.append(_failed("settings", str(error), "correct it; `mlxd config` shows the others"))
+        findings.append(_failed("settings", str(error), "correct it; where it is in the file, by `mlxd config edit`"))
     else:
         changed = [name for name, origin in loaded.origins.items() if origin.kind != "default"]
         told = f"changed: {', '.join(changed)}" if changed else "all at their default"
@@ -255,7 +255,8 @@ def _daemon(settings: Settings) -> Finding:
     broken = [worker.model for worker in status.workers if worker.breaker == "open"]
     if broken:
         return _warning("daemon", f"workers keep dying: {', '.join(broken)}", "`mlxd status` says how")
-    return _ok("daemon", f"version {status.version}, process {status.pid}, {status.models.loaded} models loaded")
+    loaded = f"{status.models.loaded} model{'' if status.models.loaded == 1 else 's'} loaded"
+    return _ok("daemon", f"version {status.version}, process {status.pid}, {loaded}")
 
 
 def _service(settings: Settings) -> Finding:

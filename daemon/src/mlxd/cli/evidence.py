@@ -82,7 +82,7 @@ def _versions() -> dict[str, Any]:
     return {
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": sys.version, "executable": sys.executable,
-        "system": [platform.system(), platform.release(), platform.machine()], "macos": platform.mac_ver()[0],
+        "os": [platform.system(), platform.release(), platform.machine()], "macos": platform.mac_ver()[0],
         "cpus": os.cpu_count(), "memory_bytes": memory.total, "available_bytes": memory.available,
         "swap_used_bytes": swap.used, "packages": dict(sorted(packages.items())),
     }  # fmt: skip

@@ -37,6 +37,8 @@ _NUMBERS: tuple[tuple[str, type, str], ...] = (
     ("n", int, "make so many answers, with an empty line between them"),
     ("logprobs", int, "with --json: each token's log probability, and of so many alternatives"),
 )
+# Of the words that an answer made up, so many are named.
+_NAMED = 8
 _OTHERS = (
     "model", "stop", "logit_bias", "schema", "grammar", "thinking", "keep_alive", "timeout_s", "priority", "adapter",
     "speculation", "context_policy", "kv_bits", "deterministic", "persona",
@@ -167,8 +169,9 @@ def run(args: argparse.Namespace, output: Output) -> int:
             completion = client.process(prompt, **options)
             _show(completion, output)
     if completion.invented:
-        words = ", ".join(dict.fromkeys(completion.invented))
-        output.note(f"the answer has words that the prompt does not account for: {words}")
+        words = list(dict.fromkeys(completion.invented))
+        more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
+        output.note(f"the answer has words that the prompt does not account for: {', '.join(words[:_NAMED])}{more}")
     if args.verbose:
         show_stats(completion, output)
     return OK

@@ -43,6 +43,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     system = parser.add_mutually_exclusive_group()
     system.add_argument("--system", metavar="TEXT", help="have the prompts with these instructions begin at once, too")
     system.add_argument("--system-file", metavar="FILE", help="the same, with the instructions in a file")
+    system.add_argument("--persona", metavar="NAME", help="the same, with those of a persona")
 
     parser = add_command(commands, "unload", unload, "unload a model and free its memory")
     parser.add_argument("model", type=model_ref, help="an id, an alias or a folder")
@@ -53,7 +54,9 @@ def list_models(args: argparse.Namespace, output: Output) -> int:
         models = client.models(updates=args.updates)
     if output.json:
         output.document(models)
-    elif args.quiet:
+        return OK
+    models = [model for model in models if model.state != "NotDownloaded"]  # of a download that failed: see `jobs`
+    if args.quiet:
         for model in models:
             output.line(model.id)
     else:
@@ -106,7 +109,10 @@ def _count(number: int | None) -> str:
 
 def ps(args: argparse.Namespace, output: Output) -> int:
     with connect(args) as client:
-        models = [model for model in client.models() if model.state in ("Loading", "Ready") or model.phase is not None]
+        models = [
+            model for model in client.models()
+            if model.state in ("Loading", "Ready") or (model.state == "Downloaded" and model.phase == "queued")
+        ]  # fmt: skip
     if output.json:
         output.document(models)
     elif not models:
@@ -172,7 +178,7 @@ def load(args: argparse.Namespace, output: Output) -> int:
         with connect(args) as client:
             model = client.load(
                 args.model, keep_alive=args.keep_alive, adapter=args.adapter, draft_model=args.draft_model,
-                system=system,
+                system=system, persona=args.persona,
             )  # fmt: skip
     finally:
         output.progress(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     from .output import Output
 
 _ACTIONS = ("install", "uninstall", "start", "stop", "restart", "status", "logs")
-# What lies in a home folder; settings, caches and batch jobs outlive the service unless it is purged.
-_LEFTOVERS = ("logs", "run", "downloads.json", "mlxd.lock", "mlxd.sock")
-_PURGED = ("config.toml", "cache", "batch.sqlite3", "batch.sqlite3-wal", "batch.sqlite3-shm")
+# What lies in a home folder, as patterns, with what writers that were killed have left beside it; settings, caches and
+# batch jobs, also those in a file that was damaged, outlive the service unless it is purged.
+_LEFTOVERS = ("logs", "run", "downloads.json", "mlxd.lock", ".*.new")
+_PURGED = ("config.toml", "cache", "batch.sqlite3*")
 _LINES = 50
 
 
@@ -99,7 +101,8 @@ def _act(manager: Manager, args: argparse.Namespace, output: Output) -> str:
     if args.action == "uninstall":
         changed = manager.uninstall()
         _stop_daemon(spec.socket)
-        removed = _remove(Path(spec.home), purge=args.purge)
+        removed = _remove_socket(Path(spec.socket))  # before its folder, which may be home
+        removed |= _remove(Path(spec.home), purge=args.purge)
         return "the service is uninstalled" if changed or removed else "there was no service"
     if not manager.state().installed:
         raise ServiceError("the service is not installed; `mlxd service install` does that")
@@ -170,18 +173,32 @@ def _stop_daemon(socket: str) -> None:
     gone(socket, pid, 60.0)
 
 
+def _remove_socket(socket: Path) -> bool:
+    """Take away a socket that nobody listens on any more, with its lock and those that killed daemons were about to put
+    in its place, and the folder in /tmp that homes with too long a path share, once it is empty. Returns whether there
+    was anything."""
+    from mlxd.server.listen import lock_of
+
+    sockets = [path for path in (socket, *socket.parent.glob(f".{socket.name}.*")) if path.is_socket()]
+    found = [path for path in (*sockets, lock_of(socket)) if path.exists()]
+    for path in found:
+        path.unlink(missing_ok=True)
+    if str(socket.parent) == f"/tmp/mlxd-{os.getuid()}":
+        with contextlib.suppress(OSError):
+            socket.parent.rmdir()
+    return bool(found)
+
+
 def _remove(home: Path, *, purge: bool) -> bool:
     """Take away what the daemon left in its home. What it did not make stays. Returns whether there was anything."""
     import shutil
 
     removed = False
-    aside = [path.name for path in home.glob(".*.new")]  # of writers that were killed
-    for name in (*_LEFTOVERS, *aside, *(_PURGED if purge else ())):
-        path = home / name
+    for path in [path for name in (*_LEFTOVERS, *(_PURGED if purge else ())) for path in home.glob(name)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
             removed = True
-        elif path.exists() or path.is_symlink():
+        else:
             path.unlink()
             removed = True
     try:

@@ -33,6 +33,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def events(args: argparse.Namespace, output: Output) -> int:
     left = args.count
+    _leave_with_reader(output)
     with connect(args) as client, client.events(topics=args.topic, models=args.model) as stream:
         if stream.snapshot is not None:
             _show_snapshot(stream.epoch, stream.rev, stream.snapshot, output)
@@ -43,6 +44,36 @@ def events(args: argparse.Namespace, output: Output) -> int:
             _show(event, output)
             left = None if left is None else left - 1
     return OK
+
+
+def _leave_with_reader(output: Output) -> None:
+    """End with BrokenPipeError as soon as nobody reads our pipe any more, and not with the next event only."""
+    import os
+    import select
+    import signal
+    import stat
+    import threading
+
+    try:
+        number = output.out.fileno()
+        if not stat.S_ISFIFO(os.fstat(number).st_mode):
+            return
+    except (OSError, ValueError):
+        return
+    reader = select.poll()
+    # It has to wait for something, or macOS watches nothing; this is what never happens to a pipe.
+    reader.register(number, select.POLLRDBAND)
+
+    def broken(*_: object) -> None:
+        raise BrokenPipeError
+
+    def watch() -> None:
+        reader.poll()
+        signal.pthread_kill(main, signal.SIGPIPE)
+
+    main = threading.get_ident()
+    signal.signal(signal.SIGPIPE, broken)
+    threading.Thread(target=watch, name="mlxd-reader", daemon=True).start()
 
 
 def _show_snapshot(epoch: str, rev: int, snapshot: Snapshot, output: Output) -> None:

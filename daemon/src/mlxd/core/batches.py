@@ -107,7 +107,7 @@ class BatchLine:
             self._jobs[job.job] = job
             self._changed[job.job] = job
         else:
-            self._keep(job)
+            self._kept[job.job] = job
         job.shown = job.seen(wall, None)
 
     def grew(self, event: ev.BatchGrew, now: float) -> None:
@@ -122,8 +122,7 @@ class BatchLine:
         job = self._book.jobs.get(event.job)
         if not isinstance(job, BatchJob):
             return  # all jobs were lost meanwhile
-        if job.closing is not None:
-            return  # its end is recorded after this, and stands
+        # One that is about to end stays so: that is recorded after this, and stands.
         job.open, job.state, job.ended_at, job.error = False, "running", None, None
         job.started_at = event.started_at - self._book.wall
         job.ready.clear()
@@ -154,21 +153,13 @@ class BatchLine:
         self._book.out.append(do.EndBatch(job.job, state, error))
         self._changed[job.job] = job
 
-    def _keep(self, job: BatchJob) -> None:
-        self._kept[job.job] = job
-        if len(self._kept) > ENDED_BATCHES_KEPT:
-            self._drop(next(iter(self._kept)))
-
-    def _drop(self, job: str) -> None:
-        del self._kept[job]
-        self._book.out.append(do.DeleteBatch(job))
-
     # --- items ----------------------------------------------------------------------------------------------------
 
     def items(self, event: ev.BatchItems, now: float) -> None:
         job = self._jobs.get(event.job)
+        self._fault_wait_s = FIRST_WAIT_S
         if job is None or not job.live or not job.reading or event.run != job.run:
-            return  # it ended meanwhile, or began anew
+            return  # it ended meanwhile, began anew, or is asked for again
         job.reading = False
         job.cursor, job.exhausted = event.cursor, not event.more
         for place, tries in event.items:
@@ -235,6 +226,7 @@ class BatchLine:
     # --- what is recorded -----------------------------------------------------------------------------------------
 
     def recorded(self, event: ev.BatchRecorded, now: float) -> None:
+        self._fault_wait_s = FIRST_WAIT_S
         for ticket in event.tickets:
             self.unrecorded.pop(ticket, None)
         job = self._jobs.get(event.job)
@@ -248,7 +240,7 @@ class BatchLine:
                 job.error = None
             job.retry_at = None
             del self._jobs[job.job]
-            self._keep(job)
+            self._kept[job.job] = job
         self._changed[job.job] = job
 
     def store_failed(self, event: ev.BatchStoreFailed, now: float) -> None:
@@ -257,12 +249,12 @@ class BatchLine:
         self._write_at = now + self._fault_wait_s
         self._fault_wait_s = min(LONGEST_WAIT_S, 2 * self._fault_wait_s)
         for job in self._jobs.values():
-            job.reading = False
+            job.reading, job.run = False, job.run + 1
             self._changed[job.job] = job
 
     def store_works(self, event: ev.BatchStoreWorks, now: float) -> None:
+        """Or so it seems: how long the next fault is waited out is as before until something was read or recorded."""
         self.fault = self._write_at = None
-        self._fault_wait_s = FIRST_WAIT_S
         self._changed.update(self._jobs)
 
     def lost(self, event: ev.BatchLost, now: float) -> None:
@@ -282,14 +274,17 @@ class BatchLine:
         self._kept.clear()
         self.fault = self._write_at = None
 
+    def places(self, job: BatchJob) -> list[int]:
+        """Those of its items that were read and are not recorded."""
+        under_way = (*self.flights.values(), *self.unrecorded.values(), *(flight for _, flight in self._suspects))
+        return [flight.place for flight in under_way if flight.job is job] + [place for place, _ in job.ready]
+
     # --- settling -------------------------------------------------------------------------------------------------
 
     def settle(self, now: float) -> None:
         self._now = now
-        for name, job in list(self._kept.items()):
-            if self.held or job.ended_at is None or job.ended_at + self._book.limits.batch_keep_s > now:
-                break
-            self._drop(name)
+        if not self.held:
+            self._drop(now)
         if self._write_at is not None and self._write_at <= now and not self.held:
             self._write_at = None
             self._book.out.append(do.WriteAgain())
@@ -301,6 +296,17 @@ class BatchLine:
             self._read()
         for job in list(self._changed.values()):
             self._show(job, now)
+
+    def _drop(self, now: float) -> None:
+        """Have those removed that ended long ago, and the first of too many."""
+        while self._kept:
+            name, job = next(iter(self._kept.items()))
+            assert job.ended_at is not None
+            due = job.ended_at + self._book.limits.batch_keep_s <= now
+            if not due and len(self._kept) <= ENDED_BATCHES_KEPT:
+                break
+            del self._kept[name]
+            self._book.out.append(do.DeleteBatch(name))
 
     @property
     def let_go(self) -> bool:
@@ -324,27 +330,25 @@ class BatchLine:
             break
 
     def _begin(self, now: float) -> None:
-        """1. A suspect that is due runs, once nothing else does; 2. else items of the jobs in turn, into free slots."""
-        if any(flight.alone for flight in self.flights.values()):
+        """1. As long as many are not recorded yet, nothing begins. 2. A suspect that is due runs, once nothing else
+        does. 3. Else items of the jobs in turn, into free slots."""
+        slots = self._book.limits.batch_slots
+        if any(flight.alone for flight in self.flights.values()) or len(self.unrecorded) >= slots:
             return
-        due = [(at, flight) for at, flight in self._suspects if at <= now and self._may_run(flight.job, now)]
+        due = [(at, flight) for at, flight in self._suspects if at <= now and flight.job.may_run]
         if due:
             if not self.flights:
                 first = min(due, key=lambda one: one[0])
                 self._suspects.remove(first)
                 self._run(Flight(first[1].job, first[1].place, first[1].tries, alone=True))
             return
-        slots = self._book.limits.batch_slots
-        while len(self.flights) < slots and len(self.unrecorded) < slots:
-            able = [job for job in self._jobs.values() if job.ready and self._may_run(job, now)]
+        while len(self.flights) < slots:
+            able = [job for job in self._jobs.values() if job.ready and job.may_run]
             if not able:
                 return
             job = min(able, key=lambda job: job.served)
             place, tries = job.ready.popleft()
             self._run(Flight(job, place, tries))
-
-    def _may_run(self, job: BatchJob, now: float) -> bool:
-        return job.live and job.retry_at is None
 
     def _run(self, flight: Flight) -> None:
         ticket = next(self._tickets)

@@ -82,8 +82,8 @@ class Gauge:
 
     @property
     def spare_bytes(self) -> int | None:
-        """What the system has for a new load: beyond what is to be left to others, and beyond what the workers there
-        are were promised and have not taken yet. None where that is not known."""
+        """What the system has for a new load: beyond what is to be left to others, and beyond what was promised to the
+        workers that are there and that they have not taken yet. None where that is not known."""
         available = None if self.reading is None else self.reading.available_bytes
         if available is None:
             return None

@@ -25,9 +25,9 @@ class Jobs:
         self._watchers: dict[str, list[Watcher]] = {}
 
     @property
-    def under_way(self) -> bool:
-        """Whether any is to go on; a batch job that nobody has started yet is not."""
-        return any(
+    def under_way(self) -> int:
+        """How many are to go on; a batch job that nobody has started yet is not."""
+        return sum(
             job.ended_at is None and not (isinstance(job, BatchJob) and job.open) for job in self._core.jobs.values()
         )
 

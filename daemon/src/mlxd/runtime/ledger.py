@@ -53,6 +53,7 @@ class Ledger:
         self._writing: asyncio.Task[None] | None = None
         self._failing = False
         self._another = False  # the file is another daemon's
+        self._next_try: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # --- opening --------------------------------------------------------------------------------------------------
@@ -70,14 +71,9 @@ class Ledger:
         except errors.Unsupported as error:
             self._log.error("batch jobs are left alone", reason=error.message)
         except errors.RpcError as error:
-            self._log.error("batch jobs cannot be read", reason=error.message)
-            self.later(self._open_later())
-
-    async def _open_later(self) -> None:
-        while True:
-            await asyncio.sleep(AGAIN_S)
-            with contextlib.suppress(errors.RpcError):
-                return await self.open()
+            if self._next_try is None:  # it would say so every few seconds
+                self._log.error("batch jobs cannot be read", reason=error.message)
+            self._next_try = self._loop.call_later(AGAIN_S, lambda: self.later(self.begin()))
 
     async def open(self) -> None:
         """Raises Unsupported where a newer mlxd wrote the file, and what Store does."""
@@ -114,10 +110,12 @@ class Ledger:
                 store = Store(self.path, self._budget_bytes)
                 return store, store.jobs(), aside
         except schema.Newer as error:
-            found = error.args[0]
-            raise errors.Unsupported(
-                too_new(self.path, found, VERSION), option="batch", file=str(self.path), found=found, supported=VERSION
-            ) from None
+            raise self._too_new(error.args[0]) from None
+
+    def _too_new(self, found: int) -> errors.RpcError:
+        return errors.Unsupported(
+            too_new(self.path, found, VERSION), option="batch", file=str(self.path), found=found, supported=VERSION
+        )
 
     async def ask(self, work: Callable[[Store], T]) -> T:
         """What the thread finds. Raises what Store does, and InternalError where the file turns out to be damaged."""
@@ -133,7 +131,11 @@ class Ledger:
             from ..batch import schema
 
             try:
+                if store.closed:  # it was left to another daemon meanwhile
+                    store.open()
                 return work(store)
+            except schema.Newer as error:
+                raise self._too_new(error.args[0]) from None
             except schema.Damaged as error:
                 store.close()
                 raise _FoundDamaged(schema.set_aside(self.path), str(error)) from None
@@ -246,8 +248,9 @@ class Ledger:
                 await self._sweep()
 
     async def delete(self, job: str) -> None:
-        """Remove a job that has ended. What it takes on disk is free soon after. Raises NotFound."""
-        await self.ask(lambda store: store.forget(job))
+        """Remove a job that has ended. What it takes on disk is free soon after."""
+        with contextlib.suppress(errors.NotFound):  # somebody else was first, or it was lost with a damaged file
+            await self.ask(lambda store: store.forget(job))
         self._tell(ev.BatchGone(job))
 
     async def sweep(self) -> None:
@@ -266,25 +269,27 @@ class Ledger:
             await asyncio.wait({*self._tasks, *([] if self._writing is None else [self._writing])})
         if self._outbox:
             raise errors.RestartFailed("what came of batch jobs cannot be recorded at present; see the log")
+        self._try_no_more()
         self._another = True
         if self._store is not None:
             await self._loop.run_in_executor(self._thread, self._store.close)
 
     async def take_back(self) -> None:
-        """It is this daemon's after all. The core knows its jobs."""
+        """It is this daemon's after all. Where the core knows its jobs, the next use opens it again."""
         if not self._another:
             return
         self._another = False
-        if self._store is not None:
-            from ..batch.store import Store
+        if self._store is None:
+            await self.begin()
 
-            try:
-                self._store = await self._loop.run_in_executor(self._thread, Store, self.path, self._budget_bytes)
-            except Exception as error:  # as where it cannot be written to: the next use tells of it
-                self._log.error("the file of batch jobs cannot be opened again", exc_info=error)
+    def _try_no_more(self) -> None:
+        if self._next_try is not None:
+            self._next_try.cancel()
+            self._next_try = None
 
     async def close(self) -> None:
         """What was told to be recorded is, where that is possible."""
+        self._try_no_more()
         for task in self._tasks:
             task.cancel()
         if not self._failing:

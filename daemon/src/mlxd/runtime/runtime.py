@@ -402,7 +402,8 @@ class Runtime:
             await self.batches.ledger.let_go()
 
     async def go_on(self) -> None:
-        """No other daemon came."""
+        """No other daemon came. What one that failed has left is ended first, as it may be changing the same files."""
+        await self._supervisor.sweep()
         self._downloads.records.take_back()
         await self.batches.ledger.take_back()
         self.tell(ev.GoOn())
@@ -447,8 +448,8 @@ class Runtime:
         if self.on_make_room is None:
             raise errors.Unsupported("no other daemon can be started in place of this one", option="if_idle")
         leases = sum(len(model.leases) for model in self.core.models.values())
-        jobs = sum(job.ended_at is None for job in self.core.jobs.values())
-        uses = {"requests": max(working, len(self.core.requests)), "leases": leases, "jobs": jobs}
+        requests = max(working, len(self.core.requests))
+        uses = {"requests": requests, "leases": leases, "jobs": self._jobs.under_way}
         if any(uses.values()):
             told = ", ".join(f"{count} {name}" for name, count in uses.items() if count)
             raise errors.DaemonBusy(f"the daemon is in use: {told}", **uses)

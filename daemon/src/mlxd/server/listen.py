@@ -36,6 +36,7 @@ __all__ = [
     "adopt",
     "first_byte",
     "listen",
+    "lock_of",
     "peer_gone",
     "peer_of",
     "prepare_home",
@@ -162,7 +163,7 @@ def _sign(lock: int) -> None:
     os.pwrite(lock, b"%d\n" % os.getpid(), 0)
 
 
-def _lock_of(path: Path) -> Path:
+def lock_of(path: Path) -> Path:
     """The lock of a socket, for daemons of whichever homes. That of a home's own socket is the home's."""
     return path.with_name(_LOCK_NAME if path.name == _SOCKET_NAME else f"{path.name}.lock")
 
@@ -214,12 +215,13 @@ class Listener:
         """From now on it is this process's, as far as others can tell."""
         self._mine = True
         for lock in self.locks:
-            _sign(lock)
+            with contextlib.suppress(OSError):  # a full disk: the number is for people, the lock itself is held
+                _sign(lock)
 
     def give_away(self) -> None:
-        """It is another daemon's. The locks stay held until this process closes them, too."""
+        """It is another daemon's. Socket and locks stay open until this process closes them, too: should that one die,
+        nobody starts a third before this one has ended, and who connects meanwhile waits in the socket."""
         self._mine = False
-        self.sock.close()
 
     def hide(self) -> None:
         """Remove the socket's file if it is still this one: nobody else can connect. Idempotent."""
@@ -253,7 +255,7 @@ def listen(home: Path, path: Path | None = None, *, backlog: int = 1024) -> List
     try:
         if path.parent.resolve() != home.resolve():
             _check_socket_folder(path.parent)
-        beside = _lock_of(path)
+        beside = lock_of(path)
         if not _same_file(locks[0], beside):
             locks.append(_lock(beside, path))
         _clear(path)

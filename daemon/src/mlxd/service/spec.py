@@ -13,6 +13,7 @@ import msgspec
 from mlxd_client import paths
 from mlxd_client.errors import MlxdError
 
+from ..notify import PATIENCE_S
 from ..settings import Settings
 from ..wholefiles import write_whole
 
@@ -21,8 +22,6 @@ __all__ = ["ServiceError", "ServiceSpec", "describe", "write_private"]
 # What a shell may have set and a service manager does not know. Tokens stay out: they have files of their own.
 _KEPT = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "XDG_DATA_HOME", "XDG_CACHE_HOME")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
-# How much longer than a drain a service manager waits before it kills.
-PATIENCE_S = 10
 
 
 class ServiceError(MlxdError):

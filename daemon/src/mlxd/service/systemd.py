@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -16,6 +18,8 @@ _WAIT_S = 90.0
 
 
 def socket_unit(spec: ServiceSpec) -> str:
+    """No limit to how often it triggers: past one, systemd would give the socket up until somebody starts it by hand,
+    and there is no start without a client that connected."""
     return f"""\
 # Written by `mlxd service install`, which overwrites it.
 [Unit]
@@ -27,6 +31,7 @@ SocketMode=0600
 DirectoryMode=0700
 Backlog=1024
 RemoveOnStop=yes
+TriggerLimitIntervalSec=0
 
 [Install]
 WantedBy=sockets.target
@@ -34,6 +39,8 @@ WantedBy=sockets.target
 
 
 def service_unit(spec: ServiceSpec) -> str:
+    """No limit to how often it starts: five kills in ten seconds, or clients while the settings are wrong, would
+    otherwise leave it and its socket failed for good. RestartSec keeps one that cannot even begin from spinning."""
     environment = "".join(f"Environment={_quoted(f'{name}={value}')}\n" for name, value in spec.environment.items())
     return f"""\
 # Written by `mlxd service install`, which overwrites it.
@@ -41,6 +48,7 @@ def service_unit(spec: ServiceSpec) -> str:
 Description=mlxd: local language models
 Requires={spec.name}.socket
 After={spec.name}.socket
+StartLimitIntervalSec=0
 
 [Service]
 Type=notify
@@ -80,10 +88,10 @@ class Systemd:
     def __init__(self, spec: ServiceSpec) -> None:
         self.spec = spec
         base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-        folder = Path(base) / "systemd" / "user"
+        self._folder = Path(base) / "systemd" / "user"
         self.files = {
-            folder / f"{spec.name}.socket": socket_unit(spec),
-            folder / f"{spec.name}.service": service_unit(spec),
+            self._folder / f"{spec.name}.socket": socket_unit(spec),
+            self._folder / f"{spec.name}.service": service_unit(spec),
         }
         self._socket, self._service = f"{spec.name}.socket", f"{spec.name}.service"
 
@@ -125,6 +133,9 @@ class Systemd:
             path.unlink(missing_ok=True)
         self._ask("daemon-reload")
         self._ask("reset-failed", self._service, self._socket, may_fail=True)
+        with contextlib.suppress(OSError):  # folders that are empty now, and were most likely made for these files
+            self._folder.rmdir()
+            self._folder.parent.rmdir()
         return True
 
     def start(self) -> None:
@@ -183,6 +194,11 @@ class Systemd:
             ) from None
         except subprocess.TimeoutExpired:
             raise ServiceError(f"`{' '.join(command)}` does not end") from None
+        if done.returncode and re.search(r"Failed to connect to .*\bbus\b", done.stderr):
+            raise ServiceError(
+                "systemd runs nothing for this user here: log in directly and not by su or sudo, have it run without a "
+                "login by `loginctl enable-linger`, or run `mlxd serve` from whatever starts your programs"
+            )
         if done.returncode and not may_fail:
             told = (done.stderr.strip() or done.stdout.strip()).splitlines()
             raise ServiceError(f"`{' '.join(command)}` failed: {told[-1] if told else done.returncode}")

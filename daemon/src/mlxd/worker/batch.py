@@ -54,6 +54,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
     Attributes:
         may_read: whether the next step goes on reading prompts; else it decodes only.
         crowded: there are rows elsewhere that take turns with these.
+        tight: more rows wait than there are places, and memory is counted: none of a row that left stays open.
     """
 
     # What mlx_lm's class holds, as used here.
@@ -94,6 +95,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         self._patience = Patience()
         self.may_read = True
         self.crowded = False
+        self.tight = False
+        self._roomy = True  # the rows leave the prompt cache half of what they may have together
         self._steps = 0
         self._copies: dict[int, list[Copy]] = {}  # by the uid of the row whose prompt they share, until that is read
         self._copied: set[int] = set()  # uids of copies that wait for their place in the batch
@@ -105,6 +108,7 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
     def _next(self) -> Any:
         alone = self.active == len(self._generation_batch) and not self.waiting and not self.crowded
         self._generation_batch.may_guess = alone
+        self._generation_batch.may_leave_open = self._roomy and not self.tight
         held = self._patience.arrange(self) if self.may_read else []
         if self._copies and self.may_read:
             self._copy_read()
@@ -144,8 +148,8 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
     def _fit(self, prompt_cache: PromptCache) -> None:
         """What is kept has what the rows leave. Where they take more than half, no place of theirs stays open."""
         live = self.live_bytes()
-        self._generation_batch.may_leave_open = 2 * live <= prompt_cache.tree.budget_bytes
-        if self.open_places and not self._generation_batch.may_leave_open:
+        self._roomy = 2 * live <= prompt_cache.tree.budget_bytes
+        if self.open_places and not self._roomy:
             self._generation_batch.close_places()
             live = self.live_bytes()
         prompt_cache.tree.fit(live)
@@ -219,6 +223,10 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         return 0 if uid in self._generation_batch.uids else self._patience.left(uid)
 
     def _make_batch(self, n: int) -> Any:
+        # mlx_lm counts those that decode; those that are read go on to decode, and hold caches already.
+        n = min(n, self.completion_batch_size - len(self._generation_batch) - len(self._prompt_batch))
+        if n <= 0:
+            return RowPrompts.empty(self.model, greedy_sampler, prefill_step_size=self.prefill_step_size)
         if self._reuses and self._prompt_cache is not None:
             for index in range(n):
                 reuse = self._reuses.pop(self._unprocessed_sequences[index][0], None)
@@ -297,6 +305,11 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         """How many places of the rows' caches have no row; see Places."""
         count: int = self._generation_batch.open_places
         return count
+
+    @property
+    def most_aside(self) -> int:
+        """How many prompts may come to hold caches beyond the places there are, since they step aside; see Patience."""
+        return min(len(self._patience.uids), self._most_prefills)
 
     def close_places(self) -> None:
         if self.open_places:

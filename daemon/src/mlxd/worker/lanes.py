@@ -51,10 +51,11 @@ class Lane:
 
     def foreseen(self, more: int = 0, count: int = 1) -> int:
         """See admission.Foreseen."""
-        rows = len(self.lengths) + self.rows.open_places + (count if more > 0 else 0)
+        rows = min(len(self.lengths) + (count if more > 0 else 0), self.width + self.rows.most_aside)
+        rows += self.rows.open_places
         if self.footprint is None or rows == 0:
             return 0
-        return self.footprint.bytes(min(rows, self.width), max([more, *self.lengths.values()]))
+        return self.footprint.bytes(rows, max([more, *self.lengths.values()]))
 
 
 class Lanes:
@@ -287,6 +288,7 @@ class Lanes:
         lane = self._plain if len(self._lanes) == 1 else self._turn()
         self._stepping = lane
         lane.rows.crowded = len(self._lanes) > 1
+        lane.rows.tight = self._admission.limit_bytes > 0 and len(lane.lengths) > lane.width
         made: tuple[list[Any], list[Any]] = lane.rows.next()
         self._note_ends(lane, made[1])
         if len(self._lanes) > 1:

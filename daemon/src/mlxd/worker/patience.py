@@ -8,30 +8,35 @@ __all__ = ["Patience"]
 
 
 class Patience:
-    """Whose prompts can wait, in one RowGenerator, and what was read of those that do."""
+    """Whose prompts can wait, in one RowGenerator, and what was read of those that do.
+
+    Attributes:
+        uids: prompts that are not urgent, until they are read.
+        batch: a RowPrompts, of rows that stepped aside; None where there are none.
+    """
 
     def __init__(self) -> None:
-        self._uids: set[int] = set()
-        self.batch: Any = None  # a RowPrompts, of rows that stepped aside
+        self.uids: set[int] = set()
+        self.batch: Any = None
         self._progress: list[Any] = []
 
     def __bool__(self) -> bool:
-        return bool(self._uids)
+        return bool(self.uids)
 
     def __len__(self) -> int:
         return 0 if self.batch is None else len(self.batch)
 
     def add(self, uid: int) -> None:
-        self._uids.add(uid)
+        self.uids.add(uid)
 
     def read(self, uid: int) -> None:
         """Its prompt is read."""
-        self._uids.discard(uid)
+        self.uids.discard(uid)
 
     def urgent(self, rows: Any) -> bool:
         """There is a prompt to be read that cannot wait."""
         queue = rows._unprocessed_sequences
-        return any(uid not in self._uids for uid in (*rows._prompt_batch.uids, *(row[0] for row in queue)))
+        return any(uid not in self.uids for uid in (*rows._prompt_batch.uids, *(row[0] for row in queue)))
 
     def arrange(self, rows: Any) -> list[Any]:
         """Before a step that reads: put those aside who have to wait, or have them go on.
@@ -39,21 +44,21 @@ class Patience:
         Returns:
             What was taken out of the queue for this step.
         """
-        if not self._uids:
+        if not self.uids:
             return []
         if not self.urgent(rows):
             self._go_on(rows)
             return []
-        aside = [index for index, uid in enumerate(rows._prompt_batch.uids) if uid in self._uids]
+        aside = [index for index, uid in enumerate(rows._prompt_batch.uids) if uid in self.uids]
         if aside:
             progress = rows._currently_processing
             self._progress = [progress[index] for index in aside]
             rows._currently_processing = [one for index, one in enumerate(progress) if index not in set(aside)]
             self.batch = rows._prompt_batch.split(aside)
         queue = rows._unprocessed_sequences
-        held = [row for row in queue if row[0] in self._uids]
+        held = [row for row in queue if row[0] in self.uids]
         if held:
-            kept = [row for row in queue if row[0] not in self._uids]
+            kept = [row for row in queue if row[0] not in self.uids]
             queue.clear()
             queue.extend(kept)
         return held
@@ -77,7 +82,7 @@ class Patience:
         return int(total - done)
 
     def remove(self, uid: int) -> None:
-        self._uids.discard(uid)
+        self.uids.discard(uid)
         index = self.at(uid)
         if index is not None:
             del self._progress[index]

@@ -343,12 +343,11 @@ class RowBatch(GenerationBatch):  # type: ignore[misc]
         if keep and stays and padding(caches, self.tokens) < MOST_PADDING:
             leave_open(caches, places.open)
             self._lie(places)
-        elif keep:  # where the caches are plain there is one row, so that nothing is left of them
-            for cache in caches:
-                cache.filter(places.of)
-            self._lie(Places(len(keep)))
         else:
-            self._places = None
+            if keep:  # where the caches are plain there is one row, so that nothing is left of them
+                for cache in caches:
+                    cache.filter(places.of)
+            self._lie(Places(len(keep)))
         self.prompt_cache = caches if keep else []
         self._plan = None
         self._steps_alone, self._plain, self._can_guess = 0, False, False
