@@ -238,8 +238,8 @@ class Batches:
             self.ledger.failed(error)
             return
         job = self._core.jobs.get(action.job)
-        if not isinstance(job, BatchJob) or not job.live:
-            return  # it was cancelled meanwhile
+        if not isinstance(job, BatchJob) or not job.live or action.run != job.run:
+            return  # it was cancelled meanwhile, or began anew
         for place, _, method, params in found.items:
             self._ahead_bytes -= len(self._ahead.pop((action.job, place), ("", b""))[1])
             if self._ahead_bytes + len(params) <= AHEAD_BYTES:

@@ -133,7 +133,9 @@ class Server:
         self.stop_accepting()
 
     async def resume(self) -> None:
-        """Go on as if there had been no pause."""
+        """Go on as if there had been no pause; nothing where there was none."""
+        if not self.paused:
+            return
         self.paused = False
         await self._accept()
         self._read_on()
