@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -172,14 +173,17 @@ def test_a_daemon_that_takes_over_goes_on_with_it_and_so_does_one_that_stays(
     hub.commit(MODEL, files())
     hub.fault(MODEL, "hold", file="model.safetensors", after=12 * MIB, times=1)
     fails = "from mlxd.runtime import Runtime; Runtime.begin = lambda self: 1 / 0"
-    with Relay(bad_child="worker", env=hub.env(), download_connections=1) as daemon, daemon.client() as client:
+    with (
+        Relay(bad_child="worker", env=hub.env(), download_connections=1) as daemon,
+        daemon.client() as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
         with client.events() as events:
             job = client.download(MODEL)
             moving(events, job, 11 * MIB)
         before = daemon.newest()
         choose_program(daemon.home, newer(tmp_path, before="" if works else fails))
-        waiting = threading.Thread(target=lambda: client.wait_job(job))
-        waiting.start()
+        waiting = pool.submit(client.wait_job, job)
         if works:
             client.restart()
             before.wait(PATIENCE_S)
@@ -187,7 +191,7 @@ def test_a_daemon_that_takes_over_goes_on_with_it_and_so_does_one_that_stays(
             with pytest.raises(errors.RestartFailed, match="ZeroDivisionError"):
                 client.restart()
         assert client.wait_job(job).state == "done"
-        waiting.join(PATIENCE_S)
+        assert waiting.result(PATIENCE_S).state == "done"
         assert client.status().version == ("9.9.9" if works else "0.1.0")
         assert sent(hub) <= SIZE + 8 * MIB + MIB
         assert client.verify(MODEL).ok

@@ -13,6 +13,7 @@ def test_daemons_follow_each_other_under_load() -> None:
         load = Load(daemon, streams=3)
         with load.running():
             worst = follow(daemon, load, TIMES)
-        assert len(daemon.seen) == TIMES + 1 or len(daemon.seen) == TIMES
-        assert load.answers > TIMES
+        daemon.newest()
+        assert len(daemon.seen) == TIMES + 1
+        assert min(load.answers, len(load.waits_s)) > TIMES
         assert max(worst) < 5.0  # a machine may be busy; what it is on a quiet one is in docs/upgrades.md

@@ -131,7 +131,7 @@ def test_pressure_comes_and_goes(daemon: Daemon, system: FakeSystem) -> None:
 
 
 def test_pressure_in_the_middle_of_a_load(daemon: Daemon, system: FakeSystem) -> None:
-    model, other = daemon.model("!sleep 1.5"), daemon.model("other")
+    model, other = daemon.model("!step 0"), daemon.model("other")
     with daemon.client() as client, client.events() as events:
         client.load(other)
         pending = client.stream_process("c d", model=model)
@@ -139,6 +139,8 @@ def test_pressure_in_the_middle_of_a_load(daemon: Daemon, system: FakeSystem) ->
         system.stall(some=60.0, full=30.0)
         until_level(events, "critical")
         until(events, "unloaded", id=other)
+        assert client.model(model).state == "Loading"
+        daemon.step(0)
         assert pending.wait().text == "c d"
 
 

@@ -60,7 +60,7 @@ def test_a_daemon_counts_what_happens() -> None:
                 with pytest.raises(errors.InvalidParams):
                     client.process("x", max_tokens=0)
             with pytest.raises(errors.DeadlineExceeded):
-                client.process("!slow 9", model=second, timeout_s=0.05)
+                client.process("!slow 9", model=second, timeout_s=0.5)
         stats = client.stats()
         nobody, one, two = stats.models
         assert (nobody.model, nobody.requests) == ("", {"process": {"model_not_found": 1}})
@@ -85,7 +85,6 @@ def test_a_daemon_counts_what_happens() -> None:
         assert str(daemon.home) not in client.metrics()
         assert read(run(daemon, "metrics"))["mlxd_requests_total"].kind == "counter"
         assert "1 worker_died" in run(daemon, "stats", second)
-        daemon.expect_exit = 0
 
 
 def test_real_tokens_are_measured() -> None:
@@ -111,7 +110,7 @@ def test_slow_requests_are_told_and_nothing_that_was_said() -> None:
         model = daemon.model("m")
         client.process("a secret of mine !mute 0.002", model=model)
         with pytest.raises(errors.DeadlineExceeded):
-            client.process("!slow 1000 secret", model=model, timeout_s=0.05)
+            client.process("!slow 1000 secret", model=model, timeout_s=0.5)
         client.process("patient !mute 0.002", model=model, priority="batch")  # may take its time
         answered, late = slow_lines(daemon)
         (counted,) = client.stats().models

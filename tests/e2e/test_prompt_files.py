@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -13,7 +14,7 @@ import pytest
 from mlxd import promptfiles
 from mlxd_client import Client, errors, types
 from mlxd_client.types import Completion, ModelCache
-from support import tiny_model
+from support import tiny_adapter, tiny_model
 from support.daemon import Daemon
 from support.hubcache import commit, model_files, publish
 
@@ -173,6 +174,25 @@ def test_prewarm(model: str) -> None:
         assert client.model(model).prewarmed == 1
         with pytest.raises(errors.ContextExceeded):
             client.load(model, system=SYSTEM * 20)
+
+
+def test_prewarm_by_the_name_of_a_persona(model: str, tmp_path: Path) -> None:
+    """With the adapter that requests of the persona get: what is kept without it would be of no use to them."""
+    other = "once upon a time there was a brown dog and it said " * 6
+    adapter = str(tiny_adapter.build(tmp_path.resolve() / "adapter", Path(model)))
+    personas = {"plain": {"system": SYSTEM}, "other": {"system": other, "adapter": adapter}, "mute": {"top_k": 3}}
+    with Daemon(personas=json.dumps(personas)) as daemon, daemon.client() as client:
+        for number, name in enumerate(("plain", "other"), 1):
+            assert client.load(model, persona=name).prewarmed == number
+            got = client.process("monday", model=model, persona=name, **GREEDY)
+            assert got.usage.cached_tokens >= client.count_tokens(SYSTEM, model=model) - 12
+            assert got.adapter == (adapter if name == "other" else None)
+        assert client.model(model).adapter is None  # it is the persona's, and not the model's
+        assert client.load(model, persona="plain", system=other).prewarmed == 3  # what is said goes before
+        for name, told in (("mute", "no system turn"), ("plian", "did you mean plain")):
+            with pytest.raises(errors.InvalidParams, match=told) as refused:
+                client.load(model, persona=name)
+            assert refused.value.details["field"] == "persona"
 
 
 def test_prewarm_is_refused_where_nothing_is_kept(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ class Stream:
 
     def __init__(self, daemon: Daemon, model: str) -> None:
         self.gap = 0.0
+        self._went_on = False
         self._begun, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._read, args=(daemon, model))
 
@@ -74,6 +75,7 @@ class Stream:
                     self.gap = max(self.gap, time.monotonic() - at)
                 at = time.monotonic()
                 if self._over.is_set():
+                    self._went_on = True
                     break
 
     def __enter__(self) -> Stream:
@@ -85,6 +87,7 @@ class Stream:
         self._over.set()
         self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()
+        assert self._went_on, "it ended before what was to hold it up was over"
         assert self.gap < GAP_S, f"it stood still for {self.gap:.1f} s"
 
 

@@ -29,6 +29,7 @@ last message's text), or a path given to `load`, that contains one of these word
     !segfault  !abort  !exit N  !hang  !spin  !garbage  !error
     !sleep SECONDS      neither reads nor beats for that long, then goes on as if nothing had been
     !mute N             silent for N seconds, then the answer
+    !step K             the same until it may take step K (see `!slow`)
     !grow N             takes N MiB of memory for good; `!keep N` takes them until it is told to trim
     !slow N             N steps, each of which waits for the file `step-<k>` (k from 0) in the folder named by
                         BAD_CHILD_STEPS, or 20 ms where there is none; `cancel` ends it
@@ -113,8 +114,8 @@ def may_take(folder: str, step: int) -> bool:
     return Path(folder, f"step-{step}").exists()
 
 
-def be_late() -> None:
-    while not may_take(os.environ["BAD_CHILD_STEPS"], 0):
+def wait_for_step(step: int) -> None:
+    while not may_take(os.environ["BAD_CHILD_STEPS"], step):
         time.sleep(0.005)
 
 
@@ -229,6 +230,8 @@ class Worker:
         if "!garbage" in words:
             self.pipe.sock.sendall(b"\xff" * 64)
             hang()
+        if "!step" in words:
+            wait_for_step(int(words[words.index("!step") + 1]))
         if "!mute" in words:
             time.sleep(float(words[words.index("!mute") + 1]))
         if "!error" in words:
@@ -352,7 +355,7 @@ def main(argv: list[str]) -> None:
         pipe.sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         hang()
     if mode == "late":
-        be_late()
+        wait_for_step(0)
     if mode == "ignore-all":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pipe.ready()

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import psutil
 
+from mlxd.settings import Settings
 from mlxd_client import Client
 from mlxd_client.errors import ConnectFailed
 from mlxd_client.sync import EventStream
@@ -56,6 +57,7 @@ class Daemon:
         env: dict[str, str] | None = None,
         **settings: Any,
     ) -> None:
+        assert settings.keys() <= set(Settings.__struct_fields__), settings
         self.home = Path(tempfile.mkdtemp(prefix="mlxd-"))  # short: a socket's path holds about a hundred bytes
         self.socket = self.home / "mlxd.sock"
         if bad_child is not None:

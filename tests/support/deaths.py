@@ -21,7 +21,7 @@ import psutil
 
 from mlxd.children.exitwatch import ExitWatch
 from mlxd_client import errors
-from support.daemon import PATIENCE_S, Daemon
+from support.daemon import PATIENCE_S, Daemon, until
 from support.faulty_child import tell
 
 FAULTY_CHILD = Path(__file__).with_name("faulty_child.py")
@@ -83,15 +83,14 @@ class Dying:
         Returns: seconds until both were told.
         """
         cause, told = CAUSES[name], dict[int, tuple[float, errors.MlxdError]]()
-        with self.daemon.client() as client:
+        with self.daemon.client() as client, client.events() as events:
             client.load(self.model)  # also heals the breaker, which three deaths have opened
             worker = self._worker()
             threads = [threading.Thread(target=self._decode, args=(number, told)) for number in range(2)]
             with _bounded(worker) if cause.fault == "eat" else contextlib.nullcontext():
                 for thread in threads:
                     thread.start()
-                while (client.model(self.model).active or 0) < 2:
-                    time.sleep(0.01)
+                until(events, "queue", id=self.model, active=2)
                 at = self._strike(worker, cause)
                 for thread in threads:
                     thread.join(PATIENCE_S)

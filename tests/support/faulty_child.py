@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MIB = 1024 * 1024
+PATIENCE_S = 60.0
 
 
 def segfault(_pulse: Any) -> None:
@@ -74,7 +75,9 @@ def tell(prefix: Path, pid: int, fault: str) -> None:
     path, aside = Path(f"{prefix}-{pid}"), Path(f"{prefix}-{pid}.new")
     aside.write_text(fault)
     os.replace(aside, path)
+    give_up_at = time.monotonic() + PATIENCE_S
     while path.exists():
+        assert time.monotonic() < give_up_at, "it does not look"
         time.sleep(0.001)
 
 

@@ -16,7 +16,7 @@ import psutil
 
 from mlxd_client import errors
 from support import fake_model, tiny_model
-from support.daemon import PATIENCE_S, Daemon
+from support.daemon import PATIENCE_S, Daemon, until
 from support.deaths import ENDLESS, FAULTY_CHILD, Dying
 from support.faulty_child import tell
 from support.hub import Hub
@@ -134,10 +134,9 @@ class Household:
             with contextlib.suppress(errors.MlxdError), self.daemon.client(reconnect=False) as client:
                 client.process(prompt, model=model, **options)
 
-        threading.Thread(target=ask, daemon=True).start()
-        with self.daemon.client() as client:
-            while not client.model(model).active:
-                time.sleep(0.01)
+        with self.daemon.client() as client, client.events() as events:
+            threading.Thread(target=ask, daemon=True).start()
+            until(events, "queue", id=model, active=1)
 
     def _stop(self, child: psutil.Process) -> psutil.Process:
         child.suspend()

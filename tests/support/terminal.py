@@ -88,6 +88,9 @@ def interrupt(process: subprocess.Popen[Any]) -> None:
     next line, or ends the command before it can take its request back. A person is never that quick. Only Linux tells
     of one process that it sleeps.
     """
+    give_up_at = time.monotonic() + PATIENCE_S
     while sys.platform == "linux" and psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:
+        assert process.poll() is None, "it has ended by itself"
+        assert time.monotonic() < give_up_at, "it never waits"
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)

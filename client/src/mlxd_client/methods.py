@@ -383,6 +383,7 @@ class Methods:
         adapter: str | None = None,
         draft_model: str | None = None,
         system: str | None = None,
+        persona: str | None = None,
         wait_s: Wait = UNSET,
     ) -> Request[Model]:
         """Load a model and return it once it is Ready.
@@ -391,13 +392,14 @@ class Methods:
             keep_alive: seconds until an idle model is unloaded; -1 never, 0 at once.
             adapter: what requests get that name none: an absolute folder, or an id of the hub; `none` takes it away.
             system: a system turn whose prompts are to begin at once; raises Unsupported where that cannot be.
+            persona: the same with the system turn of one of the settings; raises InvalidParams where that has none.
             wait_s: the caller's patience in seconds; unset or None has no limit.
 
         Raises ModelNotFound, ModelInvalid, InsufficientMemory, LoadFailed.
         """
         params = LoadParams(
             model=model, keep_alive=_unset(keep_alive), adapter=_unset(adapter), draft_model=_unset(draft_model),
-            system=_unset(system),
+            system=_unset(system), persona=_unset(persona),
         )  # fmt: skip
         return Request("models.load", params, Model, wait_s, long=True)
 

@@ -2,7 +2,8 @@
 //
 //     import { Command } from "@tauri-apps/plugin-shell";
 //     import { overShell } from "mlxd-client/tauri";
-//     const client = await overShell(Command.sidecar("binaries/mlxd", ["serve", "--stdio", "--join"], { encoding: "raw" }));
+//     const words = ["serve", "--stdio", "--join"];
+//     const client = await overShell(() => Command.sidecar("binaries/mlxd", words, { encoding: "raw" }));
 //
 // The app's capabilities must allow that sidecar with those arguments, and `shell:allow-stdin-write`.
 
@@ -18,7 +19,13 @@ export interface ShellCommand {
   spawn(): Promise<{ write(data: Uint8Array | number[]): Promise<void>; kill(): Promise<void> }>;
 }
 
-export async function overShell(command: ShellCommand, name = "tauri"): Promise<Client> {
+/** Run the command that `make` makes, and another one for the next request where it has ended. */
+export async function overShell(make: () => ShellCommand, name = "tauri"): Promise<Client> {
+  const dial = () => spawned(make());
+  return new Client(await dial(), name, { dial, starts: true });
+}
+
+async function spawned(command: ShellCommand): Promise<Transport> {
   let written: Promise<unknown> = Promise.resolve(); // writes go through asynchronous calls, and must keep their order
   const transport: Transport = {
     write: (bytes) => {
@@ -32,5 +39,5 @@ export async function overShell(command: ShellCommand, name = "tauri"): Promise<
   command.on("close", ({ code }) => transport.onClose(new Error(`mlxd ended with ${code ?? "a signal"}`)));
   command.on("error", (message) => transport.onClose(new Error(message)));
   const child = await command.spawn();
-  return new Client(transport, name);
+  return transport;
 }

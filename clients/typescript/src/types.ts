@@ -400,6 +400,7 @@ export interface ListParams {
 export interface LoadParams {
   model: string;
   system?: string;
+  persona?: string;
   keep_alive?: number;
   adapter?: string;
   draft_model?: string;
@@ -841,7 +842,7 @@ export interface Methods {
   "models.list": { params: { updates?: boolean }; result: ModelsResult };
   "models.get": { params: { model: string }; result: Model };
   "models.story": { params: { model?: string }; result: StoriesResult };
-  "models.load": { params: { model: string; system?: string; keep_alive?: number; adapter?: string; draft_model?: string }; result: Model };
+  "models.load": { params: { model: string; system?: string; persona?: string; keep_alive?: number; adapter?: string; draft_model?: string }; result: Model };
   "models.unload": { params: { model: string }; result: Model };
   "models.acquire": { params: { model: string }; result: Lease };
   "models.release": { params: { lease: string }; result: Empty };

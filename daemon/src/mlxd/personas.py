@@ -15,6 +15,7 @@ from mlxd_client.types import (
     UNSET,
     ChatParams,
     GenerateParams,
+    LoadParams,
     Message,
     Options,
     Persona,
@@ -22,7 +23,7 @@ from mlxd_client.types import (
     Template,
 )
 
-__all__ = ["check_persona", "check_template", "completed"]
+__all__ = ["beginning", "check_persona", "check_template", "completed"]
 
 P = TypeVar("P", bound=GenerateParams)
 
@@ -77,6 +78,20 @@ def completed(params: P, personas: Mapping[str, Persona], templates: Mapping[str
         elif params.values is not UNSET:
             raise InvalidParams("values are for a template's placeholders, and no template is named", field="values")
     return msgspec.structs.replace(params, **changes) if changes else params
+
+
+def beginning(params: LoadParams, personas: Mapping[str, Persona]) -> tuple[str | None, str | None]:
+    """The system turn whose prompts are to begin at once, and the adapter that its persona brings, if any.
+
+    Raises InvalidParams for a persona that is none, or has no system turn where the request has none either.
+    """
+    if params.persona is UNSET:
+        return None if params.system is UNSET else params.system, None
+    persona = _named(params.persona, personas, "persona")
+    system = persona.system if params.system is UNSET else params.system
+    if system is UNSET:
+        raise InvalidParams(f"the persona {params.persona!r} has no system turn to begin with", field="persona")
+    return system, None if persona.adapter is UNSET else persona.adapter
 
 
 def _named(name: str, known: Mapping[str, Any], kind: str) -> Any:

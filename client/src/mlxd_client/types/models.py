@@ -73,10 +73,12 @@ class LoadParams(Params, kw_only=True):
     `draft_model` is loaded beside the model, to guess for it, in place of the one it has; it goes when the model is
     unloaded. Where it cannot guess for the model the request fails, and the model stays loaded without it. `system`:
     what prompts with this system turn begin with is computed, too, and kept, so that the first of them need not;
-    `unsupported` where nothing can be kept."""
+    `unsupported` where nothing can be kept. `persona` does so with the system turn, and the adapter, of one of the
+    settings; `system` goes before its."""
 
     model: ModelRef
     system: Annotated[str, Meta(min_length=1)] | UnsetType = UNSET
+    persona: Name | UnsetType = UNSET
     keep_alive: KeepAlive | UnsetType = UNSET
     adapter: ModelRef | UnsetType = UNSET
     draft_model: ModelRef | UnsetType = UNSET

@@ -43,6 +43,7 @@ def register(commands: Commands[argparse.ArgumentParser]) -> None:
     system = parser.add_mutually_exclusive_group()
     system.add_argument("--system", metavar="TEXT", help="have the prompts with these instructions begin at once, too")
     system.add_argument("--system-file", metavar="FILE", help="the same, with the instructions in a file")
+    system.add_argument("--persona", metavar="NAME", help="the same, with those of a persona")
 
     parser = add_command(commands, "unload", unload, "unload a model and free its memory")
     parser.add_argument("model", type=model_ref, help="an id, an alias or a folder")
@@ -177,7 +178,7 @@ def load(args: argparse.Namespace, output: Output) -> int:
         with connect(args) as client:
             model = client.load(
                 args.model, keep_alive=args.keep_alive, adapter=args.adapter, draft_model=args.draft_model,
-                system=system,
+                system=system, persona=args.persona,
             )  # fmt: skip
     finally:
         output.progress(None)

@@ -14,6 +14,7 @@ from .. import childwire as wire
 from ..core import events as ev
 from ..core.core import Core
 from ..library import draft_bytes
+from ..personas import beginning
 from ..prompts import ask
 from ..workers import settle
 from .crew import Crew
@@ -55,15 +56,17 @@ class Holding:
         self._leases = itertools.count(1)
 
     async def load(self, client: int, params: types.LoadParams) -> types.Model:
+        system, own = beginning(params, self._settings.personas)
         adapter = None if params.adapter is UNSET else await self._supply.adapter(params.adapter)
-        if params.system is not UNSET and not self._settings.prompt_cache_bytes:
+        if system is not None and not self._settings.prompt_cache_bytes:
             raise errors.Unsupported("no prompts are kept, by the setting `prompt_cache_bytes`", option="system")
+        other = None if own is None else await self._supply.adapter(own)
         model = await self._supply.have(params.model)
         keep_alive = None if params.keep_alive is UNSET else params.keep_alive
         draft = None if params.draft_model is UNSET else await self._supply.have_draft(params.draft_model, model)
         room = 0 if draft is None else draft_bytes(draft)
         # It cannot go before all that was asked for is there.
-        lease = None if params.adapter is UNSET and params.system is UNSET else self._new_lease()
+        lease = None if params.adapter is UNSET and system is None else self._new_lease()
         try:
             view: types.Model = await self._goals.reach(
                 lambda rid: ev.Ensure(
@@ -76,8 +79,8 @@ class Holding:
                 return view
             if params.adapter is not UNSET:
                 await self._adapt(model, adapter)
-            if params.system is not UNSET:
-                await self._prewarm(model, params.system)
+            if system is not None:
+                await self._prewarm(model, system, self._crew.link(model).adapter if own is None else other)
         finally:
             if lease is not None:
                 self._tell(ev.Release(client, lease))
@@ -98,10 +101,10 @@ class Holding:
         await adapted
         self._tell(ev.Adapted(link.worker, None if adapter is None else adapter.id))
 
-    async def _prewarm(self, model: str, system: str) -> None:
+    async def _prewarm(self, model: str, system: str, adapter: wire.Adapter | None) -> None:
         """Have the beginning of prompts with this system turn kept."""
         link = self._crew.link(model)
-        path = None if link.adapter is None else link.adapter.path
+        path = None if adapter is None else adapter.path
         await ask(link, "prewarm", wire.Prewarm(system=system, adapter=path), len(system))
         link.prewarmed.add(hash((path, system)))
         self._tell(ev.Prewarmed(link.worker, len(link.prewarmed)))
