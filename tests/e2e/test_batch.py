@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import psutil
 import pytest
 
 from mlxd.batch.header import FILE
+from mlxd.cli import exits
 from mlxd.cli.main import main
 from mlxd.runtime.batches import MOST_OPEN
 from mlxd_client import AsyncClient, Client
@@ -316,6 +318,10 @@ def test_the_command(ran: Any, tmp_path: Path) -> None:
     lines = [*prompts("a b", "c"), {"prompt": "short", "custom_id": "s"}]
     file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     with Daemon(bad_child="worker") as daemon:
+        assert ran(daemon, "submit", os.devnull)[::2] == (exits.USAGE, "mlxd: invalid_params: there are no items\n")
+        assert ran(daemon, "list")[1] == "there are no batch jobs\n"
+        assert ran(daemon, "results", "batch-0-1", "-o", str(file))[0] == exits.FAILED
+        assert file.stat().st_size  # it is not overwritten by what is not there
         status, out, _ = ran(daemon, "submit", str(file), "--name", "mine", "--key", "k")
         job = out.strip()
         assert status == 0
