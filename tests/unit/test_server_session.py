@@ -574,6 +574,30 @@ def test_who_never_reads_the_refusal_of_its_bytes_is_cut_off(encoding: Encoding)
 
 
 @both
+def test_who_is_being_cut_off_still_counts(encoding: Encoding) -> None:
+    """A connection whose last words nobody reads holds a descriptor, too: there are no more of these than the limit."""
+
+    async def main() -> None:
+        limits = ServerLimits(write_stall_s=0.2, connections=2, reply_backlog_bytes=1 << 24)
+        async with serving(limits) as served:
+            first, second = await served.connect(encoding), await served.connect(encoding)
+            assert await first.call("ping") == {}
+            _small_buffers(second)
+            for number in range(20):
+                second.request("rpc.discover", id=number + 1)
+            second.send_bytes(b"\xff" * 100 + b"\n")
+            assert await served.runtime.gone.get() == 2
+            assert served.server.clients == 1
+            (told,) = await (await served.connect()).closed()  # it had said nothing
+            assert told["error"]["data"] == {"kind": "queue_full", "details": {"limit": 2}}
+            while len(served.server._transports) > 1:
+                assert await first.call("ping") == {}
+            assert await (await served.connect(encoding)).call("ping") == {}
+
+    run(main())
+
+
+@both
 def test_closing_does_not_wait_for_who_never_reads(encoding: Encoding) -> None:
     async def main() -> None:
         async with serving(ServerLimits(close_flush_s=0.1)) as served:

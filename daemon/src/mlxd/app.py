@@ -215,7 +215,8 @@ class _Daemon:
         await runtime.begin()
         await server.start(self._listener)
         if self._forerunner is not None:
-            self._listener.claim()
+            self._forerunner.serving()
+            self._listener.claim()  # not before: the other one would go on, and have no socket, if this one failed
             self._do(self._forerunner.follow())
         self._offer(server, runtime)
         if self._listener.path is None:
@@ -363,7 +364,8 @@ class _Daemon:
     async def _end(self, server: Server, runtime: Runtime) -> None:
         """Drain, answer everybody, end the children; only then may the next daemon have the socket's lock.
 
-        1. Another daemon serves already: there is time, unless that one ends or wants to.
+        1. Another daemon serves already: there is time, unless that one ends or wants to. Who connected after it died
+           is told to try again.
         2. Another one will be started: who connects waits for it, and is told to.
         3. Else clients learn that this one ends.
         The daemon before this one, should it still run, is told to end too, and is waited for.
@@ -379,6 +381,8 @@ class _Daemon:
         if successor is not None:
             hurry = successor.wished_away(self._hurry, settings.drain_s)
             await _race(server.drained(settings.handover_s), hurry)
+            if successor.gone and self._listener.path is not None:
+                await server.take_waiting()
         else:
             self._notifier.stopping(settings.drain_s + PATIENCE_S)
             if self._listener.path is None and self._launch.managed:

@@ -222,7 +222,8 @@ class Listener:
         """From now on it is this process's, as far as others can tell."""
         self._mine = True
         for lock in self.locks:
-            _sign(lock)
+            with contextlib.suppress(OSError):  # a full disk: the number is for people, the lock itself is held
+                _sign(lock)
 
     def renew(self) -> bool:
         """Listen anew where the socket's file was removed: nobody else could, while the lock is held. Returns whether
@@ -241,9 +242,9 @@ class Listener:
         return True
 
     def give_away(self) -> None:
-        """It is another daemon's. The locks stay held until this process closes them, too."""
+        """It is another daemon's. Socket and locks stay open until this process closes them, too: should that one die,
+        nobody starts a third before this one has ended, and who connects meanwhile waits in the socket."""
         self._mine = False
-        self.sock.close()
 
     def hide(self) -> None:
         """Remove the socket's file if it is still this one: nobody else can connect. Idempotent."""

@@ -138,7 +138,9 @@ class Server:
         self.stop_accepting()
 
     async def resume(self) -> None:
-        """Go on as if there had been no pause."""
+        """Go on as if there had been no pause; nothing where there was none."""
+        if not self.paused:
+            return
         self.paused = False
         await self._accept()
         self._read_on()
@@ -219,8 +221,8 @@ class Server:
 
     @property
     def full(self) -> bool:
-        """Whether one more connection would be one too many."""
-        return len(self._sessions) >= self.limits.connections
+        """Whether one more connection would be one too many. Those that are closing hold a descriptor, too."""
+        return len(self._transports) >= self.limits.connections
 
     def session_refused(self) -> None:
         self._refused += 1
