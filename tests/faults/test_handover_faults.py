@@ -7,13 +7,13 @@ import random
 
 import pytest
 
-from support.handover_faults import PLACES, Handovers, faults
+from support.handover_faults import NOTHING, PLACES, Handovers, faults
 from support.mortal_handover import NEW, OLD
 
 
 def test_every_step_is_come_by_in_this_order() -> None:
     with Handovers("alone", 0) as handovers:
-        handovers.run(None)
+        handovers.run(NOTHING)
         steps = handovers.trace()
     assert [step for step in steps if step.startswith("old")] == [f"old {step}" for step in OLD]
     assert [step for step in steps if step.startswith("new")] == [f"new {step}" for step in NEW]

@@ -40,7 +40,7 @@ from support.ledger import Line, Traffic
 from support.mortal_handover import DEEDS, NEW, OLD, SERVING
 from support.restarts import Relay
 
-__all__ = ["PLACES", "Fault", "Handovers", "faults"]
+__all__ = ["NOTHING", "PLACES", "Fault", "Handovers", "faults"]
 
 PROGRAM = Path(__file__).with_name("mortal_handover.py")
 PLACES = ("alone", "systemd", "launchd", "joined")
@@ -56,6 +56,10 @@ class Fault(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.deed} as the {self.role} one has {self.step}"
+
+
+# To wait for the last step of one that all goes well with.
+NOTHING = Fault("new", "alone", "nothing happens")
 
 
 def faults(place: str) -> list[Fault]:
@@ -285,21 +289,21 @@ class Handovers:
         """The steps that were reached since the last fault was set."""
         return (self._folder / "trace").read_text().splitlines()
 
-    def run(self, fault: Fault | None) -> None:
-        """One handover, with a fault or without. Raises AssertionError, which names it."""
+    def run(self, fault: Fault) -> None:
+        """One handover. Raises AssertionError, which names the fault."""
         try:
             self._run(fault)
         except Exception as error:
             print(self._log())
             raise AssertionError(f"{self._name}: {fault}: {error}") from error
-        self.tally[f"{self._name}: {fault.deed if fault else 'nothing happens'}"] += 1
+        self.tally[f"{self._name}: {fault.deed}"] += 1
 
     def _log(self) -> str:
         file = self.place.home / "logs" / "mlxd.log"
         lines = file.read_text().splitlines() if file.exists() else []
         return "\n".join(line for line in lines if "request ended" not in line and '"event":"child' not in line)[-6000:]
 
-    def _run(self, fault: Fault | None) -> None:
+    def _run(self, fault: Fault) -> None:
         with self.place.client() as client:
             first = client.status().pid
             job = client.submit_batch([{"method": "process", "params": {"prompt": f"item {n}"}} for n in range(6)])
@@ -311,18 +315,16 @@ class Handovers:
             app.ask(2, "!slow 50")
         (self._folder / "trace").write_text("")
         (self._folder / "fault.done").unlink(missing_ok=True)
-        if fault is not None:
-            (self._folder / "fault").write_text(json.dumps(fault._asdict()))
+        (self._folder / "fault").write_text(json.dumps(fault._asdict()))
         with self._asking() as asking:
             asking.restart.set()
-            if fault is not None:
-                pids = json.loads(self._told.recv(4096))
-                self._meanwhile(fault, pids["new"])
+            pids = json.loads(self._told.recv(4096))
+            self._meanwhile(fault, pids["new"])
             self._join_anew(app)
             self._served()  # whatever becomes of the handover
             assert asking.restarted.wait(PATIENCE_S), "the restart is neither answered nor hung up on"
             last = self._last()
-        if fault is None:
+        if fault is NOTHING:
             assert last != first
         self._files(last, inode)
         with self.place.client() as client:
