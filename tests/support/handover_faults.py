@@ -58,6 +58,8 @@ class Fault(NamedTuple):
         return f"{self.deed} as the {self.role} one has {self.step}"
 
 
+# Where the new one is only tried; it is ended as soon as it has said that it is ready.
+TRIED = {"asked", "started", "heard ready", "born", "inherited", "met"}
 # To wait for the last step of one that all goes well with.
 NOTHING = Fault("new", "alone", "nothing happens")
 
@@ -67,16 +69,8 @@ def faults(place: str) -> list[Fault]:
     found = []
     for role, steps in (("old", OLD), ("new", NEW)):
         for step in steps:
-            if place == "launchd" and step not in (
-                "asked",
-                "started",
-                "heard ready",
-                "born",
-                "inherited",
-                "met",
-                "said ready",
-            ):
-                continue  # the new one is only tried
+            if place == "launchd" and step not in TRIED:
+                continue
             for deed in DEEDS:
                 other = "old" if deed == DEEDS[0] else "new"
                 if step == {"old": "alone", "new": "asked"}[other] or (deed == "the new fails" and role == "old"):
@@ -118,6 +112,7 @@ class Managed(Activator):
     def __init__(self, folder: Path, *, told: bool) -> None:
         worker = f"{sys.executable} {BAD_CHILD} --mode worker"
         super().__init__(program=[str(PROGRAM)], worker_command=worker, **SETTINGS)
+        (self.home / "run" / "tmp").unlink()  # what real workers share is not for these
         self.env["MORTAL_HANDOVER"] = str(folder)
         self.socket = self.path
         if not told:
