@@ -109,6 +109,11 @@ class Server:
         self._sock = listener.sock
         await self._accept()
 
+    async def move(self, listener: Listener) -> None:
+        """Accept connections from a socket that takes the other one's place."""
+        self.stop_accepting()
+        await self.start(listener)
+
     async def _accept(self) -> None:
         assert self._sock is not None
         # The socket outlives this: it may be handed over. And its file is the listener's to remove.
