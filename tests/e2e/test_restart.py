@@ -142,6 +142,28 @@ def test_the_old_one_goes_on_where_the_new_one_fails(tmp_path: Path, before: str
         daemon.gone(pid)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="sets the limits of another process")
+@pytest.mark.parametrize("before", [False, True], ids=["at once", "later"])
+def test_where_nothing_can_be_written_the_old_one_goes_on(tmp_path: Path, before: bool) -> None:
+    """As with a full disk, which the new one meets as well: there is no place for its last words, or, where one was
+    found earlier, it fails as it takes over."""
+    with Relay(bad_child="worker") as daemon, daemon.client(timeout_s=PATIENCE_S) as client:
+        process = daemon.newest()
+        if before:
+            choose_program(daemon.home, [str(tmp_path / "nothing")])
+            with pytest.raises(errors.RestartFailed, match="cannot be started"):
+                client.restart()
+        choose_program(
+            daemon.home, newer(tmp_path, before="from mlxd.runtime import Runtime; Runtime.begin = lambda self: 1 / 0")
+        )
+        process.rlimit(psutil.RLIMIT_FSIZE, (0, psutil.RLIM_INFINITY))
+        with pytest.raises(errors.RestartFailed, match="failed" if before else "cannot be started"):
+            client.restart()
+        with daemon.client() as another:
+            assert another.status().pid == process.pid
+        process.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+
+
 def test_who_asks_while_one_takes_over_gets_the_same_one() -> None:
     async def main(daemon: Relay) -> set[int | None]:
         async with AsyncClient(daemon.socket, name="tests", timeout_s=PATIENCE_S) as client:

@@ -180,7 +180,10 @@ class Successor:
     async def start(cls, listener: Listener, home: Path, env: Mapping[str, str], *, managed: bool = False) -> Successor:
         """Start it, with its ends of all that it inherits. Raises RestartFailed."""
         program = [*_chosen_program(home, managed), *sys.argv[1:]]
-        process, ours, told = _spawn(program, listener, env)
+        try:
+            process, ours, told = _spawn(program, listener, env)
+        except (OSError, ValueError) as error:
+            raise RestartFailed(f"`{' '.join(program)}` cannot be started: {error}") from None
         return cls(process, await _Link.open(ours), told)
 
     async def ready(self, timeout_s: float) -> None:
@@ -261,18 +264,21 @@ class Successor:
 def _spawn(
     program: Sequence[str], listener: Listener, env: Mapping[str, str]
 ) -> tuple[subprocess.Popen[bytes], socket.socket, BinaryIO]:
-    """Start a process with its ends of all that it inherits. Raises RestartFailed.
+    """Start a process with its ends of all that it inherits. Raises OSError, ValueError.
 
     Returns: the process, this daemon's end of the socket pair, and what the process says before it serves.
     """
-    ours, theirs = socket.socketpair()
-    told: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
-    stderr = os.dup(2)
-    inherited = _Told(
-        pid=os.getpid(), control=theirs.fileno(), listener=listener.sock.fileno(), locks=listener.locks,
-        stderr=stderr, path=None if listener.path is None else str(listener.path),
-    )  # fmt: skip
-    try:
+    with contextlib.ExitStack() as theirs_only, contextlib.ExitStack() as unless_started:
+        told: BinaryIO = unless_started.enter_context(tempfile.TemporaryFile())
+        ours, theirs = socket.socketpair()
+        unless_started.enter_context(ours)
+        theirs_only.enter_context(theirs)
+        stderr = os.dup(2)
+        theirs_only.callback(os.close, stderr)
+        inherited = _Told(
+            pid=os.getpid(), control=theirs.fileno(), listener=listener.sock.fileno(), locks=listener.locks,
+            stderr=stderr, path=None if listener.path is None else str(listener.path),
+        )  # fmt: skip
         process = subprocess.Popen(
             program,
             stdin=subprocess.DEVNULL,
@@ -281,13 +287,7 @@ def _spawn(
             env={**env, _VARIABLE: msgspec.json.encode(inherited).decode()},
             start_new_session=True,
         )
-    except (OSError, ValueError) as error:
-        ours.close()
-        told.close()
-        raise RestartFailed(f"`{' '.join(program)}` cannot be started: {error}") from None
-    finally:
-        theirs.close()
-        os.close(stderr)
+        unless_started.pop_all()
     return process, ours, told
 
 

@@ -212,10 +212,12 @@ class Listener:
         self._inode = _inode(path) if path is not None else None
 
     def claim(self) -> None:
-        """From now on it is this process's, as far as others can tell."""
+        """From now on it is this process's, as far as others can tell. That is all that a lock file says: a full disk
+        is no reason to fail."""
         self._mine = True
         for lock in self.locks:
-            _sign(lock)
+            with contextlib.suppress(OSError):
+                _sign(lock)
 
     def give_away(self) -> None:
         """It is another daemon's. The locks stay held until this process closes them, too."""
