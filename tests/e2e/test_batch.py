@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import psutil
 import pytest
 
 from mlxd.batch.header import FILE
+from mlxd.cli import exits
 from mlxd.cli.main import main
+from mlxd.runtime.batches import MOST_OPEN
 from mlxd_client import AsyncClient, Client
-from mlxd_client.errors import InvalidParams, ModelNotFound, NotFound, RpcError, Unsupported
+from mlxd_client.errors import InvalidParams, ModelNotFound, NotFound, QueueFull, RpcError, Unsupported
 from mlxd_client.sync import EventStream
 from mlxd_client.types import Job
 from support import batch_kills
@@ -215,6 +218,23 @@ def test_a_job_that_is_open_keeps_nobody_up_and_is_there_later() -> None:
         client.delete_batch(job.job)
 
 
+def test_so_many_may_be_under_way_however_they_come() -> None:
+    async def submit_all(daemon: Daemon) -> list[Job | BaseException]:
+        async with AsyncClient(daemon.socket, timeout_s=PATIENCE_S) as client:
+            many = [client.submit_batch(prompts(str(n)), open=True) for n in range(MOST_OPEN + 20)]
+            return await asyncio.gather(*many, return_exceptions=True)
+
+    with Daemon(bad_child="worker") as daemon, daemon.client() as client:
+        came = asyncio.run(submit_all(daemon))
+        jobs = [job for job in came if isinstance(job, Job)]
+        assert len(jobs) == len(client.batches()) == MOST_OPEN
+        assert all(isinstance(job, Job | QueueFull) for job in came)
+        with pytest.raises(QueueFull):
+            client.submit_batch(prompts("one more"))
+        client.delete_batch(jobs[0].job, cancel=True)
+        assert client.wait_job(client.submit_batch(prompts("one more")).job).state == "done"
+
+
 # --- hostile ------------------------------------------------------------------------------------------------------
 
 GOOD = {"method": "process", "params": {"prompt": "x"}}
@@ -298,6 +318,10 @@ def test_the_command(ran: Any, tmp_path: Path) -> None:
     lines = [*prompts("a b", "c"), {"prompt": "short", "custom_id": "s"}]
     file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     with Daemon(bad_child="worker") as daemon:
+        assert ran(daemon, "submit", os.devnull)[::2] == (exits.USAGE, "mlxd: invalid_params: there are no items\n")
+        assert ran(daemon, "list")[1] == "there are no batch jobs\n"
+        assert ran(daemon, "results", "batch-0-1", "-o", str(file))[0] == exits.FAILED
+        assert file.stat().st_size  # it is not overwritten by what is not there
         status, out, _ = ran(daemon, "submit", str(file), "--name", "mine", "--key", "k")
         job = out.strip()
         assert status == 0

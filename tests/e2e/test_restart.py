@@ -143,25 +143,69 @@ def test_the_old_one_goes_on_where_the_new_one_fails(tmp_path: Path, before: str
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets the limits of another process")
-@pytest.mark.parametrize("before", [False, True], ids=["at once", "later"])
-def test_where_nothing_can_be_written_the_old_one_goes_on(tmp_path: Path, before: bool) -> None:
-    """As with a full disk, which the new one meets as well: there is no place for its last words, or, where one was
-    found earlier, it fails as it takes over."""
+def test_where_nothing_can_be_written_none_is_started(tmp_path: Path) -> None:
+    """As with a full disk: there is no place for a new one's last words."""
     with Relay(bad_child="worker") as daemon, daemon.client(timeout_s=PATIENCE_S) as client:
         process = daemon.newest()
-        if before:
-            choose_program(daemon.home, [str(tmp_path / "nothing")])
-            with pytest.raises(errors.RestartFailed, match="cannot be started"):
-                client.restart()
-        choose_program(
-            daemon.home, newer(tmp_path, before="from mlxd.runtime import Runtime; Runtime.begin = lambda self: 1 / 0")
-        )
         process.rlimit(psutil.RLIMIT_FSIZE, (0, psutil.RLIM_INFINITY))
-        with pytest.raises(errors.RestartFailed, match="failed" if before else "cannot be started"):
+        with pytest.raises(errors.RestartFailed, match="cannot be started"):
             client.restart()
-        with daemon.client() as another:
-            assert another.status().pid == process.pid
+        assert client.status().pid == process.pid
         process.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+
+
+DOES_NOT_LET_GO = """
+from mlxd.runtime import Runtime
+let_go = Runtime.let_go
+async def once(self, timeout_s):
+    Runtime.let_go = let_go
+    raise TimeoutError
+Runtime.let_go = once
+"""
+
+
+def listening(pid: int, home: Path) -> int:
+    """How many descriptors a process has that listen in this folder."""
+    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    links = {f"socket:[{row[6]}]" for row in rows if row[3] == "00010000" and row[-1].startswith(str(home))}
+    return sum(os.readlink(one) in links for one in Path(f"/proc/{pid}/fd").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which descriptors listen")
+def test_one_that_could_not_let_go_listens_no_more_often_than_before(tmp_path: Path) -> None:
+    program = newer(tmp_path, "0.1.0", before=DOES_NOT_LET_GO)
+    with Relay(bad_child="worker", program=program) as daemon, daemon.client() as client:
+        first = daemon.newest().pid
+        before = listening(first, daemon.home)
+        with pytest.raises(errors.RestartFailed, match="did not stop within"):
+            client.restart()
+        assert listening(first, daemon.home) == before > 0
+        assert client.restart().pid != first
+
+
+FULL_DISK = """
+import mlxd.server.listen as listen
+sign = listen._sign
+def full(lock):
+    if sys._getframe(1).f_code.co_name == "claim":
+        raise OSError(28, "No space left on device")
+    sign(lock)
+listen._sign = full
+"""
+
+
+def test_a_pid_that_cannot_be_written_down_is_no_reason_to_fail(tmp_path: Path) -> None:
+    with Relay(bad_child="worker", program=newer(tmp_path, "0.1.0", before=FULL_DISK)) as daemon:
+        first = daemon.newest().pid
+        with daemon.client() as client:
+            failing = FULL_DISK + "\nfrom mlxd.runtime import Runtime; Runtime.begin = lambda self: 1 / 0"
+            choose_program(daemon.home, newer(tmp_path, before=failing))
+            with pytest.raises(errors.RestartFailed, match="ZeroDivisionError"):
+                client.restart()
+            assert client.process("hello").text == "hello"  # and the old one goes on
+            client.restart()
+            assert client.process("hello").text == "hello"
+            assert client.status().pid != first
 
 
 def test_who_asks_while_one_takes_over_gets_the_same_one() -> None:

@@ -16,6 +16,7 @@ from mlxd.core import actions as do
 from mlxd.core import events as ev
 from mlxd.core.core import Core, Limits
 from mlxd.core.invariants import check
+from mlxd.core.jobs import BatchJob
 from mlxd_client import errors
 from mlxd_client.mirror import Mirror
 from mlxd_client.types import Event
@@ -46,6 +47,7 @@ class World(RuleBasedStateMachine):
         self.core = Core(limits, wall=1000.0)
         self.flying: dict[int, tuple[str, int]] = {}
         self.reads: list[do.ReadItems] = []
+        self.read_out: dict[str, set[int]] = {}  # what each job's items are that were read since it began
         self.outbox: list[tuple[int | None, Any]] = []
         self.broken = False
         self.told_broken = False
@@ -74,6 +76,7 @@ class World(RuleBasedStateMachine):
             case do.RunItem(job, place, ticket):
                 assert (job, place) not in self.flying.values(), "an item runs twice at a time"
                 assert place not in self.jobs[job]["results"], "an item runs that is recorded"
+                assert self.core._batches.fault is None, "an item runs while nothing can be recorded"
                 self.flying[ticket] = (job, place)
             case do.CancelItem(ticket):
                 del self.flying[ticket]
@@ -107,6 +110,7 @@ class World(RuleBasedStateMachine):
         kept = self.jobs[name := data.draw(st.sampled_from(sorted(self.jobs)))]
         if kept["state"] in ("open", "failed", "cancelled"):
             kept["state"], kept["ended_at"] = "running", None
+            self.read_out.pop(name, None)
             self.tell(ev.BatchStarted(name, 1001.0))
 
     @precondition(lambda self: self.jobs)
@@ -116,15 +120,23 @@ class World(RuleBasedStateMachine):
 
     # --- the world ---
 
-    @precondition(lambda self: self.reads and not self.broken)
+    @precondition(lambda self: self.reads)
     @rule()
     def read(self) -> None:
         action = self.reads.pop(0)
+        if self.broken:
+            self.told_broken = True
+            self.tell(ev.BatchStoreFailed(errors.InternalError("a bad sector")))
+            return
         kept = self.jobs[action.job]
         left = [n for n in range(kept["total"]) if n > action.after[1] and n not in kept["results"]]
         page = left[: min(action.count, 2)]
         items = tuple((n, kept["tries"].get(n, 0)) for n in page)
         cursor = (0, page[-1]) if page else action.after
+        job = self.core.jobs[action.job]
+        assert isinstance(job, BatchJob)
+        if job.live and job.reading and action.run == job.run:
+            self.read_out.setdefault(action.job, set()).update(page)
         self.tell(ev.BatchItems(action.job, action.run, items, cursor, len(left) > len(page)))
 
     @precondition(lambda self: self.flying)
@@ -181,21 +193,30 @@ class World(RuleBasedStateMachine):
         self.begin()
 
     @rule()
-    def drain(self) -> None:
+    def stop(self) -> None:
+        """The daemon stops: what runs steps aside, and the next one begins."""
         self.tell(ev.Drain())
+        for ticket in sorted(self.flying):
+            del self.flying[ticket]
+            self.tell(ev.BatchItemEnded(ticket, REFUSALS["yields"]))
+        assert not self.flying, "an item begins while the daemon stops"
+        self.begin()
 
     # --- what always holds ---
 
     @invariant()
     def sound(self) -> None:
         check(self.core)
+        for name, read in self.read_out.items():
+            job = self.core.jobs.get(name)
+            if isinstance(job, BatchJob) and job.live:
+                lost = read - self.jobs[name]["results"].keys() - set(self.core._batches.places(job))
+                assert not lost, f"items {lost} of {name} are lost"
         assert self.mirror.snapshot() == Mirror(self.core.snapshot()).snapshot()
         due = self.core.next_deadline()
         assert due is None or due > self.now, "it would tick for ever"
 
     def teardown(self) -> None:
-        if self.core.draining:
-            self.begin()
         self.broken = False
         for _ in range(400):
             open_jobs = [kept for kept in self.jobs.values() if kept["state"] == "running"]

@@ -302,6 +302,8 @@ class World(RuleBasedStateMachine):
     def client_gone(self, client: int) -> None:
         self.tell(ev.ClientGone(client))
         assert all(client not in m.leases.values() for m in self.core.models.values())
+        assert all(goal.client != client for m in self.core.models.values() for goal in m.goals.values())
+        assert all(r.client != client or r.ending is not None for r in self.core.requests.values())
 
     @precondition(lambda self: self.loading)
     @rule(data=st.data(), progress=st.floats(0, 1))

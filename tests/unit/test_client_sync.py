@@ -14,15 +14,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from mlxd_client import connect, errors, sync, types
+from mlxd_client import connect, errors, types
 from mlxd_client.rpc import MOST_MOVES
-from mlxd_client.sync import Client
+from mlxd_client.sync import Client, link
 from support.scripted_daemon import NOTHING, PATIENCE_S, Connection, ScriptedDaemon, completion, leaves_twice, model
 
 
 @pytest.fixture(autouse=True)
 def _keep_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sync, "_KEEP_S", 0.01)
+    monkeypatch.setattr(link, "_KEEP_S", 0.01)
 
 
 @pytest.fixture
@@ -658,6 +658,18 @@ threading.Event().wait({life})
 
 def serving(life: float = 60.0) -> list[str]:
     return [sys.executable, "-c", SERVE.format(path=sys.path, life=life)]
+
+
+def test_one_that_another_keeps_from_starting_is_started_again(path: str, tmp_path: Path) -> None:
+    """As where the other one is about to end, and listens no more."""
+    told = tmp_path / "refused"
+    refused_once = f"import os, sys\nif not os.path.exists({str(told)!r}): open({str(told)!r}, 'x'); sys.exit(8)\n"
+    command = [sys.executable, "-c", refused_once + serving()[-1]]
+    with Client(path, start=command, timeout_s=PATIENCE_S) as client:
+        client.ping()
+        assert told.exists()
+        with pytest.raises(errors.ConnectionLost):
+            client.shutdown()
 
 
 def test_a_daemon_is_started_on_demand_detached(path: str) -> None:

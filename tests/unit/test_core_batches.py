@@ -87,6 +87,7 @@ def test_who_may_be_to_blame_runs_alone() -> None:
     ended(bench, bench.one(do.RunItem).ticket)
     assert ran(bench) == [("j", 3), ("j", 4)], "the last try of it is later"
     others = [run.ticket for run in bench.all(do.RunItem)]
+    bench.tell(ev.BatchRecorded("j", tuple(bench.core._batches.unrecorded), 2, 0))
     bench.now += 60.0
     bench.tell(ev.Tick())
     assert ran(bench) == []
@@ -132,6 +133,63 @@ def test_a_model_that_cannot_be_had_fails_its_job_after_three_tries() -> None:
     bench.tell(ev.BatchStarted("j", WALL + bench.now))
     assert (bench.job("j").state, bench.job("j").error) == ("running", None)
     assert bench.one(do.ReadItems).after == (0, -1)
+
+
+def test_no_item_begins_as_long_as_many_are_not_recorded() -> None:
+    bench = Bench(batch_slots=2)
+    bench.tell(ev.BatchFound("j", 6, WALL + bench.now))
+    read = bench.one(do.ReadItems)
+    bench.tell(ev.BatchItems("j", read.run, tuple((n, n // 3) for n in range(6)), (0, 5), False))
+    tickets = []
+    while begun := bench.all(do.RunItem):
+        tickets.append(begun[0].ticket)
+        ended(bench, tickets[-1])
+    assert len(tickets) == 2
+    bench.tell(ev.BatchRecorded("j", (tickets[0],), 1, 0))
+    assert bench.one(do.RunItem)
+
+
+def test_the_answer_to_a_read_that_was_given_up_counts_for_nothing() -> None:
+    """It may come beside that to the read after it, with the same items."""
+    bench = Bench(batch_slots=2)
+    bench.tell(ev.BatchFound("j", 6, WALL + bench.now))
+    slow = bench.one(do.ReadItems)
+    bench.tell(ev.BatchStoreFailed(errors.InternalError("a bad sector")))
+    bench.tell(ev.BatchStoreWorks())
+    read = bench.one(do.ReadItems)
+    page = tuple((n, 0) for n in range(4))
+    bench.tell(ev.BatchItems("j", slow.run, page, (0, 3), True))
+    assert ran(bench) == []
+    bench.tell(ev.BatchItems("j", read.run, page, (0, 3), True))
+    assert ran(bench) == [("j", 0), ("j", 1)]
+
+
+def test_only_failures_in_a_row_count() -> None:
+    """Each wait is twice the one before, until something went well."""
+    bench = Bench(batch_slots=1, batch_retry_s=0.0)
+    job(bench)
+    for waits in ((0.5, 1.0), (0.5, 1.0)):
+        for wait in waits:
+            ended(bench, bench.one(do.RunItem).ticket, errors.ModelNotFound("gone"), began=False)
+            assert bench.core.next_deadline() == bench.now + wait
+            bench.now += wait
+            bench.tell(ev.Tick())
+        ticket = bench.one(do.RunItem).ticket
+        ended(bench, ticket)
+        bench.tell(ev.BatchRecorded("j", (ticket,), 1, 0))
+    assert bench.job("j").state == "running"
+
+
+def test_nothing_begins_while_another_daemon_may_have_the_file() -> None:
+    bench = Bench(batch_slots=1)
+    job(bench)
+    (ticket,) = (run.ticket for run in bench.all(do.RunItem))
+    bench.tell(ev.Hold())
+    ended(bench, ticket, errors.ModelBusy("later", yielded=True))
+    assert not bench.all(do.RunItem)
+    assert bench.core.let_go
+    bench.tell(ev.GoOn())
+    assert ran(bench) == [("j", 0)]
 
 
 def test_what_is_about_to_end_does_not_begin() -> None:

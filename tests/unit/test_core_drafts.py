@@ -75,6 +75,21 @@ def test_idle_models_go_for_it_and_leased_ones_do_not() -> None:
     assert bench.core.used_bytes == 90
 
 
+def test_what_was_promised_and_is_not_wanted_any_more_is_free_again() -> None:
+    bench = Bench()
+    bench.have(need=40)
+    bench.ask(lambda rid: ev.Ensure(rid, 1, MODEL, draft_bytes=20))
+    worker = bench.one(do.StartWorker).worker
+    bench.tell(ev.Loaded(worker, 40, 2048))
+    bench.have(OTHER, need=30)
+    other = bench.load(OTHER)
+    waiting = attach(bench, worker, 40)  # 20 of it are to be found
+    assert bench.one(do.StopWorker).worker == other
+    bench.tell(ev.Cancel(waiting))
+    bench.tell(ev.WorkerExited(other))
+    assert bench.core.used_bytes == 40
+
+
 def test_nobody_waits_for_a_model_that_goes() -> None:
     bench, worker = loaded()
     bench.have(OTHER, need=50)

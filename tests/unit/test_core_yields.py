@@ -133,6 +133,22 @@ def test_items_do_not_hold_up_a_drain():
     assert bench.core.quiet
 
 
+def test_items_go_back_while_another_daemon_may_take_over():
+    bench = Bench(max_batch=1)
+    bench.have()
+    bench.load()
+    running = item(bench)
+    bench.tell(ev.Hold())
+    assert bench.one(do.CancelOnWorker).rid == running
+    late = item(bench)
+    assert bench.refused(late).details["yielded"]
+    urgent = request(bench)
+    bench.tell(ev.Done(running))
+    assert bench.one(do.Dispatch).rid == urgent
+    bench.tell(ev.GoOn())
+    assert item(bench) in {waiting.rid for waiting in bench.core.models[MODEL].queue}
+
+
 def test_few_items_begin_beside_an_interactive_request():
     bench = Bench(max_batch=8, batch_slots=8)
     bench.have()

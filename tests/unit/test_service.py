@@ -156,6 +156,21 @@ def test_systemd_reads_odd_paths(tmp_path: Path, odd: str) -> None:
     assert not [line for line in told.splitlines() if str(tmp_path) in line], told
 
 
+@pytest.mark.skipif(shutil.which("systemctl") is None, reason="no systemd is installed")
+@pytest.mark.parametrize("action", ["install", "uninstall", "status"])
+def test_where_systemd_runs_nothing_for_the_user_it_says_so_and_leaves_nothing(tmp_path: Path, action: str) -> None:
+    env = {
+        "PATH": os.environ["PATH"], "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "HOME": str(tmp_path),
+        "XDG_RUNTIME_DIR": str(tmp_path / "none"), "MLXD_HOME": str(tmp_path / "m"),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "mlxd", "service", action], env=env, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "loginctl enable-linger" in done.stderr
+    assert not (tmp_path / ".config").exists()
+
+
 def test_line_breaks_do_not_reach_a_unit(tmp_path: Path) -> None:
     env = {"HOME": str(tmp_path), "HF_HOME": "/x\n[Service]\nExecStart=/bin/false"}
     with pytest.raises(ServiceError, match="no service manager takes"):

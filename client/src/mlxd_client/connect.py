@@ -34,9 +34,12 @@ __all__ = [
 Start = bool | Sequence[str] | Callable[[], Awaitable[object] | object]
 
 # A daemon that was just started has this long to listen. One that ended may have lost the race against another just
-# starting, which then gets the second limit.
+# starting, which then gets the second limit. One that found another holding its folder is started again now and then
+# until the first limit: the other may be about to end.
 START_DEADLINE_S = 10.0
 _AFTER_EXIT_S = 3.0
+_ALREADY_RUNNING = 8
+_START_AGAIN_S = 0.5
 # A client that was connected before gives a restarting daemon this long; a busy daemon has it in any case.
 RECONNECT_S = 5.0
 
@@ -160,6 +163,9 @@ def dial(
             except NobodyListens as error:
                 last = error
             now = clock()
+            if child is not None and child.refused(now - began):
+                child.close()
+                child = spawn(child.command, path)
             reason = child.hopeless(now - began) if child else None
             limit = START_DEADLINE_S if starting else RECONNECT_S
             if reason is None and child is None and now - began > limit:
@@ -202,14 +208,25 @@ class Child:
         self.errors = errors
         self._ended_after_s: float | None = None
 
+    def refused(self, waited_s: float) -> bool:
+        """Whether another daemon kept it from starting, which has not listened for a while since. `waited_s` as below;
+        no more once that is beyond the first limit."""
+        if self.process.poll() != _ALREADY_RUNNING or waited_s > START_DEADLINE_S:
+            return False
+        return waited_s - self._ended(waited_s) > _START_AGAIN_S
+
+    def _ended(self, waited_s: float) -> float:
+        """After how many seconds it was seen to have ended."""
+        if self._ended_after_s is None:
+            self._ended_after_s = waited_s
+        return self._ended_after_s
+
     def hopeless(self, waited_s: float) -> str | None:
-        """Why waiting longer makes no sense, or None. `waited_s` is the time since it was started."""
+        """Why waiting longer makes no sense, or None. `waited_s` is the time since the first start."""
         code = self.process.poll()
         if code is None:
             return f"it did not listen within {START_DEADLINE_S:g} s" if waited_s > START_DEADLINE_S else None
-        if self._ended_after_s is None:
-            self._ended_after_s = waited_s
-        if waited_s - self._ended_after_s <= _AFTER_EXIT_S:
+        if waited_s - self._ended(waited_s) <= _AFTER_EXIT_S:
             return None
         ended = f"exit code {code}" if code >= 0 else f"signal {-code}"
         why = self._last_words()

@@ -23,12 +23,12 @@ from mlxd_client.types import RestartResult
 from . import handover, logs
 from .children.exitwatch import ExitWatch
 from .children.supervisor import Supervisor
-from .configuration import Configuration
+from .configuration import LOOK_S, Configuration
 from .live import IdleExit, Live, child_settings, server_limits
 from .notify import PATIENCE_S, Notifier
 from .runtime import Runtime
 from .server.activation import handed_over
-from .server.listen import AlreadyRunning, Listener, ListenError, adopt, listen
+from .server.listen import AlreadyRunning, Listener, ListenError, Removed, adopt, listen
 from .server.server import Server
 from .settings import Loaded
 from .sidecar import Bridge
@@ -215,11 +215,14 @@ class _Daemon:
         await runtime.begin()
         await server.start(self._listener)
         if self._forerunner is not None:
-            self._listener.claim()
+            self._forerunner.serving()
+            self._listener.claim()  # not before: the other one would go on, and have no socket, if this one failed
             self._do(self._forerunner.follow())
         self._offer(server, runtime)
         if self._listener.path is None:
             live.idle_exit = IdleExit(server, runtime, settings, self._stop.set, kept=lambda: self._succeeds)
+        else:
+            self._do(self._keep_socket(server))
         configuration.begin()
         self._log.info("daemon started", version=runtime.version, epoch=runtime.epoch, socket=settings.socket)
         self._notifier.ready()
@@ -270,6 +273,31 @@ class _Daemon:
                 self._notifier.alive()
             self._notifier.status(_status_line(runtime))
             await asyncio.sleep(_STATUS_S if watchdog_s is None else watchdog_s / 2)
+
+    async def _keep_socket(self, server: Server) -> None:
+        """See to it that clients find this daemon as long as it runs: one whose socket was removed would keep the next
+        from starting, and one whose folder was removed would hold its models for nobody."""
+        failed = False
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if self._stop.is_set():
+                return
+            if self._succession is not None and self._succession.under_way:
+                continue
+            try:
+                if self._listener.renew():
+                    await server.move(self._listener)
+                    self._log.warning("the socket had been removed, and is there again")
+                failed = False
+            except (Removed, AlreadyRunning) as error:
+                self._log.error("the daemon cannot be found any more", reason=str(error))
+                if not self._launch.stdio:  # whoever speaks there has found it
+                    self._stop.set()
+                return
+            except ListenError as error:
+                if not failed:
+                    self._log.error("the socket was removed, and cannot be made again yet", reason=str(error))
+                failed = True
 
     def _on_signal(self, name: str) -> None:
         """The first asks for a drain, the next one cuts it short."""
@@ -336,7 +364,8 @@ class _Daemon:
     async def _end(self, server: Server, runtime: Runtime) -> None:
         """Drain, answer everybody, end the children; only then may the next daemon have the socket's lock.
 
-        1. Another daemon serves already: there is time, unless that one ends or wants to.
+        1. Another daemon serves already: there is time, unless that one ends or wants to. Who connected after it died
+           is told to try again.
         2. Another one will be started: who connects waits for it, and is told to.
         3. Else clients learn that this one ends.
         The daemon before this one, should it still run, is told to end too, and is waited for.
@@ -352,6 +381,8 @@ class _Daemon:
         if successor is not None:
             hurry = successor.wished_away(self._hurry, settings.drain_s)
             await _race(server.drained(settings.handover_s), hurry)
+            if successor.gone and self._listener.path is not None:
+                await server.take_waiting()
         else:
             self._notifier.stopping(settings.drain_s + PATIENCE_S)
             if self._listener.path is None and self._launch.managed:

@@ -87,10 +87,12 @@ class _Link:
 
     @classmethod
     async def open(cls, sock: socket.socket) -> _Link:
-        return cls(*await asyncio.open_unix_connection(sock=sock, limit=_MAX_LINE))
+        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=_MAX_LINE)
+        writer.transport.set_write_buffer_limits(high=0)  # uvloop then writes at once, and not after this turn
+        return cls(reader, writer)
 
     def say(self, what: _Said) -> None:
-        """Whether it arrives shows in what comes back."""
+        """Said when this returns, whatever becomes of this process; whether it is heard shows in what comes back."""
         if not self._writer.is_closing():
             self._writer.write(msgspec.json.encode(what) + b"\n")
 
@@ -166,11 +168,13 @@ class Successor:
     Attributes:
         pid: its process id.
         version: which mlxd it is, once it is ready.
+        gone: it has died, or stopped talking, after it had taken over.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], link: _Link, told: BinaryIO) -> None:
         self.pid = process.pid
         self.version = ""
+        self.gone = False
         self._process = process
         self._link = link
         self._told = told
@@ -181,10 +185,17 @@ class Successor:
         """Start it, with its ends of all that it inherits. Raises RestartFailed."""
         program = [*_chosen_program(home, managed), *sys.argv[1:]]
         try:
-            process, ours, told = _spawn(program, listener, env)
+            ours, theirs = socket.socketpair()
+            with theirs:
+                link = await _Link.open(ours)  # first, for there is nobody to end yet if this is cancelled
+                try:
+                    process, told = _spawn(program, listener, theirs, env)
+                except BaseException:
+                    link.close()
+                    raise
         except (OSError, ValueError) as error:
             raise RestartFailed(f"`{' '.join(program)}` cannot be started: {error}") from None
-        return cls(process, await _Link.open(ours), told)
+        return cls(process, link, told)
 
     async def ready(self, timeout_s: float) -> None:
         """Wait until it could take over. Raises RestartFailed, with its own words where it said any."""
@@ -246,8 +257,10 @@ class Successor:
             heard.cancel()
 
     async def _wishes_end(self) -> None:
-        while isinstance(await self._link.hear(), Ready | Go | Serving | Held):
-            pass
+        while (said := await self._link.hear()) is not None:
+            if isinstance(said, Stop):
+                return
+        self.gone = True
 
     async def discard(self) -> None:
         """It is of no use: end it, if it has not ended, and wait for that."""
@@ -262,33 +275,32 @@ class Successor:
 
 
 def _spawn(
-    program: Sequence[str], listener: Listener, env: Mapping[str, str]
-) -> tuple[subprocess.Popen[bytes], socket.socket, BinaryIO]:
+    program: Sequence[str], listener: Listener, control: socket.socket, env: Mapping[str, str]
+) -> tuple[subprocess.Popen[bytes], BinaryIO]:
     """Start a process with its ends of all that it inherits. Raises OSError, ValueError.
 
-    Returns: the process, this daemon's end of the socket pair, and what the process says before it serves.
+    Returns: the process, and what it says before it serves.
     """
-    with contextlib.ExitStack() as theirs_only, contextlib.ExitStack() as unless_started:
-        told: BinaryIO = unless_started.enter_context(tempfile.TemporaryFile())
-        ours, theirs = socket.socketpair()
-        unless_started.enter_context(ours)
-        theirs_only.enter_context(theirs)
+    with contextlib.ExitStack() as on_failure:
+        told: BinaryIO = on_failure.enter_context(tempfile.TemporaryFile())
         stderr = os.dup(2)
-        theirs_only.callback(os.close, stderr)
-        inherited = _Told(
-            pid=os.getpid(), control=theirs.fileno(), listener=listener.sock.fileno(), locks=listener.locks,
-            stderr=stderr, path=None if listener.path is None else str(listener.path),
-        )  # fmt: skip
-        process = subprocess.Popen(
-            program,
-            stdin=subprocess.DEVNULL,
-            stderr=told,
-            pass_fds=(inherited.control, inherited.listener, stderr, *inherited.locks),
-            env={**env, _VARIABLE: msgspec.json.encode(inherited).decode()},
-            start_new_session=True,
-        )
-        unless_started.pop_all()
-    return process, ours, told
+        try:
+            inherited = _Told(
+                pid=os.getpid(), control=control.fileno(), listener=listener.sock.fileno(), locks=listener.locks,
+                stderr=stderr, path=None if listener.path is None else str(listener.path),
+            )  # fmt: skip
+            process = subprocess.Popen(
+                program,
+                stdin=subprocess.DEVNULL,
+                stderr=told,
+                pass_fds=(inherited.control, inherited.listener, stderr, *inherited.locks),
+                env={**env, _VARIABLE: msgspec.json.encode(inherited).decode()},
+                start_new_session=True,
+            )
+        finally:
+            os.close(stderr)
+        on_failure.pop_all()
+    return process, told
 
 
 # --- the new one's side ---------------------------------------------------------------------------------------------

@@ -279,6 +279,11 @@ def load(
         if name in given:
             env[variable] = str(given[name])
     values: dict[str, object] = {"home": paths.home(env), "socket": paths.socket_path(env)}
+    for name in _NOT_IN_FILE:
+        try:
+            str(values[name]).encode()
+        except UnicodeEncodeError:  # it stands in messages, which are text
+            raise SettingsError(f"{name} cannot be {_short(values[name])}: that is no UTF-8", setting=name) from None
     origins = {name: Origin("default") for name in _TYPES}
     origins |= {name: Origin("env", f"MLXD_{name.upper()}") for name in _NOT_IN_FILE if env.get(f"MLXD_{name.upper()}")}
     if values["socket"] == paths.socket_path({**env, "MLXD_SOCKET": ""}):  # clients tell it a daemon that they start

@@ -189,10 +189,13 @@ class Forerunner:
     def runs(self) -> bool:
         return not self._predecessor.gone.is_set()
 
-    async def follow(self) -> None:
-        """Say that this daemon serves, and load what was loaded, as soon as there is room for it; then count with the
-        memory that the other holds, and clear away what it may leave."""
+    def serving(self) -> None:
+        """Say that this daemon serves: there is no way back."""
         self._predecessor.serving()
+
+    async def follow(self) -> None:
+        """Load what was loaded, as soon as there is room for it; then count with the memory that the other holds, and
+        clear away what it may leave."""
         self._runtime.load_again(self._loaded)
         while self.runs:
             self._runtime.elsewhere(await self._predecessor.held())

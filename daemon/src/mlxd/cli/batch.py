@@ -178,17 +178,19 @@ def _results(args: argparse.Namespace, output: Output) -> int:
     import msgspec
 
     after = args.after
-    with connect(args) as client, nullcontext(output.out) if args.output is None else open(args.output, "w") as out:
-        while True:
-            if args.follow:  # asked first: what ends meanwhile is found by the next round
-                job = client.batch(args.job[0])
-            for result in client.results(args.job[0], after=after):
-                out.write(msgspec.json.encode(result).decode() + "\n")
-                after = result.index
-            out.flush()
-            if not args.follow or job.ended_at is not None:
-                return OK
-            _next_change(client, job)
+    with connect(args) as client:
+        job = client.batch(args.job[0])  # a job that is none overwrites no file
+        with nullcontext(output.out) if args.output is None else open(args.output, "w", encoding="utf-8") as out:
+            while True:
+                if args.follow:  # asked first: what ends meanwhile is found by the next round
+                    job = client.batch(job.job)
+                for result in client.results(job.job, after=after):
+                    out.write(msgspec.json.encode(result).decode() + "\n")
+                    after = result.index
+                out.flush()
+                if not args.follow or job.ended_at is not None:
+                    return OK
+                _next_change(client, job)
 
 
 def _next_change(client: Client, job: Job) -> None:

@@ -183,7 +183,7 @@ def _remove_socket(socket: Path) -> bool:
     found = [path for path in (*sockets, lock_of(socket)) if path.exists()]
     for path in found:
         path.unlink(missing_ok=True)
-    if socket.parent == Path(f"/tmp/mlxd-{os.getuid()}"):
+    if str(socket.parent) == f"/tmp/mlxd-{os.getuid()}":
         with contextlib.suppress(OSError):
             socket.parent.rmdir()
     return bool(found)

@@ -122,8 +122,7 @@ class BatchLine:
         job = self._book.jobs.get(event.job)
         if not isinstance(job, BatchJob):
             return  # all jobs were lost meanwhile
-        if job.closing is not None:
-            return  # its end is recorded after this, and stands
+        # One that is about to end stays so: that is recorded after this, and stands.
         job.open, job.state, job.ended_at, job.error = False, "running", None, None
         job.started_at = event.started_at - self._book.wall
         job.ready.clear()
@@ -160,7 +159,7 @@ class BatchLine:
         job = self._jobs.get(event.job)
         self._fault_wait_s = FIRST_WAIT_S
         if job is None or not job.live or not job.reading or event.run != job.run:
-            return  # it ended meanwhile, or began anew
+            return  # it ended meanwhile, began anew, or is asked for again
         job.reading = False
         job.cursor, job.exhausted = event.cursor, not event.more
         for place, tries in event.items:
@@ -250,7 +249,7 @@ class BatchLine:
         self._write_at = now + self._fault_wait_s
         self._fault_wait_s = min(LONGEST_WAIT_S, 2 * self._fault_wait_s)
         for job in self._jobs.values():
-            job.reading = False
+            job.reading, job.run = False, job.run + 1
             self._changed[job.job] = job
 
     def store_works(self, event: ev.BatchStoreWorks, now: float) -> None:
@@ -274,6 +273,11 @@ class BatchLine:
             del self._book.jobs[name]
         self._kept.clear()
         self.fault = self._write_at = None
+
+    def places(self, job: BatchJob) -> list[int]:
+        """Those of its items that were read and are not recorded."""
+        under_way = (*self.flights.values(), *self.unrecorded.values(), *(flight for _, flight in self._suspects))
+        return [flight.place for flight in under_way if flight.job is job] + [place for place, _ in job.ready]
 
     # --- settling -------------------------------------------------------------------------------------------------
 
@@ -326,8 +330,10 @@ class BatchLine:
             break
 
     def _begin(self, now: float) -> None:
-        """1. A suspect that is due runs, once nothing else does; 2. else items of the jobs in turn, into free slots."""
-        if any(flight.alone for flight in self.flights.values()):
+        """1. As long as many are not recorded yet, nothing begins. 2. A suspect that is due runs, once nothing else
+        does. 3. Else items of the jobs in turn, into free slots."""
+        slots = self._book.limits.batch_slots
+        if any(flight.alone for flight in self.flights.values()) or len(self.unrecorded) >= slots:
             return
         due = [(at, flight) for at, flight in self._suspects if at <= now and flight.job.may_run]
         if due:
@@ -336,8 +342,7 @@ class BatchLine:
                 self._suspects.remove(first)
                 self._run(Flight(first[1].job, first[1].place, first[1].tries, alone=True))
             return
-        slots = self._book.limits.batch_slots
-        while len(self.flights) < slots and len(self.unrecorded) < slots:
+        while len(self.flights) < slots:
             able = [job for job in self._jobs.values() if job.ready and job.may_run]
             if not able:
                 return

@@ -165,16 +165,16 @@ def _check_batches(core: Core) -> None:
     _hold(len(line.flights) <= limits.batch_slots, "too many items run")
     alone = [flight for flight in line.flights.values() if flight.alone]
     _hold(not alone or len(line.flights) == 1, "a suspect does not run alone")
-    places = Counter((f.job.job, f.place) for f in (*line.flights.values(), *line.unrecorded.values()))
-    places.update((flight.job.job, flight.place) for _, flight in line._suspects)
-    places.update((job.job, place) for job in jobs.values() for place, _ in job.ready)
-    _hold(all(n == 1 for n in places.values()), "an item is in two places")
+    _hold(len(line.flights) + len(line.unrecorded) < 2 * limits.batch_slots, "too many items are not recorded")
+    waiting = [*line.flights.values(), *(flight for _, flight in line._suspects)]
+    _hold(all(flight.job.live for flight in waiting), "an item of a job that does not run waits or runs")
     for job in jobs.values():
         _hold(job.failed <= job.done <= job.total, f"{job.job} has recorded {job.done} of {job.total} items")
         _hold(job.live or not job.ready, f"{job.job} has items ready, and does not run")
         _hold(job.shown is not None, f"{job.job} was never shown")
-    if line.fault is None and not core.draining and not alone:
-        due = any(at <= line._now and flight.job.retry_at is None for at, flight in line._suspects)
-        able = [job.job for job in line._jobs.values() if job.live and job.ready and job.retry_at is None]
+        _hold(len(places := line.places(job)) == len(set(places)), f"an item of {job.job} is in two places")
+    if line.fault is None and not (core.draining or line.held or alone):
+        due = any(at <= line._now and flight.job.may_run for at, flight in line._suspects)
+        able = [job.job for job in line._jobs.values() if job.ready and job.may_run]
         busy = len(line.flights) >= limits.batch_slots or len(line.unrecorded) >= limits.batch_slots
         _hold(not able or busy or (due and line.flights), f"{able} have items ready beside free slots")

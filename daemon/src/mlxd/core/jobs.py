@@ -114,7 +114,7 @@ class BatchJob:
         strikes: how often in a row its model could not be had.
         retry_at: until when it waits, for the reason in `error`.
         closing: it is to end so, once that is recorded.
-        run: how often it was started again.
+        run: rises with whatever makes answers to earlier reads worthless.
         served: its place among the jobs whose items run in turn.
         client: the number that its items are asked under; those of connections are positive.
     """

@@ -402,7 +402,8 @@ class Runtime:
             await self.batches.ledger.let_go()
 
     async def go_on(self) -> None:
-        """No other daemon came."""
+        """No other daemon came. What one that failed has left is ended first, as it may be changing the same files."""
+        await self._supervisor.sweep()
         self._downloads.records.take_back()
         await self.batches.ledger.take_back()
         self.tell(ev.GoOn())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -193,6 +194,11 @@ class Systemd:
             ) from None
         except subprocess.TimeoutExpired:
             raise ServiceError(f"`{' '.join(command)}` does not end") from None
+        if done.returncode and re.search(r"Failed to connect to .*\bbus\b", done.stderr):
+            raise ServiceError(
+                "systemd runs nothing for this user here: log in directly and not by su or sudo, have it run without a "
+                "login by `loginctl enable-linger`, or run `mlxd serve` from whatever starts your programs"
+            )
         if done.returncode and not may_fail:
             told = (done.stderr.strip() or done.stdout.strip()).splitlines()
             raise ServiceError(f"`{' '.join(command)}` failed: {told[-1] if told else done.returncode}")
