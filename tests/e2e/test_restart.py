@@ -395,6 +395,9 @@ def test_an_apps_own_daemon_is_not_replaced() -> None:
         for ask in (client.restart, lambda: client.shutdown(if_idle=True)):
             with pytest.raises(errors.Unsupported):
                 ask()
+        app.send_signal(signal.SIGUSR2)  # by default, that would end it
+        while "not restarted" not in daemon.log():
+            client.ping()
     app.communicate(timeout=PATIENCE_S)
     assert app.returncode == 0
     daemon.remove()
