@@ -138,6 +138,9 @@ def test_an_editor_opens_the_file_and_mistakes_are_told(
     assert edit("sys.exit(3)")[0] == exits.FAILED
     monkeypatch.setenv("EDITOR", "/no/such/editor")
     assert "cannot be started" in run(capsys, "edit")[2]
+    monkeypatch.setenv("EDITOR", "vi '")
+    status, _, err = run(capsys, "edit")
+    assert (status, "vi ' cannot be started: No closing quotation" in err) == (exits.FAILED, True)
 
 
 def test_without_a_daemon_nothing_can_be_reloaded(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,6 +205,15 @@ def test_closed_streams_are_no_fault_of_ours(daemon: ScriptedDaemon, closed: str
     assert (done.returncode, done.stderr) == (exits.USAGE, "mlxd: the prompt is empty\n")
 
 
+def test_what_a_terminal_cannot_show_is_replaced(daemon: ScriptedDaemon) -> None:
+    daemon.on("models.list", {"models": [{"id": "org/modèle→", "state": "Ready", "source": "hub"}]})
+    done = subprocess.run(
+        [*MLXD, "list", "-q", "--socket", daemon.path], env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True, check=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("org/modèle?\n".encode("latin-1"), b"")
+
+
 @pytest.mark.parametrize("module", ["argparse", "mlxd_client.errors", "mlxd.cli.exits", "mlxd.cli.watch"])
 def test_ctrl_c_while_it_begins_says_nothing(module: str) -> None:
     """Most of the start is imports; here ctrl-C comes with one of them."""

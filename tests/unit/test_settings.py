@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -63,6 +64,11 @@ def test_a_socket_where_it_would_be_anyway_is_the_default(env: dict[str, str]) -
     socket = env["MLXD_HOME"] + "/mlxd.sock"
     assert load({**env, "MLXD_SOCKET": socket}).origins["socket"].kind == "default"
     assert str(load({**env, "MLXD_SOCKET": socket + "x"}).origins["socket"]) == "the environment's MLXD_SOCKET"
+
+
+def test_a_home_that_no_message_can_name_is_refused(env: dict[str, str]) -> None:
+    with pytest.raises(SettingsError, match="no UTF-8"):
+        load({**env, "MLXD_HOME": env["MLXD_HOME"] + os.fsdecode(b"\xff")})
 
 
 def test_tables(env: dict[str, str]) -> None:

@@ -5,7 +5,8 @@
 //     const words = ["serve", "--stdio", "--join"];
 //     const client = await overShell(() => Command.sidecar("binaries/mlxd", words, { encoding: "raw" }));
 //
-// The app's capabilities must allow that sidecar with those arguments, and `shell:allow-stdin-write`.
+// The app's capabilities must allow that sidecar with those arguments, `shell:allow-stdin-write` and `shell:allow-kill`:
+// see docs/sidecar.md.
 
 import { Client, type Transport } from "./client.js";
 

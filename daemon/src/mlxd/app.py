@@ -23,12 +23,12 @@ from mlxd_client.types import RestartResult
 from . import handover, logs
 from .children.exitwatch import ExitWatch
 from .children.supervisor import Supervisor
-from .configuration import Configuration
+from .configuration import LOOK_S, Configuration
 from .live import IdleExit, Live, child_settings, server_limits
 from .notify import PATIENCE_S, Notifier
 from .runtime import Runtime
 from .server.activation import handed_over
-from .server.listen import AlreadyRunning, Listener, ListenError, adopt, listen
+from .server.listen import AlreadyRunning, Listener, ListenError, Removed, adopt, listen
 from .server.server import Server
 from .settings import Loaded
 from .sidecar import Bridge
@@ -221,6 +221,8 @@ class _Daemon:
         self._offer(server, runtime)
         if self._listener.path is None:
             live.idle_exit = IdleExit(server, runtime, settings, self._stop.set, kept=lambda: self._succeeds)
+        else:
+            self._do(self._keep_socket(server))
         configuration.begin()
         self._log.info("daemon started", version=runtime.version, epoch=runtime.epoch, socket=settings.socket)
         self._notifier.ready()
@@ -271,6 +273,31 @@ class _Daemon:
                 self._notifier.alive()
             self._notifier.status(_status_line(runtime))
             await asyncio.sleep(_STATUS_S if watchdog_s is None else watchdog_s / 2)
+
+    async def _keep_socket(self, server: Server) -> None:
+        """See to it that clients find this daemon as long as it runs: one whose socket was removed would keep the next
+        from starting, and one whose folder was removed would hold its models for nobody."""
+        failed = False
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if self._stop.is_set():
+                return
+            if self._succession is not None and self._succession.under_way:
+                continue
+            try:
+                if self._listener.renew():
+                    await server.move(self._listener)
+                    self._log.warning("the socket had been removed, and is there again")
+                failed = False
+            except (Removed, AlreadyRunning) as error:
+                self._log.error("the daemon cannot be found any more", reason=str(error))
+                if not self._launch.stdio:  # whoever speaks there has found it
+                    self._stop.set()
+                return
+            except ListenError as error:
+                if not failed:
+                    self._log.error("the socket was removed, and cannot be made again yet", reason=str(error))
+                failed = True
 
     def _on_signal(self, name: str) -> None:
         """The first asks for a drain, the next one cuts it short."""

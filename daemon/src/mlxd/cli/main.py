@@ -5,6 +5,7 @@ What it needs is imported by `main` itself, so that ctrl-C ends it in good order
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -103,10 +104,14 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _open_streams() -> None:
-    """Whoever started this may have closed some: what is opened next must not be taken for standard output."""
+    """Whoever started this may have closed some: what is opened next must not be taken for standard output. And what a
+    terminal's encoding cannot say must not end the command."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # until the end
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _forget_output() -> None:
