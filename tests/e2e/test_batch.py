@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +315,18 @@ def ran(capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
+def test_results_are_followed_as_they_come() -> None:
+    with Daemon(bad_child="worker", steps=True) as daemon, daemon.client() as client:
+        job = client.submit_batch(prompts("a", "!slow 1")).job
+        command = [sys.executable, "-m", "mlxd", "batch", "results", job, "--follow"]
+        with subprocess.Popen(command, env=daemon.env, stdout=subprocess.PIPE, text=True) as following:
+            assert following.stdout is not None
+            assert json.loads(following.stdout.readline())["index"] == 0
+            daemon.step(0)
+            assert json.loads(following.stdout.readline())["index"] == 1
+            assert following.wait(PATIENCE_S) == 0
+
+
 def test_the_command(ran: Any, tmp_path: Path) -> None:
     file = tmp_path / "in.jsonl"
     lines = [*prompts("a b", "c"), {"prompt": "short", "custom_id": "s"}]
@@ -333,6 +347,9 @@ def test_the_command(ran: Any, tmp_path: Path) -> None:
             (0, "c0", "a b"), (1, "c1", "c"), (2, "s", "short"),
         ]  # fmt: skip
         assert len(ran(daemon, "results", job, "--after", "1")[1].splitlines()) == 1
+        assert ran(daemon, "results", job, "-o", str(tmp_path / "no" / "file"))[::2] == (
+            exits.USAGE, f"mlxd: invalid_params: {tmp_path}/no/file cannot be written: No such file or directory\n",
+        )  # fmt: skip
         assert json.loads(ran(daemon, "show", job, "--json")[1])["done_items"] == 3
         assert ran(daemon, "rm", job)[0] == 0
         assert ran(daemon, "list")[1] == "there are no batch jobs\n"

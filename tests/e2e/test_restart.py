@@ -142,6 +142,18 @@ def test_the_old_one_goes_on_where_the_new_one_fails(tmp_path: Path, before: str
         daemon.gone(pid)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="sets the limits of another process")
+def test_where_nothing_can_be_written_none_is_started(tmp_path: Path) -> None:
+    """As with a full disk: there is no place for a new one's last words."""
+    with Relay(bad_child="worker") as daemon, daemon.client(timeout_s=PATIENCE_S) as client:
+        process = daemon.newest()
+        process.rlimit(psutil.RLIMIT_FSIZE, (0, psutil.RLIM_INFINITY))
+        with pytest.raises(errors.RestartFailed, match="cannot be started"):
+            client.restart()
+        assert client.status().pid == process.pid
+        process.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+
+
 DOES_NOT_LET_GO = """
 from mlxd.runtime import Runtime
 let_go = Runtime.let_go
@@ -383,6 +395,9 @@ def test_an_apps_own_daemon_is_not_replaced() -> None:
         for ask in (client.restart, lambda: client.shutdown(if_idle=True)):
             with pytest.raises(errors.Unsupported):
                 ask()
+        app.send_signal(signal.SIGUSR2)  # by default, that would end it
+        while "not restarted" not in daemon.log():
+            client.ping()
     app.communicate(timeout=PATIENCE_S)
     assert app.returncode == 0
     daemon.remove()

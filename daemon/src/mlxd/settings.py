@@ -312,14 +312,15 @@ def load(
     return Loaded(made, origins, warnings, *sources)
 
 
-def _check_catalog(entries: dict[str, dict[str, Any]], origin: Origin) -> None:
+def _check_catalog(entries: dict[str, dict[str, Any]], origin: Origin | None) -> None:
     """Better now than when the first app asks for it."""
     from . import catalog  # few have any
 
     try:
         catalog.load(entries)
     except MlxdError as error:
-        raise SettingsError(f"{error} ({origin})", setting="catalog", place=str(origin)) from None
+        place = None if origin is None else str(origin)
+        raise SettingsError(f"{error}{f' ({place})' if place else ''}", setting="catalog", place=place) from None
 
 
 _TYPES: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Settings)}
@@ -411,15 +412,21 @@ def check(name: str, value: object) -> Any:
     """What a value for a setting, or for one entry of a table, is in the file. Raises SettingsError."""
     if name in _NOT_IN_FILE:
         raise SettingsError(f"{name} cannot be set in a file, since clients do not read it", setting=name)
-    return _as_written(msgspec.to_builtins(_checked(name, value, None, strict=True)))
+    made = _as_written(name, msgspec.to_builtins(_checked(name, value, None, strict=True)))
+    setting, key = name_and_key(name)
+    if setting == "catalog":
+        _check_catalog(made if key is None else {key: made}, None)
+    return made
 
 
-def _as_written(value: Any) -> Any:
-    """A plain value with numbers as people write them: 60, and not 60.0."""
+def _as_written(name: str, value: Any) -> Any:
+    """A plain value with numbers as people write them: 60, and not 60.0. Raises SettingsError for what TOML lacks."""
     if isinstance(value, dict):
-        return {key: _as_written(one) for key, one in value.items()}
+        return {key: _as_written(name, one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_as_written(one) for one in value]
+        return [_as_written(name, one) for one in value]
+    if value is None:
+        raise SettingsError(f"{name} cannot hold null: there is none in config.toml", setting=name)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -431,7 +438,7 @@ def from_text(name: str, text: str) -> Any:
         value = _parsed(name, text, None)
     else:
         value = text if _plain(kind) in (str, float, int) else _json(name, text, None)
-    return _as_written(msgspec.to_builtins(_checked(name, value, None, strict=False)))
+    return _as_written(name, msgspec.to_builtins(_checked(name, value, None, strict=False)))
 
 
 def unknown(name: str) -> SettingsError:

@@ -1,4 +1,4 @@
-"""`mlxd serve`, `stop` and `status`: the daemon itself."""
+"""`mlxd serve`, `restart` and `stop`: the daemon itself."""
 
 from __future__ import annotations
 
