@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ import psutil
 import pytest
 
 from mlxd.batch.header import FILE
+from mlxd.cli import exits
 from mlxd.cli.main import main
+from mlxd.runtime.batches import MOST_OPEN
 from mlxd_client import AsyncClient, Client
-from mlxd_client.errors import InvalidParams, ModelNotFound, NotFound, RpcError, Unsupported
+from mlxd_client.errors import InvalidParams, ModelNotFound, NotFound, QueueFull, RpcError, Unsupported
 from mlxd_client.sync import EventStream
 from mlxd_client.types import Job
 from support import batch_kills
@@ -215,6 +220,23 @@ def test_a_job_that_is_open_keeps_nobody_up_and_is_there_later() -> None:
         client.delete_batch(job.job)
 
 
+def test_so_many_may_be_under_way_however_they_come() -> None:
+    async def submit_all(daemon: Daemon) -> list[Job | BaseException]:
+        async with AsyncClient(daemon.socket, timeout_s=PATIENCE_S) as client:
+            many = [client.submit_batch(prompts(str(n)), open=True) for n in range(MOST_OPEN + 20)]
+            return await asyncio.gather(*many, return_exceptions=True)
+
+    with Daemon(bad_child="worker") as daemon, daemon.client() as client:
+        came = asyncio.run(submit_all(daemon))
+        jobs = [job for job in came if isinstance(job, Job)]
+        assert len(jobs) == len(client.batches()) == MOST_OPEN
+        assert all(isinstance(job, Job | QueueFull) for job in came)
+        with pytest.raises(QueueFull):
+            client.submit_batch(prompts("one more"))
+        client.delete_batch(jobs[0].job, cancel=True)
+        assert client.wait_job(client.submit_batch(prompts("one more")).job).state == "done"
+
+
 # --- hostile ------------------------------------------------------------------------------------------------------
 
 GOOD = {"method": "process", "params": {"prompt": "x"}}
@@ -293,11 +315,27 @@ def ran(capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
+def test_results_are_followed_as_they_come() -> None:
+    with Daemon(bad_child="worker", steps=True) as daemon, daemon.client() as client:
+        job = client.submit_batch(prompts("a", "!slow 1")).job
+        command = [sys.executable, "-m", "mlxd", "batch", "results", job, "--follow"]
+        with subprocess.Popen(command, env=daemon.env, stdout=subprocess.PIPE, text=True) as following:
+            assert following.stdout is not None
+            assert json.loads(following.stdout.readline())["index"] == 0
+            daemon.step(0)
+            assert json.loads(following.stdout.readline())["index"] == 1
+            assert following.wait(PATIENCE_S) == 0
+
+
 def test_the_command(ran: Any, tmp_path: Path) -> None:
     file = tmp_path / "in.jsonl"
     lines = [*prompts("a b", "c"), {"prompt": "short", "custom_id": "s"}]
     file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     with Daemon(bad_child="worker") as daemon:
+        assert ran(daemon, "submit", os.devnull)[::2] == (exits.USAGE, "mlxd: invalid_params: there are no items\n")
+        assert ran(daemon, "list")[1] == "there are no batch jobs\n"
+        assert ran(daemon, "results", "batch-0-1", "-o", str(file))[0] == exits.FAILED
+        assert file.stat().st_size  # it is not overwritten by what is not there
         status, out, _ = ran(daemon, "submit", str(file), "--name", "mine", "--key", "k")
         job = out.strip()
         assert status == 0
@@ -309,6 +347,9 @@ def test_the_command(ran: Any, tmp_path: Path) -> None:
             (0, "c0", "a b"), (1, "c1", "c"), (2, "s", "short"),
         ]  # fmt: skip
         assert len(ran(daemon, "results", job, "--after", "1")[1].splitlines()) == 1
+        assert ran(daemon, "results", job, "-o", str(tmp_path / "no" / "file"))[::2] == (
+            exits.USAGE, f"mlxd: invalid_params: {tmp_path}/no/file cannot be written: No such file or directory\n",
+        )  # fmt: skip
         assert json.loads(ran(daemon, "show", job, "--json")[1])["done_items"] == 3
         assert ran(daemon, "rm", job)[0] == 0
         assert ran(daemon, "list")[1] == "there are no batch jobs\n"

@@ -181,6 +181,12 @@ def test_a_daemon_that_takes_over_goes_on_with_it_and_so_does_one_that_stays(
         with client.events() as events:
             job = client.download(MODEL)
             moving(events, job, 11 * MIB)
+        pull = subprocess.Popen(
+            [sys.executable, "-m", "mlxd", "pull", MODEL], env=daemon.env, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert pull.stderr is not None
+        assert pull.stderr.readline() == f"mlxd: downloading {MODEL}: job {job}\n"
         before = daemon.newest()
         choose_program(daemon.home, newer(tmp_path, before="" if works else fails))
         waiting = pool.submit(client.wait_job, job)
@@ -192,6 +198,8 @@ def test_a_daemon_that_takes_over_goes_on_with_it_and_so_does_one_that_stays(
                 client.restart()
         assert client.wait_job(job).state == "done"
         assert waiting.result(PATIENCE_S).state == "done"
+        told, complaints = pull.communicate(timeout=PATIENCE_S)
+        assert (pull.returncode, "is there" in told, "daemon" in complaints) == (0, True, False), complaints
         assert client.status().version == ("9.9.9" if works else "0.1.0")
         assert sent(hub) <= SIZE + 8 * MIB + MIB
         assert client.verify(MODEL).ok

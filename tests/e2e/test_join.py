@@ -112,8 +112,13 @@ def test_requests_that_come_meanwhile_are_served(tmp_path: Path) -> None:
     with Relay(bad_child="worker") as daemon, ThreadPoolExecutor(2) as pool:
         asking = [pool.submit(ask) for _ in range(2)]
         try:
-            for number in range(2):
+            served = {daemon.newest().pid}
+            for number in range(12):  # most find it idle, between two requests
                 App(daemon, newer(tmp_path, f"9.9.{number}")).end()
+                served.add(daemon.newest().pid)
+                if len(served) == 3:
+                    break
+            assert len(served) == 3, "none has taken over"
         finally:
             over = True
         assert all(count.result(PATIENCE_S) for count in asking)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -168,6 +169,18 @@ def test_what_a_new_one_has_started_ends_with_it(tmp_path: Path) -> None:
             client.restart()
         assert not runs(int(told.read_text()))
         assert daemon.worker().pid == worker
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets the limits of another process")
+def test_where_nothing_can_be_written_none_is_started(tmp_path: Path) -> None:
+    """As with a full disk: there is no place for a new one's last words."""
+    with Relay(bad_child="worker") as daemon, daemon.client(timeout_s=PATIENCE_S) as client:
+        process = daemon.newest()
+        process.rlimit(psutil.RLIMIT_FSIZE, (0, psutil.RLIM_INFINITY))
+        with pytest.raises(errors.RestartFailed, match="cannot be started"):
+            client.restart()
+        assert client.status().pid == process.pid
+        process.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
 
 
 DOES_NOT_LET_GO = """
@@ -411,6 +424,11 @@ def test_an_apps_own_daemon_is_not_replaced() -> None:
         for ask in (client.restart, lambda: client.shutdown(if_idle=True)):
             with pytest.raises(errors.Unsupported):
                 ask()
+        app.send_signal(signal.SIGUSR2)  # by default, that would end it
+        give_up_at = time.monotonic() + PATIENCE_S
+        while "not restarted" not in daemon.log():
+            assert time.monotonic() < give_up_at, "it says nothing of it"
+            client.ping()
     app.communicate(timeout=PATIENCE_S)
     assert app.returncode == 0
     daemon.remove()
@@ -432,7 +450,7 @@ def another(daemon: Relay) -> None:
 def test_killed_at_any_moment_one_is_left_or_none_and_the_next_start_works(
     tmp_path: Path, moment: str, whom: str
 ) -> None:
-    """The killer is a thread of the daemon's own, at the line of the log."""
+    """The killer is a daemon itself, where it is about to say so in its log."""
     victim = (
         "os.getpid()" if whom == "old" else "max((p.pid for p in psutil.Process().children()), default=os.getpid())"
     )

@@ -104,6 +104,15 @@ def test_stopped_killed_and_restarted_it_is_there_for_the_next_client(installed:
     assert len({first, second, third, fourth}) == 4
 
 
+def test_mlxd_stop_ends_the_daemon_and_leaves_the_socket_to_systemd(installed: UserSystemd) -> None:
+    with client(installed) as one:
+        first = one.status().pid
+    assert mlxd(installed, "stop", "--timeout", "20").stdout == "mlxd has stopped\n"
+    assert state(installed).get("pid") is None
+    with client(installed) as one:
+        assert one.status().pid != first
+
+
 def newest_main(systemd: UserSystemd) -> int:
     """The process that systemd takes for the service."""
     return int(state(systemd)["pid"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.daemon import Daemon
+from support.restarts import Relay
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENT = ROOT / "clients" / "typescript"
@@ -35,11 +36,12 @@ def npm(*words: str, folder: Path, optional: bool = False) -> None:
 
 
 def test_its_tests_pass(built: Path) -> None:
-    with Daemon() as daemon:
+    with Daemon() as daemon, Relay() as restarted:
         command = built / "mlxd"
         command.write_text(f'#!/bin/sh\nexec {sys.executable} -m mlxd "$@"\n')
         command.chmod(0o755)
         env = os.environ | daemon.env | {"MLXD_SOCKET": str(daemon.socket), "MLXD_COMMAND": str(command)}
+        env["MLXD_RESTARTED"] = str(restarted.home)
         done = subprocess.run(
             ["node", "--test", "test/"], cwd=built, env=env, capture_output=True, text=True, timeout=300, check=False
         )

@@ -66,14 +66,14 @@ class Failpoints:
             daemon.remove()
 
     def _live(self, daemon: Daemon) -> bool:
-        """All that makes it write. Returns whether it was killed meanwhile."""
-        with contextlib.suppress(AssertionError):  # killed before it served
+        """All that makes it write. Returns whether it was killed meanwhile: nothing else may go wrong."""
+        wrong: Exception | None = None
+        try:
             daemon.start()
-            with (
-                contextlib.suppress(errors.ConnectionLost, errors.ConnectFailed, errors.RpcError),
-                daemon.client(reconnect=False) as client,
-            ):
+            with daemon.client(reconnect=False) as client:
                 live(client, str(daemon.home / "models" / "m"))
+        except (AssertionError, errors.MlxdError) as error:
+            wrong = error
         process = daemon.process
         assert process is not None
         if process.poll() is None:
@@ -83,6 +83,8 @@ class Failpoints:
             if stream is not None:
                 stream.close()
         assert status in (0, -9), f"it ended with {status}"
+        if wrong is not None and status == 0:
+            raise wrong
         return status == -9
 
     def _go_on(self, daemon: Daemon, client: Client) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from mlxd.cli.main import build_parser, main
 from mlxd.cli.shells import bash, describe, fish, zsh
+from support.scripted_daemon import PATIENCE_S
 
 COMMANDS = list(describe(build_parser()))
 SCRIPTS = {"bash": bash(COMMANDS), "zsh": zsh(COMMANDS), "fish": fish(COMMANDS)}
@@ -160,13 +162,20 @@ def zsh_line(tmp_path: Path) -> Iterator[Callable[[str], str]]:
         ["zsh", "-d", "-i"], stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True
     )
     os.close(slave)
-    assert answer.read_text() == "ready\n"
+    pipe = os.open(answer, os.O_RDWR)  # for writing, too: it has no end when one of its writers closes it
+
+    def told() -> str:
+        assert select.select([pipe], [], [], PATIENCE_S)[0], "zsh says nothing"
+        return os.read(pipe, 4096).decode()
+
+    assert told() == "ready\n"
 
     def line(typed: str) -> str:
         os.write(master, f"{typed}\t\x18".encode())
-        return answer.read_text().removesuffix("|\n")
+        return told().removesuffix("|\n")
 
     yield line
     shell.kill()
     shell.wait()
+    os.close(pipe)
     os.close(master)

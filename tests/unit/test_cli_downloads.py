@@ -286,6 +286,25 @@ def test_pull_outlives_its_daemon(daemon: ScriptedDaemon, mlxd: Run) -> None:
     assert len(download.requests("models.download")) == 2
 
 
+def test_pull_follows_a_daemon_that_takes_over(daemon: ScriptedDaemon, mlxd: Run) -> None:
+    """It need not be started, and nobody has to hear of it."""
+
+    def script(download: Download) -> None:
+        if download.subscriptions == 1:
+            download.at(300)
+            download.send("daemon_stopping", details={"reason": "restart", "version": "9.9.9", "pid": 7})
+        elif download.subscriptions == 2:
+            download.at(900)
+            download.end()
+
+    download = Download(daemon, script)
+    status, out, err = mlxd("pull", "org/m", "--no-start")
+    assert (status, out) == (0, "org/m, 1.0 GB, is there after 42 s\n")
+    assert err.count("downloading org/m") == 1
+    assert "daemon" not in err
+    assert len(download.requests("models.download")) == 2
+
+
 def test_a_daemon_that_always_dies_is_left_alone(daemon: ScriptedDaemon, mlxd: Run) -> None:
     def script(download: Download) -> None:
         for connection in list(daemon.connections):  # not the next one, which comes as soon as the first is gone

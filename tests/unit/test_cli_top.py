@@ -69,6 +69,12 @@ def test_it_shows_what_there_is() -> None:
     assert any("org/off" in line for line in shown(made.lines(120, 30, NOW)))
 
 
+def test_it_says_when_a_model_goes_as_ps_does() -> None:
+    models = [model("a", idle_unload_at=NOW + 90), model("b", pinned=True), model("c", leases=1), model("d")]
+    table = shown(board(*models).lines(140, 30, NOW))[5:9]
+    assert [line.split("  ")[-1] for line in table] == ["in 90 s", "pinned", "leased", "never"]
+
+
 def test_a_batch_job_is_shown_by_its_items() -> None:
     job = types.Job(
         job="batch-1", kind="batch", state="running", name="nightly", total_items=8, done_items=2, failed_items=1,

@@ -14,15 +14,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from mlxd_client import connect, errors, sync, types
+from mlxd_client import connect, errors, types
 from mlxd_client.rpc import MOST_MOVES
-from mlxd_client.sync import Client
+from mlxd_client.sync import Client, link
 from support.scripted_daemon import NOTHING, PATIENCE_S, Connection, ScriptedDaemon, completion, leaves_twice, model
 
 
 @pytest.fixture(autouse=True)
 def _keep_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sync, "_KEEP_S", 0.01)
+    monkeypatch.setattr(link, "_KEEP_S", 0.01)
 
 
 @pytest.fixture

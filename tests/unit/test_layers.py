@@ -172,10 +172,22 @@ def test_parts_form_no_circle() -> None:
         done |= ready
 
 
+def listed_modules(folder: Path) -> list[str]:
+    """What the docstring of a package lists, in its order."""
+    return re.findall(r"^ {4}(\w+) ", ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "", re.M)
+
+
+@pytest.mark.parametrize("name", ["measure", "runtime", "worker"])
+def test_a_package_lists_what_lives_in_it(name: str) -> None:
+    folder = TREES["mlxd"] / name
+    assert sorted(listed_modules(folder)) == sorted(
+        path.stem for path in folder.glob("*.py") if path.stem != "__init__"
+    )
+
+
 def test_each_part_of_the_runtime_knows_only_those_below_it() -> None:
     folder = TREES["mlxd"] / "runtime"
-    listed = re.findall(r"^ {4}(\w+) ", ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "", re.M)
-    assert sorted(listed) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    listed = listed_modules(folder)
     for number, name in enumerate(listed):
         known = {module.rpartition(".")[2] for module in imports(folder / f"{name}.py", "mlxd.runtime")
                  if module.startswith("mlxd.runtime.")}  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -14,7 +15,17 @@ from pathlib import Path
 import pytest
 
 from mlxd.server import listen as listening
-from mlxd.server.listen import AlreadyRunning, HomeError, SocketPathError, adopt, listen, peer_gone, peer_of
+from mlxd.server.listen import (
+    AlreadyRunning,
+    HomeError,
+    Listener,
+    Removed,
+    SocketPathError,
+    adopt,
+    listen,
+    peer_gone,
+    peer_of,
+)
 
 
 @pytest.fixture
@@ -173,12 +184,84 @@ def test_the_socket_of_a_successor_is_left_alone(folder: Path) -> None:
         assert (folder / "mlxd.sock").exists()
 
 
+def test_a_lock_that_cannot_be_signed_is_held_all_the_same(folder: Path) -> None:
+    listener = listen(folder)
+    locks, listener.locks = listener.locks, [os.open("/dev/null", os.O_RDWR)]
+    listener.claim()
+    listener.locks += locks
+    with pytest.raises(AlreadyRunning):
+        listen(folder)
+    listener.close()
+
+
 def test_a_removed_lock_file_keeps_nobody_out_for_long(folder: Path) -> None:
     first = listen(folder)
     (folder / "mlxd.lock").unlink()
     with pytest.raises(AlreadyRunning):  # the socket still answers
         listen(folder)
     first.close()
+
+
+def test_a_removed_socket_is_made_again(folder: Path) -> None:
+    path = folder / "mlxd.sock"
+    listener = listen(folder)
+    assert not listener.renew()  # it is there
+    path.unlink()
+    assert listener.renew()
+    assert _mode(path) == 0o600
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        listener.sock.accept()[0].close()
+    path.unlink()
+    path.write_text("in the way")
+    with pytest.raises(SocketPathError, match="is no socket"):
+        listener.renew()
+    path.unlink()
+    assert listener.renew()
+    with pytest.raises(AlreadyRunning):
+        listen(folder)
+    listener.close()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_socket_is_not_made_again_where_its_lock_is_gone(folder: Path, beside: bool) -> None:
+    """The next daemon may be there by now."""
+    (folder / "sockets").mkdir(mode=0o700)
+    path = folder / "sockets" / "other.sock" if beside else folder / "home" / "mlxd.sock"
+    listener = listen(folder / "home", path)
+    shutil.rmtree(path.parent)
+    with pytest.raises(Removed):
+        listener.renew()
+    path.parent.mkdir(mode=0o700)
+    with listen(folder / "next", path).sock:
+        with pytest.raises(Removed):
+            listener.renew()
+        listener.close()
+        assert path.exists()
+
+
+def test_a_socket_that_somebody_else_has_put_in_its_place_is_left_alone(folder: Path) -> None:
+    path = folder / "mlxd.sock"
+    listener = listen(folder)
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:  # as a service manager does, which knows nothing of the lock
+        other.bind(str(path))
+        other.listen()
+        with pytest.raises(AlreadyRunning):
+            listener.renew()
+        listener.close()
+        assert path.exists()
+
+
+def test_a_socket_that_was_hidden_or_given_away_is_not_made_again(folder: Path) -> None:
+    for name, leave in (("a", Listener.hide), ("b", Listener.give_away)):
+        listener = listen(folder / name)
+        leave(listener)
+        (folder / name / "mlxd.sock").unlink(missing_ok=True)
+        assert not listener.renew()
+        assert not (folder / name / "mlxd.sock").exists()
+        listener.close()
 
 
 def test_a_socket_handed_over(folder: Path) -> None:

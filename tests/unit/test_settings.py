@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -65,6 +66,11 @@ def test_a_socket_where_it_would_be_anyway_is_the_default(env: dict[str, str]) -
     assert str(load({**env, "MLXD_SOCKET": socket + "x"}).origins["socket"]) == "the environment's MLXD_SOCKET"
 
 
+def test_a_home_that_no_message_can_name_is_refused(env: dict[str, str]) -> None:
+    with pytest.raises(SettingsError, match="no UTF-8"):
+        load({**env, "MLXD_HOME": env["MLXD_HOME"] + os.fsdecode(b"\xff")})
+
+
 def test_tables(env: dict[str, str]) -> None:
     write(env, '[aliases]\ndictation = "mlxd/cleanup"\n[keep_alive]\n"mlxd/cleanup" = -1\n')
     settings = load(env).settings
@@ -87,7 +93,16 @@ def test_commands_from_the_environment(env: dict[str, str]) -> None:
         ("\n\nmax_batch = 'many'", ["max_batch", "'many'", "config.toml:3", "expected `int`"]),
         ("max_batch = 0", ["max_batch", "0", ">= 1"]),
         ("log_level = 'loud'", ["log_level", "'loud'", "one of debug, info, warning, error"]),
-        ("\n[keep_alive]\na = 'x'", ["keep_alive", "config.toml:2", "expected `float`"]),
+        ("\n[keep_alive]\na = 'x'", ["keep_alive.a", "config.toml:3", "expected `float`"]),
+        ("[keep_alive]\n\"b/c\" = 1\n'org/x.y' = 'x'", ["keep_alive.org/x.y", "config.toml:3"]),
+        ("aliases = { a = 'b' }\n[keep_alive]\na = 1\n[kv_bits]\na = 3", ["kv_bits.a", "config.toml:5"]),
+        ("\nkeep_alive = { a = 'x' }", ["keep_alive.a", "config.toml:2"]),
+        ("keep_alive.a = 1\nkeep_alive.b = 'x'", ["keep_alive.b", "config.toml:2"]),
+        (
+            '[personas.a]\nsystem = """\n[personas.b]\ntemperatur = 1\n"""\n\n[personas.b]\ntop_k = 1\ntemperatur = 1',
+            ["personas.b", "config.toml:9", "did you mean temperature?"],
+        ),
+        ("[personas.a]\ntop_k = 1\ntemperature = 'x'", ["personas.a", "config.toml:3", "expected `float`"]),
         ("home = '/x'", ["home", "MLXD_HOME"]),
         ("socket = '/x'", ["socket", "MLXD_SOCKET"]),
         ("x = 1\ny = = 2", ["config.toml is no TOML", "line 2"]),

@@ -333,7 +333,7 @@ def test_a_model_whose_states_cannot_be_had(models: Models) -> None:
     for result in (None, mx.zeros((1, 2)), mx.zeros((1, 3, 8)), mx.zeros((1, 2, 8), dtype=mx.int32)):
         odd = LoadedModel(Odd(result), loaded.tokenizer, 256, 400)
         with pytest.raises(Unsupported):
-            Embedder(odd, 64).submit(0, wish("a"))
+            Embedder(odd, 64, 8).submit(0, wish("a"))
 
 
 # --- what folders say -----------------------------------------------------------------------------------------------

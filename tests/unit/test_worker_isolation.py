@@ -5,6 +5,8 @@ In each test a bystander is in the middle of its answer; it ends with the text t
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from mlxd.childwire import CountTokens
 from mlxd.worker import prompt as prompts
+from mlxd.worker.batch import RowGenerator
 from mlxd.worker.constraint import Constraint
 from mlxd.worker.decoding import MAX_FAILED_STEPS
 from mlxd.worker.engine import Engine
@@ -224,6 +227,22 @@ def test_a_row_that_cannot_be_taken_out(scene: Scene, monkeypatch: pytest.Monkey
     assert_clean(scene)
 
 
+def test_of_a_lane_that_failed_nothing_is_held(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(loaded, max_batch=8, prefill_step=32)
+    for number in (1, 2):
+        engine.submit(number, ask("hello", max_tokens=20, kv_bits=8))
+    while engine.waiting or not engine._generator._homes[engine._decoding.uids[1]].rows.decoding:
+        engine.step()
+    rows = weakref.ref(engine._generator._homes[engine._decoding.uids[1]].rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(RowGenerator, "remove", lambda self, uids: [][1])
+        ends = dict(engine.cancel(1).ended)
+    assert {type(end) for end in ends.values()} == {InternalError}
+    assert (len(ends), engine.busy) == (2, False)
+    gc.collect()
+    assert rows() is None
+
+
 def test_a_forward_pass_that_always_raises_loses_the_engine(scene: Scene) -> None:
     def fault(*_args: Any, **_more: Any) -> None:
         raise ValueError("always")
@@ -247,3 +266,22 @@ def test_a_device_that_is_gone_loses_the_engine_at_once(scene: Scene, tried: boo
     else:
         with pytest.raises(EngineLost):
             scene.engine.step()
+
+
+@pytest.mark.parametrize(("told", "lost"), [("[METAL] Command buffer execution failed", True), ("shapes", False)])
+def test_what_raises_when_a_request_has_what_it_waited_for(loaded: LoadedModel, told: str, lost: bool) -> None:
+    """The first request where memory is counted has the model tried out, here once its rule is compiled."""
+    engine = Engine(loaded, max_batch=8, prefill_step=32, kv_bytes=2**30)
+
+    def fault(*_args: Any, **_more: Any) -> None:
+        loaded.model.fault = None
+        raise RuntimeError(told)
+
+    loaded.model.fault = fault
+    engine.submit(VICTIM, ask("hello", max_tokens=5, schema={"type": "boolean"}))
+    if lost:
+        with pytest.raises(EngineLost, match="METAL"):
+            drain(engine)
+    else:
+        assert isinstance(drain(engine)[VICTIM], InternalError)
+        assert not engine.busy

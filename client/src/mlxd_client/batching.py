@@ -28,7 +28,7 @@ def item(given: AnyItem, index: int) -> BatchItem:
 
 
 def frames(items: Iterable[AnyItem]) -> Iterator[list[BatchItem]]:
-    """All items in their order, some at a time. Raises InvalidParams at the first that is none."""
+    """All items in their order, some at a time. Raises InvalidParams at what is none, and where there are none."""
     frame: list[BatchItem] = []
     size = 0
     for index, given in enumerate(items):
@@ -39,5 +39,6 @@ def frames(items: Iterable[AnyItem]) -> Iterator[list[BatchItem]]:
             frame, size = [], 0
         frame.append(made)
         size += length
-    if frame:
-        yield frame
+    if not frame:
+        raise InvalidParams("there are no items", field="items")
+    yield frame

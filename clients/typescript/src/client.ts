@@ -1,30 +1,13 @@
 // A connection to mlxd over any transport: requests, streams, events. See node.ts and tauri.ts for the transports.
 
-import { Decoder, frame, type Message } from "./codec.js";
-import type { Completion, ErrorKind, Event, Methods, Snapshot, Stream, SubscribeResult } from "./types.js";
+import { Backoff } from "./backoff.js";
+import { Events } from "./events.js";
+import { BEHIND, Link, MlxdError, moved, type Transport } from "./link.js";
+import { Queue } from "./queue.js";
+import type { Completion, Methods, Since, Stream } from "./types.js";
 
 export * from "./types.js";
-
-/** Carries bytes. `onData` and `onClose` are set by the client before anything else happens. */
-export interface Transport {
-  write(bytes: Uint8Array): void;
-  close(): void;
-  onData: (bytes: Uint8Array) => void;
-  onClose: (reason?: Error) => void;
-}
-
-/** The daemon refused or failed; `kind` is stable, the message is for people. */
-export class MlxdError extends Error {
-  constructor(
-    readonly kind: ErrorKind | "connection_lost",
-    message: string,
-    readonly code: number = 0,
-    readonly details: Record<string, unknown> = {},
-  ) {
-    super(message);
-    this.name = "MlxdError";
-  }
-}
+export { Events, MlxdError, type Transport };
 
 type Method = keyof Methods;
 type Streaming = "process" | "chat";
@@ -33,11 +16,25 @@ export interface CallOptions {
   signal?: AbortSignal;
 }
 
-interface Pending {
-  resolve(result: unknown): void;
-  reject(error: Error): void;
-  piece?: (piece: Stream) => void;
+/** How a client gets to the daemon again, once it has lost it. */
+export interface Way {
+  /** Rejects with a NobodyListens where it is worth another attempt. */
+  dial(): Promise<Transport>;
+  /** Whether that may start a daemon, which is not done for those who merely watch. */
+  starts: boolean;
 }
+
+/** Nobody is behind the socket at the moment: the daemon may be just restarting. */
+export class NobodyListens extends MlxdError {
+  constructor(message: string) {
+    super("connect_failed", message);
+  }
+}
+
+// Daemons that may take over one after the other while one request is being asked.
+const MOST_MOVES = 5;
+// A daemon that restarts has this long to listen.
+const RECONNECT_MS = 5000;
 
 /** An answer as it grows: iterate over its pieces, then await `result`. Leaving the loop early cancels it. */
 export class Answer implements AsyncIterable<Stream> {
@@ -70,46 +67,26 @@ export class Answer implements AsyncIterable<Stream> {
   }
 }
 
-/** Events in order. `snapshot` is the state they change, absent where `since` was honoured. */
-export class Events implements AsyncIterable<Event> {
-  constructor(
-    readonly snapshot: Snapshot | undefined,
-    readonly resync: boolean,
-    readonly epoch: string,
-    readonly rev: number,
-    private readonly queue: Queue<Event>,
-    private readonly stop: () => Promise<void>,
-  ) {}
-
-  async *[Symbol.asyncIterator](): AsyncGenerator<Event> {
-    try {
-      yield* this.queue;
-    } finally {
-      await this.stop();
-    }
-  }
-}
-
+/** Requests, streams and events. With a `way`, a lost connection is replaced for the next request; one that was in
+ *  flight then rejects with `connection_lost`, since it may have run. Where another daemon takes over, what the old one
+ *  had accepted is answered by that, and what it says it has not done goes to the new one. */
 export class Client {
-  #pending = new Map<number, Pending>();
-  #events = new Map<number, Queue<Event>>();
-  #early = new Map<number, Event[]>(); // of subscriptions whose answer is read, and not yet taken
-  #decoder = new Decoder();
-  #last = 0;
-  #lost: MlxdError | undefined;
+  #link: Link;
+  #links = new Set<Link>(); // also those to daemons that others took over from
+  #opening: Promise<Link> | undefined;
+  #closed: MlxdError | undefined;
 
   constructor(
-    private readonly transport: Transport,
-    name = "typescript",
+    transport: Transport,
+    private readonly name = "typescript",
+    private readonly way?: Way,
   ) {
-    transport.onData = (bytes) => this.#received(bytes);
-    transport.onClose = (reason) => this.#end(reason?.message ?? "mlxd closed the connection");
-    void this.call("hello", { protocol: [1, 1], client: { name } }).catch(() => {}); // its loss shows in every call
+    this.#link = this.#begin(transport);
   }
 
   /** Ask for one thing. Rejects with an MlxdError. */
   call<M extends Method>(method: M, params: Methods[M]["params"], options: CallOptions = {}): Promise<Methods[M]["result"]> {
-    return this.#send(method, params, options.signal) as Promise<Methods[M]["result"]>;
+    return this.#ask((link) => link.send(method, params, options.signal)) as Promise<Methods[M]["result"]>;
   }
 
   /** Ask for an answer that comes in pieces. */
@@ -117,124 +94,74 @@ export class Client {
     const leave = new AbortController();
     const signal = options.signal ? AbortSignal.any([options.signal, leave.signal]) : leave.signal;
     return new Answer(
-      (piece) => this.#send(method, { ...params, stream: true }, signal, piece) as Promise<Completion>,
+      (piece) => this.#ask((link) => link.send(method, { ...params, stream: true }, signal, piece)) as Promise<Completion>,
       () => leave.abort(),
     );
   }
 
-  /** Watch the daemon. After a lost connection, `since` goes on where the last event was. */
+  /** Watch the daemon. `since` goes on where the last event of an earlier run was. */
   async events(params: Methods["events.subscribe"]["params"] = {}): Promise<Events> {
-    const made = (await this.call("events.subscribe", params)) as SubscribeResult;
-    const queue = new Queue<Event>();
-    for (const event of this.#early.get(made.subscription) ?? []) queue.push(event);
-    this.#early.delete(made.subscription);
-    this.#events.set(made.subscription, queue);
-    if (this.#lost) queue.end(this.#lost);
-    const stop = async () => {
-      this.#events.delete(made.subscription);
-      await this.call("events.unsubscribe", { subscription: made.subscription }).catch(() => {});
+    const again = async (since: Since, error: Error) => {
+      if (!this.#follows(error)) throw error;
+      return this.#ask((link) => link.subscribe({ ...params, since }));
     };
-    return new Events(made.snapshot, made.resync ?? false, made.epoch, made.rev, queue, stop);
+    return new Events(await this.#ask((link) => link.subscribe(params), lost), again);
   }
 
   close(): void {
-    this.transport.close();
-    this.#end("this client was closed");
+    const reason = "this client was closed";
+    this.#closed ??= new MlxdError("connection_lost", reason);
+    for (const link of this.#links) link.close(reason);
   }
 
-  #send(method: string, params: object, signal?: AbortSignal, piece?: (piece: Stream) => void): Promise<unknown> {
-    if (this.#lost) return Promise.reject(this.#lost);
-    const id = ++this.#last;
-    return new Promise((resolve, reject) => {
-      if (signal?.aborted) return reject(new MlxdError("cancelled", "the request was cancelled"));
-      const cancel = () => this.#write({ jsonrpc: "2.0", method: "cancel", params: { id } });
-      const done = () => signal?.removeEventListener("abort", cancel);
-      this.#pending.set(id, {
-        resolve: (result) => (done(), resolve(result)),
-        reject: (error) => (done(), reject(error)),
-        piece,
-      });
-      signal?.addEventListener("abort", cancel, { once: true });
+  #begin(transport: Transport): Link {
+    const link = new Link(transport, this.name, (ended) => this.#links.delete(ended));
+    this.#links.add(link);
+    return link;
+  }
+
+  /** What comes of `use` with a connection, and where it fails as `again` says, with the next one. */
+  async #ask<T>(use: (link: Link) => Promise<T>, again = moved): Promise<T> {
+    for (let moves = 1; ; moves++) {
+      const link = this.#link.usable ? this.#link : await this.#open();
       try {
-        this.#write({ jsonrpc: "2.0", id, method, params });
+        return await use(link);
       } catch (error) {
-        this.#pending.delete(id);
-        done();
-        reject(error as Error);
+        if (!this.way || this.#closed || moves === MOST_MOVES || !again(error)) throw error;
+        link.leave(error as MlxdError);
       }
-    });
-  }
-
-  #write(message: object): void {
-    if (!this.#lost) this.transport.write(frame(message));
-  }
-
-  #received(bytes: Uint8Array): void {
-    try {
-      for (const message of this.#decoder.feed(bytes)) this.#take(message);
-    } catch (error) {
-      this.transport.close();
-      this.#end(`what came is no message: ${(error as Error).message}`);
     }
   }
 
-  #take(message: Message): void {
-    if (message.method === "stream") {
-      const piece = message.params as Stream;
-      this.#pending.get(piece.id as number)?.piece?.(piece);
-    } else if (message.method === "event") {
-      const event = message.params as Event;
-      const queue = this.#events.get(event.subscription);
-      if (queue) queue.push(event);
-      else this.#early.set(event.subscription, [...(this.#early.get(event.subscription) ?? []), event]);
-    } else if (message.id === null && message.error) {
-      // The connection as a whole is refused. With `details.reconnect`, what is not answered was not begun either: a
-      // new connection finds the daemon that does it.
-      const { code, message: told, data } = message.error;
-      this.#end(told, new MlxdError((data?.kind ?? "internal_error") as ErrorKind, told, code, data?.details));
-    } else if (typeof message.id === "number") {
-      const pending = this.#pending.get(message.id);
-      this.#pending.delete(message.id);
-      if (message.error) {
-        const { code, message: told, data } = message.error;
-        pending?.reject(new MlxdError((data?.kind ?? "internal_error") as ErrorKind, told, code, data?.details));
-      } else pending?.resolve(message.result);
-    }
+  /** Whether events go on after `error` ended them. A daemon that was stopped on purpose is not started by who watches. */
+  #follows(error: Error): boolean {
+    if (this.#closed) return false;
+    return error === BEHIND || (this.way !== undefined && (moved(error) || (lost(error) && !this.way.starts)));
   }
 
-  #end(reason: string, error = new MlxdError("connection_lost", reason)): void {
-    if (this.#lost) return;
-    this.#lost = error;
-    for (const pending of this.#pending.values()) pending.reject(this.#lost);
-    for (const queue of this.#events.values()) queue.end(this.#lost);
-    this.#pending.clear();
+  #open(): Promise<Link> {
+    this.#opening ??= this.#dialled().finally(() => (this.#opening = undefined));
+    return this.#opening;
+  }
+
+  async #dialled(): Promise<Link> {
+    if (!this.way) throw this.#link.lost;
+    const backoff = new Backoff(1000);
+    for (const until = Date.now() + RECONNECT_MS; ; await backoff.pause()) {
+      if (this.#closed) throw this.#closed;
+      try {
+        this.#link = this.#begin(await this.way.dial());
+        if (this.#closed) this.close();
+        return this.#link;
+      } catch (error) {
+        if (error instanceof NobodyListens && Date.now() < until) continue;
+        throw error instanceof MlxdError ? error : new MlxdError("connect_failed", String(error));
+      }
+    }
   }
 }
 
-/** What is pushed comes out in order, whoever is first. */
-class Queue<T> implements AsyncIterable<T> {
-  #held: T[] = [];
-  #wake: (() => void) | undefined;
-  #over = false;
-  #error: Error | undefined;
-
-  push(value: T): void {
-    this.#held.push(value);
-    this.#wake?.();
-  }
-
-  end(error?: Error): void {
-    this.#over = true;
-    this.#error = error;
-    this.#wake?.();
-  }
-
-  async *[Symbol.asyncIterator](): AsyncGenerator<T> {
-    for (;;) {
-      while (this.#held.length > 0) yield this.#held.shift()!;
-      if (this.#error) throw this.#error;
-      if (this.#over) return;
-      await new Promise<void>((resolve) => (this.#wake = resolve));
-    }
-  }
+/** Whether the connection ended, or none could be had, so that asking for events, which does nothing, may go on. */
+function lost(error: unknown): boolean {
+  return error instanceof MlxdError && ["connection_lost", "connect_failed", "shutting_down"].includes(error.kind);
 }

@@ -2,10 +2,11 @@
 
 import { spawn } from "node:child_process";
 import { createHash } from "node:crypto";
-import { connect as dial, type Socket } from "node:net";
+import { statSync } from "node:fs";
+import { connect as open } from "node:net";
 import { homedir, platform } from "node:os";
-import { join, resolve } from "node:path";
-import { Client, type Transport } from "./client.js";
+import { dirname, join, resolve } from "node:path";
+import { Client, MlxdError, NobodyListens, type Transport } from "./client.js";
 
 export * from "./client.js";
 
@@ -29,20 +30,52 @@ function home(env: NodeJS.ProcessEnv): string {
 }
 
 /** Connect to a daemon that runs, or that a service manager starts. Rejects where nobody listens. */
-export function connect(path: string = socketPath(), name?: string): Promise<Client> {
+export async function connect(path: string = socketPath(), name?: string): Promise<Client> {
+  const dial = () => dialled(path);
+  return new Client(await dial(), name, { dial, starts: false });
+}
+
+/** Start `mlxd serve --stdio` with further arguments: `--join` leads to the user's daemon, `--home` has one of its own.
+ *  Where it has ended, the next request starts it again. */
+export function sidecar(args: string[] = ["--join"], command = "mlxd", name?: string): Client {
+  const start = () => overPipes(command, ["serve", "--stdio", ...args]);
+  return new Client(start(), name, { dial: async () => start(), starts: true });
+}
+
+/** Node cannot ask who listens. Whoever owns the socket and the folder that it is in is the one who can. */
+function refuseOthers(path: string): void {
+  for (const each of [dirname(path), path]) {
+    const owner = statSync(each, { throwIfNoEntry: false })?.uid;
+    if (owner !== undefined && owner !== 0 && owner !== process.getuid?.()) {
+      throw new MlxdError("connect_failed", `${each} belongs to another user (uid ${owner})`);
+    }
+  }
+}
+
+function dialled(path: string): Promise<Transport> {
   return new Promise((resolve, reject) => {
-    const socket = dial(path);
-    socket.once("error", reject);
-    socket.once("connect", () => {
-      socket.off("error", reject);
-      resolve(new Client(overSocket(socket), name));
+    refuseOthers(path);
+    const socket = open(path);
+    const transport: Transport = {
+      write: (bytes) => void socket.write(bytes),
+      close: () => void socket.end(),
+      onData: () => {},
+      onClose: () => {},
+    };
+    socket.setNoDelay(true);
+    socket.on("data", (bytes: Buffer) => transport.onData(bytes));
+    socket.on("connect", () => resolve(transport));
+    socket.on("error", (error: NodeJS.ErrnoException) => {
+      const nobody = ["ENOENT", "ECONNREFUSED", "EAGAIN"].includes(error.code ?? "");
+      reject(nobody ? new NobodyListens(`no mlxd listens at ${path}`) : new MlxdError("connect_failed", error.message));
+      transport.onClose(error);
     });
+    socket.on("close", () => transport.onClose());
   });
 }
 
-/** Start `mlxd serve --stdio` with further arguments: `--join` leads to the user's daemon, `--home` has one of its own. */
-export function sidecar(args: string[] = ["--join"], command = "mlxd", name?: string): Client {
-  const child = spawn(command, ["serve", "--stdio", ...args], { stdio: ["pipe", "pipe", "inherit"] });
+function overPipes(command: string, args: string[]): Transport {
+  const child = spawn(command, args, { stdio: ["pipe", "pipe", "inherit"] });
   const transport: Transport = {
     write: (bytes) => void child.stdin.write(bytes),
     close: () => void child.stdin.end(),
@@ -53,19 +86,5 @@ export function sidecar(args: string[] = ["--join"], command = "mlxd", name?: st
   child.stdout.on("close", () => transport.onClose());
   child.on("error", (error) => transport.onClose(error));
   child.stdin.on("error", () => {}); // its end shows on the other pipe
-  return new Client(transport, name);
-}
-
-function overSocket(socket: Socket): Transport {
-  const transport: Transport = {
-    write: (bytes) => void socket.write(bytes),
-    close: () => void socket.end(),
-    onData: () => {},
-    onClose: () => {},
-  };
-  socket.setNoDelay(true);
-  socket.on("data", (bytes: Buffer) => transport.onData(bytes));
-  socket.on("error", (error) => transport.onClose(error));
-  socket.on("close", () => transport.onClose());
   return transport;
 }

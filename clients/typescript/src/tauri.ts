@@ -2,9 +2,11 @@
 //
 //     import { Command } from "@tauri-apps/plugin-shell";
 //     import { overShell } from "mlxd-client/tauri";
-//     const client = await overShell(Command.sidecar("binaries/mlxd", ["serve", "--stdio", "--join"], { encoding: "raw" }));
+//     const words = ["serve", "--stdio", "--join"];
+//     const client = await overShell(() => Command.sidecar("binaries/mlxd", words, { encoding: "raw" }));
 //
-// The app's capabilities must allow that sidecar with those arguments, and `shell:allow-stdin-write`.
+// The app's capabilities must allow that sidecar with those arguments, `shell:allow-stdin-write` and `shell:allow-kill`:
+// see docs/sidecar.md.
 
 import { Client, type Transport } from "./client.js";
 
@@ -18,7 +20,13 @@ export interface ShellCommand {
   spawn(): Promise<{ write(data: Uint8Array | number[]): Promise<void>; kill(): Promise<void> }>;
 }
 
-export async function overShell(command: ShellCommand, name = "tauri"): Promise<Client> {
+/** Run the command that `make` makes, and another one for the next request where it has ended. */
+export async function overShell(make: () => ShellCommand, name = "tauri"): Promise<Client> {
+  const dial = () => spawned(make());
+  return new Client(await dial(), name, { dial, starts: true });
+}
+
+async function spawned(command: ShellCommand): Promise<Transport> {
   let written: Promise<unknown> = Promise.resolve(); // writes go through asynchronous calls, and must keep their order
   const transport: Transport = {
     write: (bytes) => {
@@ -32,5 +40,5 @@ export async function overShell(command: ShellCommand, name = "tauri"): Promise<
   command.on("close", ({ code }) => transport.onClose(new Error(`mlxd ended with ${code ?? "a signal"}`)));
   command.on("error", (message) => transport.onClose(new Error(message)));
   const child = await command.spawn();
-  return new Client(transport, name);
+  return transport;
 }

@@ -17,18 +17,18 @@ from typing import Any
 
 import uvloop
 
-from mlxd_client.errors import DaemonBusy, RestartFailed
+from mlxd_client.errors import DaemonBusy, RestartFailed, Unsupported
 from mlxd_client.types import RestartResult
 
 from . import handover, logs
 from .children.exitwatch import ExitWatch
 from .children.supervisor import Supervisor
-from .configuration import Configuration
+from .configuration import LOOK_S, Configuration
 from .live import IdleExit, Live, child_settings, server_limits
 from .notify import PATIENCE_S, Notifier
 from .runtime import Runtime
 from .server.activation import handed_over
-from .server.listen import AlreadyRunning, Listener, ListenError, adopt, listen
+from .server.listen import AlreadyRunning, Listener, ListenError, Removed, adopt, listen
 from .server.server import Server
 from .settings import Loaded
 from .sidecar import Bridge
@@ -203,6 +203,7 @@ class _Daemon:
             runtime, runtime.events, log=logs.get("mlxd.server"), limits=limits, configuration=configuration
         )
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup, configuration)
+        loop.add_signal_handler(signal.SIGUSR2, lambda: self._do(self._restart_by_signal(runtime)))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
         runtime.refuse_newer_state()
@@ -221,6 +222,8 @@ class _Daemon:
         self._offer(server, runtime)
         if self._listener.path is None:
             live.idle_exit = IdleExit(server, runtime, settings, self._stop.set, kept=lambda: self._succeeds)
+        else:
+            self._do(self._keep_socket(server))
         configuration.begin()
         self._log.info("daemon started", version=runtime.version, epoch=runtime.epoch, socket=settings.socket)
         self._notifier.ready()
@@ -271,6 +274,31 @@ class _Daemon:
                 self._notifier.alive()
             self._notifier.status(_status_line(runtime))
             await asyncio.sleep(_STATUS_S if watchdog_s is None else watchdog_s / 2)
+
+    async def _keep_socket(self, server: Server) -> None:
+        """See to it that clients find this daemon as long as it runs: one whose socket was removed would keep the next
+        from starting, and one whose folder was removed would hold its models for nobody."""
+        failed = False
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if self._stop.is_set():
+                return
+            if self._succession is not None and self._succession.under_way:
+                continue
+            try:
+                if self._listener.renew():
+                    await server.move(self._listener)
+                    self._log.warning("the socket had been removed, and is there again")
+                failed = False
+            except (Removed, AlreadyRunning) as error:
+                self._log.error("the daemon cannot be found any more", reason=str(error))
+                if not self._launch.stdio:  # whoever speaks there has found it
+                    self._stop.set()
+                return
+            except ListenError as error:
+                if not failed:
+                    self._log.error("the socket was removed, and cannot be made again yet", reason=str(error))
+                failed = True
 
     def _on_signal(self, name: str) -> None:
         """The first asks for a drain, the next one cuts it short."""
@@ -323,13 +351,11 @@ class _Daemon:
         runtime.on_restart = restart
         if not launch.managed:  # a manager would start the same again
             runtime.on_make_room = make_room
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGUSR2, lambda: self._do(self._restart_by_signal(runtime)))
 
     async def _restart_by_signal(self, runtime: Runtime) -> None:
         try:
             await runtime.restart()
-        except RestartFailed as error:
+        except (RestartFailed, Unsupported) as error:
             self._log.error("not restarted", reason=error.message)
 
     # --- the end --------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import IO, TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from .exits import CANCELLED, FAILED, OK, USAGE
 
 if TYPE_CHECKING:
     from mlxd_client import Client
-    from mlxd_client.types import BatchItem, Job
+    from mlxd_client.types import BatchItem, BatchResult, Job
 
     from .output import Output
 
@@ -61,7 +61,7 @@ def _submit(args: argparse.Namespace, output: Output) -> int:
     with connect(args) as client, opened as file:
         job = client.submit_items(_items(file), model=args.model, key=args.key, name=args.name)
         if args.wait:
-            return _waited(client, job, output)
+            return _waited(client, job.job, output)
     if output.json:
         output.document(job)
     else:
@@ -154,53 +154,63 @@ def _far(job: Job) -> str:
 
 def _wait(args: argparse.Namespace, output: Output) -> int:
     with connect(args) as client:
-        return _waited(client, client.batch(args.job[0]), output)
+        return _waited(client, args.job[0], output)
 
 
-def _waited(client: Client, job: Job, output: Output) -> int:
+def _waited(client: Client, id: str, output: Output) -> int:
     """Follow the job to its end. Exit code 0 where all of its items are done."""
-    with client.events(["job"]) as events:
-        job = client.batch(job.job)
-        while job.ended_at is None:
-            why = f" ({job.error.message})" if job.error is not None else ""
-            output.progress(f"{_state(job)}: {_far(job)}{why}")
-            event = events.get(None)
-            if event is not None and event.job is not None and event.job.job == job.job:
-                job = event.job
-            elif event is None or event.snapshot is not None:  # events were missed
-                job = client.batch(job.job)
+    for job in _changes(client, id):
+        why = f" ({job.error.message})" if job.error is not None else ""
+        output.progress(f"{_state(job)}: {_far(job)}{why}")
     output.progress(None)
     _tell(job, output)
     return OK if job.state == "done" else CANCELLED if job.state == "cancelled" else FAILED
 
 
+def _changes(client: Client, id: str) -> Iterator[Job]:
+    """The job as it is, and again whenever it has changed, until it has ended."""
+    with client.events(["job"]) as events:
+        job = client.batch(id)
+        yield job
+        while job.ended_at is None:
+            event = events.get()
+            if event is not None and event.job is not None:
+                if event.job.job != id:
+                    continue
+                job = event.job
+            else:  # events were missed
+                job = client.batch(id)
+            yield job
+
+
 def _results(args: argparse.Namespace, output: Output) -> int:
+    after = args.after
+    with connect(args) as client:
+        client.batch(args.job[0])  # what is in a file stays, where there is no such job
+        with _written(args.output, output) as out:
+            for _ in _changes(client, args.job[0]) if args.follow else (None,):
+                after = _write(client.results(args.job[0], after=after), out, after)
+    return OK
+
+
+def _written(path: str | None, output: Output) -> Any:
+    from mlxd_client.errors import InvalidParams
+
+    try:
+        return nullcontext(output.out) if path is None else open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise InvalidParams(f"{path} cannot be written: {error.strerror}", field="output") from None
+
+
+def _write(results: Iterable[BatchResult], out: IO[str], last: int | None) -> int | None:
+    """Returns the index of the last one there is now."""
     import msgspec
 
-    after = args.after
-    with connect(args) as client, nullcontext(output.out) if args.output is None else open(args.output, "w") as out:
-        while True:
-            if args.follow:  # asked first: what ends meanwhile is found by the next round
-                job = client.batch(args.job[0])
-            for result in client.results(args.job[0], after=after):
-                out.write(msgspec.json.encode(result).decode() + "\n")
-                after = result.index
-            out.flush()
-            if not args.follow or job.ended_at is not None:
-                return OK
-            _next_change(client, job)
-
-
-def _next_change(client: Client, job: Job) -> None:
-    """Wait until more of the job is done than was."""
-    with client.events(["job"]) as events:
-        now = client.batch(job.job)
-        while (now.done_items, now.ended_at) == (job.done_items, job.ended_at):
-            event = events.get(None)
-            if event is not None and event.job is not None and event.job.job == job.job:
-                now = event.job
-            elif event is None or event.snapshot is not None:
-                now = client.batch(job.job)
+    for result in results:
+        out.write(msgspec.json.encode(result).decode() + "\n")
+        last = result.index
+    out.flush()
+    return last
 
 
 # --- ending -----------------------------------------------------------------------------------------------------------

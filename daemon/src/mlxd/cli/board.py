@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from mlxd_client.mirror import Mirror
 
 from .bar import figures_of, fraction_of, phase_of
-from .output import bytes_text, seconds_text
+from .models import stays_text
+from .output import STATE_STYLES, bytes_text, seconds_text
 from .stats import totals
 
 if TYPE_CHECKING:
@@ -203,17 +204,6 @@ def _state(row: Row, now: float) -> str:
     return told if model.progress is None else f"{told} {model.progress:.0%}"
 
 
-def _stays(row: Row, now: float) -> str:
-    model = row.model
-    if model.idle_unload_at is not None:
-        return f"in {seconds_text(model.idle_unload_at - now)}"
-    if model.state != "Ready":
-        return "-"
-    if model.active or model.waiting:
-        return "in use"
-    return "leased" if model.leases else "never"
-
-
 _COLUMNS: tuple[Column, ...] = (
     Column("STATE", 1, _state, right=False),
     Column("MEMORY", 2, lambda row, now: bytes_text(row.model.footprint_bytes or row.model.memory_bytes)),
@@ -223,7 +213,7 @@ _COLUMNS: tuple[Column, ...] = (
     Column("10 S", 7, lambda row, now: _rate(row, "recent_tokens_per_s")),
     Column("FIRST P50", 5, lambda row, now: _first(row, "p50")),
     Column("P95", 6, lambda row, now: _first(row, "p95")),
-    Column("UNLOADS", 8, _stays, right=False),
+    Column("UNLOADS", 8, lambda row, now: stays_text(row.model, now), right=False),
 )
 
 _SORTS: tuple[tuple[str, Callable[[Row], tuple[float, ...]]], ...] = (
@@ -232,8 +222,6 @@ _SORTS: tuple[tuple[str, Callable[[Row], tuple[float, ...]]], ...] = (
     ("requests", lambda row: (-row.model.active - row.model.waiting,)),
     ("tokens/s", lambda row: (-(row.stats.now_tokens_per_s if row.stats is not None else 0.0),)),
 )
-
-_STATES = {"Ready": "green", "Loading": "yellow", "Downloading": "yellow", "NotDownloaded": "dim"}
 
 
 def _table(rows: Sequence[Row], width: int, most: int, now: float, chosen: str | None) -> list[Line]:
@@ -259,7 +247,7 @@ def _table(rows: Sequence[Row], width: int, most: int, now: float, chosen: str |
     for place, row in list(enumerate(rows))[begin : begin + most - 1]:
         line = [Span(_fit(names[place], name_width))]
         for column in columns:
-            style = _STATES.get(row.model.state, "") if column.title == "STATE" else ""
+            style = STATE_STYLES.get(row.model.state, "") if column.title == "STATE" else ""
             line.append(Span("  " + _pad(cells[column.title][place], widths[column.title], column.right), style))
         lines.append([Span(span.text, "reverse") for span in line] if row.model.id == chosen else line)
     return lines

@@ -262,8 +262,9 @@ def _edit(words: Sequence[str], args: argparse.Namespace, output: Output) -> int
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     try:
         done = subprocess.run([*shlex.split(editor), path], check=False)
-    except OSError as error:
-        output.note(f"{editor} cannot be started: {error.strerror}; set EDITOR to another, or edit {path}")
+    except (OSError, ValueError) as error:  # ValueError: quotes that are not closed
+        why = getattr(error, "strerror", None) or error
+        output.note(f"{editor} cannot be started: {why}; set EDITOR to another, or edit {path}")
         return FAILED
     if done.returncode:
         output.note(f"{editor} ended with {done.returncode}")

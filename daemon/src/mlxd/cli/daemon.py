@@ -1,4 +1,4 @@
-"""`mlxd serve`, `stop` and `status`: the daemon itself."""
+"""`mlxd serve`, `restart` and `stop`: the daemon itself."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def stop(args: argparse.Namespace, output: Output) -> int:
     args.no_start = True
     try:
         with connect(args) as client:
-            path, pid = client.path, client.status().pid
+            path, status = client.path, client.status()
             client.shutdown()
     except (ConnectFailed, ConnectionLost):
         if output.json:
@@ -149,7 +149,9 @@ def stop(args: argparse.Namespace, output: Output) -> int:
         else:
             output.line("mlxd is not running")
         return OK
-    if not gone(path, pid, args.timeout):
+    pid = status.pid
+    # A service manager keeps the socket, for the next daemon.
+    if not gone(None if status.activated else path, pid, args.timeout):
         output.note(f"mlxd (process {pid}) agreed to stop, but still runs after {args.timeout:g} s")
         return FAILED
     if output.json:
@@ -159,10 +161,11 @@ def stop(args: argparse.Namespace, output: Output) -> int:
     return OK
 
 
-def gone(path: str, pid: int, timeout_s: float) -> bool:
-    """Wait for the end of a process that is no child of ours, which only asking again and again can tell."""
+def gone(path: str | None, pid: int, timeout_s: float) -> bool:
+    """Wait for the end of a daemon that is no child of ours, which only asking again and again can tell. Where it made
+    its socket itself, at `path`, that goes, too."""
     deadline = time.monotonic() + timeout_s
-    while os.path.exists(path) or runs(pid):
+    while (path is not None and os.path.exists(path)) or runs(pid):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)

@@ -5,6 +5,7 @@ What it needs is imported by `main` itself, so that ctrl-C ends it in good order
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    from mlxd_client.errors import ClientError, MlxdError
+    from mlxd_client.errors import ClientError, ConnectionLost, MlxdError
 
     from .exits import USAGE, code_of
     from .output import Output
@@ -98,15 +99,32 @@ def _main(argv: Sequence[str] | None) -> int:
         return code_of(failure)
     except MlxdError as error:
         output.error(error)
+        if isinstance(error, ConnectionLost) and not output.json:
+            _tell_wrong_settings(output)
         return code_of(error)
     return status
 
 
+def _tell_wrong_settings(output: Output) -> None:
+    """A daemon that a service manager starts hangs up on its clients where its settings are wrong."""
+    from mlxd import settings
+    from mlxd_client.errors import MlxdError
+
+    try:
+        settings.load()
+    except MlxdError as error:
+        output.note(f"the daemon will not run: {error}")
+
+
 def _open_streams() -> None:
-    """Whoever started this may have closed some: what is opened next must not be taken for standard output."""
+    """Whoever started this may have closed some: what is opened next must not be taken for standard output. And what a
+    terminal's encoding cannot say must not end the command."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # until the end
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _forget_output() -> None:

@@ -125,6 +125,7 @@ def ps(args: argparse.Namespace, output: Output) -> int:
 def _show_loaded(models: list[Model], output: Output) -> None:
     from .output import bytes_text
 
+    now = time.time()
     rows = [
         (
             model.id,
@@ -132,7 +133,7 @@ def _show_loaded(models: list[Model], output: Output) -> None:
             bytes_text(model.footprint_bytes or model.memory_bytes),
             str(model.active),
             str(model.waiting),
-            stays_text(model),
+            stays_text(model, now),
         )
         for model in models
     ]
@@ -146,12 +147,12 @@ def state_text(model: Model) -> str:
     return f"{model.state}, {model.phase}" if model.phase not in (None, "loading") else model.state
 
 
-def stays_text(model: Model) -> str:
-    """When the model goes if nobody uses it."""
+def stays_text(model: Model, now: float) -> str:
+    """When the model goes if nobody uses it; `now` in Unix seconds."""
     from .output import seconds_text
 
     if model.idle_unload_at is not None:
-        return f"in {seconds_text(model.idle_unload_at - time.time())}"
+        return f"in {seconds_text(model.idle_unload_at - now)}"
     if model.state != "Ready":
         return "-"
     if model.active or model.waiting:

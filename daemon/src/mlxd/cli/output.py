@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from mlxd_client.errors import MlxdError
 
-__all__ = ["Output", "bytes_text", "safe", "seconds_text"]
+__all__ = ["STATE_STYLES", "Output", "bytes_text", "safe", "seconds_text"]
 
 # Control characters could move the cursor or reprogram the terminal; models and file names may hold any.
 _CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
@@ -77,7 +77,7 @@ class Output:
         for place, name in enumerate(header or rows[0]):
             table.add_column(name, justify="right" if place in right else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+            table.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in row))
         Console(file=self.out).print(table)
 
     def progress(self, text: str | None) -> None:
@@ -114,10 +114,13 @@ class Output:
             self.err.write(msgspec.json.encode({"error": wire}).decode() + "\n")
             self.err.flush()
         else:
-            self.note(f"{kind_of(error)}: {' '.join(str(error).split())}")
+            said = str(error.details.get("last_words", "")) if isinstance(error, RpcError) else ""
+            words = f"; its last words: {said.splitlines()[-1]}" if said else ""
+            self.note(f"{kind_of(error)}: {' '.join(str(error).split())}{words}")
 
 
-_STYLES = {"Ready": "green", "Loading": "yellow", "Downloading": "yellow", "NotDownloaded": "dim"}
+# How a model's state is shown to people.
+STATE_STYLES = {"Ready": "green", "Loading": "yellow", "Downloading": "yellow", "NotDownloaded": "dim"}
 
 
 def bytes_text(size: int | None) -> str:

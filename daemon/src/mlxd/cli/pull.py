@@ -29,7 +29,8 @@ def fetch(
 ) -> Job:
     """Have a model downloaded, show how far it is, and return the job once it is done.
 
-    The goal is stated again to a daemon that had to be started again: it goes on with what the last one had begun.
+    The goal is stated again to a daemon that has taken over, or had to be started again: it goes on with what the last
+    one had begun.
 
     Raises:
         RpcError: what the download failed with; Cancelled where somebody else ended it; ShuttingDown where the daemon
@@ -37,17 +38,18 @@ def fetch(
         ConnectionLost, ConnectFailed: the daemon went away, again and again or for good.
         KeyboardInterrupt: ctrl-C, after the question what to do.
     """
-    from mlxd_client.errors import ConnectionLost
+    from mlxd_client.errors import ConnectionLost, ShuttingDown
 
     from .bar import display
 
     deaths, furthest = 0, -1
     watch: Watch | None = None
+    shown = display(output)
     with connect(args) as client:
         while True:
             try:
                 job = client.job(client.download(model, revision=revision, repair=repair))
-                watch = Watch(client, job, display(output))
+                watch = Watch(client, job, shown)
                 return _outcome(watch.end(args), output)
             except ConnectionLost:
                 done = -1 if watch is None else watch.job.done_bytes or 0
@@ -55,6 +57,9 @@ def fetch(
                 if deaths > _DEATHS or args.no_start:
                     raise
                 output.note("the daemon went away; it is started again, and goes on")
+            except ShuttingDown as error:
+                if not error.reconnect:
+                    raise
             except KeyboardInterrupt:
                 if watch is not None:
                     _interrupted(client, watch.job, output)
@@ -98,13 +103,13 @@ class Watch:
         found = next((job for job in snapshot.jobs if job.job == self.job.job), None)
         self.job = found or self._client.job(self.job.job)
         if snapshot.stopping and self.job.state not in _ENDED:
-            raise _stopping()
+            raise _stopping(taken_over=False)
 
     def _take(self, event: Event) -> None:
         if event.snapshot is not None:
             self._start_over(event.snapshot)
         elif event.name == "daemon_stopping":
-            raise _stopping()
+            raise _stopping(taken_over=(event.details or {}).get("reason") == "restart")
         elif event.job is not None:
             if event.job.job == self.job.job:
                 self.job = event.job
@@ -120,9 +125,11 @@ def _further(job: Job, progress: float) -> Job:
     return msgspec.structs.replace(job, progress=progress, done_bytes=done)
 
 
-def _stopping() -> Exception:
+def _stopping(*, taken_over: bool) -> Exception:
     from mlxd_client.errors import ShuttingDown
 
+    if taken_over:
+        return ShuttingDown("another daemon goes on with the download", reconnect=True)
     return ShuttingDown("the daemon was told to stop; the download goes on when it runs again")
 
 

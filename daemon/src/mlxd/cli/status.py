@@ -80,8 +80,8 @@ def _models(answer: Status, stats: Stats | None, models: list[Model]) -> Rows:
             told.append(f"{model.active} running, {model.waiting} waiting")
             if rates.get(model.id, 0.0) >= 0.5:
                 told.append(f"{rates[model.id]:.0f} tokens/s")
-            stays = stays_text(model)
-            told += [f"unloads {stays}"] if stays.startswith("in ") and stays != "in use" else []
+            if model.idle_unload_at is not None:
+                told.append(f"unloads {stays_text(model, time.time())}")
             rows.append(("", f"{model.id}: {', '.join(told)}"))
     return rows
 
@@ -109,7 +109,7 @@ def _work(answer: Status, stats: Stats | None, jobs: list[Job]) -> Rows:
 def _worker(worker: WorkerHealth) -> str:
     from .output import seconds_text
 
-    told = f"{worker.model}: died {worker.deaths} times"
+    told = f"{worker.model}: died {'once' if worker.deaths == 1 else f'{worker.deaths} times'}"
     if worker.last_death is not None:
         told += f", last: {worker.last_death.message}"
     if worker.breaker != "closed":

@@ -1,6 +1,6 @@
 """The core's books: all state, and the small changes to it that every decision is made of.
 
-Each change keeps the books true in themselves; what follows from it for others is decided in line.py and core.py.
+Each change keeps the books true in themselves; what follows from it for others is decided by those who make it.
 """
 
 from __future__ import annotations
@@ -157,6 +157,11 @@ class Book:
             record.idle_since = now
 
     # --- requests and goals ---------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a slot."""
+        return sum(len(m.queue) for m in self.models.values())
 
     def reach(self, record: ModelRecord, goal: Goal) -> None:
         """A goal's model stands as wished: grant the lease, if one was asked for, and answer."""

@@ -15,22 +15,19 @@ How a request runs, decided by `_settle` after every event:
     5. A model that was idle for its keep_alive goes, unless it is pinned.
     6. Where the budget was lowered below what the models need, they go in the same order.
 
-How models come to the disk and leave it is decided in downloads.py and deletes.py, which items of batch jobs run next
-in batches.py.
+Which request is next is decided in requests.py, which load in line.py and room.py; how models come to the disk and
+leave it in downloads.py and deletes.py, which items of batch jobs run next in batches.py. Here are the wishes that are
+no generations, what concerns several of these parts, and the order in which all of them settle.
 """
 
 from __future__ import annotations
 
-import heapq
-
 from mlxd_client import errors, types
-from mlxd_client.errors import RpcError
 
 from . import actions as do
 from . import events as ev
 from .batches import BatchLine
 from .book import ELSEWHERE, Book
-from .breaker import BreakerState
 from .deletes import Deletes
 from .downloads import DownloadLine
 from .drafts import Drafts
@@ -41,13 +38,11 @@ from .limits import Limits
 from .line import LoadLine
 from .memory import Memory
 from .preloads import Preloads
-from .records import Goal, ModelRecord, Request
+from .records import Goal, ModelRecord
+from .requests import RequestLine
 from .room import room_for
 
 __all__ = ["Core", "Limits"]
-
-# Beside interactive requests, this part of the items that may run otherwise.
-BESIDE = 4
 
 
 class Core:
@@ -70,17 +65,17 @@ class Core:
         self._batches = batches = BatchLine(book)
         self._preloads = preloads = Preloads(book, line)
         self._memory = memory = Memory(book, line, gauge)
+        self._request_line = requests = RequestLine(book, line, memory)
         self.wall = wall
         self.models, self.requests, self.goals, self.jobs = book.models, book.requests, book.goals, book.jobs
         self.breakers, self.deaths = self._line.breakers, self._line.deaths
         self.last_deaths = self._line.last_deaths
-        self._deadlines: list[tuple[float, int]] = []  # a heap of (when, rid), with dead entries
         self._handlers = {
-            ev.Found: self._found, ev.Lost: self._lost, ev.Submit: self._submit, ev.Ensure: self._ensure,
+            ev.Found: self._found, ev.Lost: self._lost, ev.Submit: requests.submit, ev.Ensure: self._ensure,
             ev.Release: self._release, ev.Unload: self._unload, ev.Cancel: self._cancel,
             ev.CancelJob: self._cancel_job, ev.ClientGone: self._client_gone, ev.LoadProgress: line.load_progress,
             ev.Loaded: line.loaded, ev.LoadFailed: line.load_failed, ev.WorkerExited: line.worker_exited,
-            ev.MemoryReport: line.memory_report, ev.Done: self._done, ev.Tick: self._tick, ev.Drain: self._drain,
+            ev.MemoryReport: line.memory_report, ev.Done: requests.done, ev.Tick: requests.tick, ev.Drain: self._drain,
             ev.Hold: self._hold, ev.GoOn: self._go_on, ev.Leave: self._leave, ev.Elsewhere: self._elsewhere,
             ev.Abort: self._abort, ev.Download: downloads.download, ev.FetchProgress: downloads.fetch_progress,
             ev.Fetched: downloads.fetched, ev.FetchFailed: downloads.fetch_failed,
@@ -106,14 +101,10 @@ class Core:
 
     def next_deadline(self) -> float | None:
         """When a Tick is due at the latest, on the clock of `now`."""
-        while self._deadlines and not self._deadline_live(self._deadlines[0]):
-            heapq.heappop(self._deadlines)
         times = (m.idle_deadline for m in self._book.by_worker.values())
         due = [t for t in times if t is not None]
-        others = (self._downloads, self._preloads, self._gauge, self._batches)
+        others = (self._request_line, self._downloads, self._preloads, self._gauge, self._batches)
         due += [t for t in (one.next_deadline() for one in others) if t is not None]
-        if self._deadlines:
-            due.append(self._deadlines[0][0])
         return min(due, default=None)
 
     def view(self, model: str) -> types.Model:
@@ -166,7 +157,7 @@ class Core:
 
     @property
     def waiting(self) -> int:
-        return sum(len(m.queue) for m in self.models.values())
+        return self._book.waiting
 
     @property
     def running(self) -> int:
@@ -216,7 +207,7 @@ class Core:
         book = self._book
         book.limits, book.rules = event.limits, event.rules
         book.reshare = True
-        book.overhang = (self.waiting, self._downloads.fetching)
+        book.overhang = (book.waiting, self._downloads.fetching)
         for record in self.models.values():
             if book.apply_rules(record):
                 book.publish("model_changed", record)
@@ -227,58 +218,10 @@ class Core:
 
     # --- wishes ---------------------------------------------------------------------------------------------------
 
-    def _submit(self, event: ev.Submit, now: float) -> None:
-        record = self._admit(event.rid, event.model, now)
-        if record is None:
-            return
-        refusal = self._memory.refusal(event.priority)
-        if refusal is not None:
-            self._book.fail(event.rid, refusal)
-            return
-        if not self._place_in_line(record, event.client):
-            hint = self._retry_after(record)
-            self._book.fail(event.rid, errors.QueueFull("too many requests wait already", retry_after_s=hint))
-            return
-        self._book.seq += 1
-        deadline = None if event.timeout_s is None else now - event.waited_s + event.timeout_s
-        request = Request(
-            event.rid, event.client, record.id, self._book.seq, event.priority, event.timeout_s, deadline,
-            yields=event.yields,
-        )  # fmt: skip
-        self.requests[event.rid] = request
-        record.queue.put(request)
-        if deadline is not None:
-            if len(self._deadlines) > 2 * len(self.requests) + 64:  # most of it is requests that ended in time
-                self._deadlines = [entry for entry in self._deadlines if self._deadline_live(entry)]
-                heapq.heapify(self._deadlines)
-            heapq.heappush(self._deadlines, (deadline, event.rid))
-        if event.keep_alive_s is not None:
-            record.keep_alive_wish = event.keep_alive_s
-        record.needed = record.needed or not event.yields
-        self._book.used(record, now)
-
-    def _place_in_line(self, record: ModelRecord, client: int) -> bool:
-        """Whether one more request of this client may wait, or need not wait.
-
-        A client may have as many waiting as there are places left: alone it may take half the line, and however many
-        are greedy, the next client finds a place (dynamic thresholds, Choudhury and Hahne, 1998).
-        """
-        at_once = record.serving and record.last_seq is None and not record.recycling and not record.queue
-        if at_once and len(record.running) < record.max_batch:
-            return True
-        free = self._book.limits.queue - self.waiting
-        mine = sum(m.queue.of_client(client) for m in self.models.values() if m.queue)
-        return mine < free
-
-    def _retry_after(self, record: ModelRecord) -> float:
-        """Seconds after which the line has probably moved by one batch; a hint for the caller."""
-        batches = 1 + len(record.queue) / self._book.limits.max_batch
-        return round(min(60.0, max(0.05, (record.service_s or 1.0) * batches)), 3)
-
     def _ensure(self, event: ev.Ensure, now: float) -> None:
         if event.lease is None:
             self._line.breakers.reset(event.model)  # a load asked for by name is the command that heals
-        record = self._admit(event.rid, event.model, now)
+        record = self._line.admit(event.rid, event.model, now)
         if record is None:
             return
         if event.keep_alive_s is not None:
@@ -316,24 +259,6 @@ class Core:
         record.goals[event.rid] = Goal(event.rid, event.client, "unload")
         self.goals[event.rid] = record.id
         self._line.stop(record, now)
-
-    def _admit(self, rid: int, model: str, now: float) -> ModelRecord | None:
-        """The model's record if it may take work; else the request has failed."""
-        record = self.models.get(model)
-        if self.draining and not self._book.moved:  # else it was accepted before that
-            self._book.fail(rid, errors.ShuttingDown("the daemon is stopping and takes no new work"))
-        elif record is None or record.lifecycle.state in ("NotDownloaded", "Downloading"):
-            self._book.fail(rid, errors.ModelNotFound(f"there is no model {model!r} on this machine", model=model))
-        elif record.deleting:
-            self._book.fail(rid, errors.ModelBusy(f"{model} is being deleted", model=model, deleting=1))
-        elif record.kind == "adapter":
-            told = f"{model} is an adapter: name it as `adapter`, beside the model that it was made for"
-            self._book.fail(rid, errors.ModelInvalid(told, model=model))
-        elif record.worker is None and self._line.breakers.state(model, now) is BreakerState.OPEN:
-            self._book.fail(rid, self._line.broken(record, now))
-        else:
-            return record
-        return None
 
     # --- giving up ------------------------------------------------------------------------------------------------
 
@@ -382,44 +307,6 @@ class Core:
         refusal = errors.Cancelled("the load was cancelled", job=job.job)
         self._book.fail_all(record, refusal, now)
         self._line.cancel(record, now)
-
-    # --- answers --------------------------------------------------------------------------------------------------
-
-    def _done(self, event: ev.Done, now: float) -> None:
-        request = self.requests.get(event.rid)
-        if request is None:
-            return  # ended already: its worker was declared dead
-        record = self.models[request.model]
-        self._book.free_slot(record, request)
-        if request.started_at is not None:
-            took = now - request.started_at
-            record.service_s = took if record.service_s is None else 0.8 * record.service_s + 0.2 * took
-        self._line.breakers.succeeded(record.id, now)
-        self._book.close(request, request.ending)
-        self._book.used(record, now)
-        self._book.rested(record, now)
-
-    # --- time -----------------------------------------------------------------------------------------------------
-
-    def _tick(self, event: ev.Tick, now: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            entry = heapq.heappop(self._deadlines)
-            if self._deadline_live(entry):
-                request = self.requests[entry[1]]
-                self._book.end(request, self._too_late(request), now)
-
-    def _deadline_live(self, entry: tuple[float, int]) -> bool:
-        request = self.requests.get(entry[1])
-        return request is not None and request.deadline == entry[0] and request.ending is None
-
-    def _too_late(self, request: Request) -> RpcError:
-        record = self.models[request.model]
-        if request.started_at is not None:
-            phase = "generating"
-        else:
-            phase = "queued" if record.lifecycle.state == "Ready" else "loading"
-        limit = request.timeout_s or 0.0
-        return errors.DeadlineExceeded(f"not done within {limit:g} s (still {phase})", phase=phase, timeout_s=limit)
 
     # --- the end --------------------------------------------------------------------------------------------------
 
@@ -488,7 +375,7 @@ class Core:
                 self._book.step_aside(record, now)
         for name in list(self._book.touched):
             record = self.models[name]
-            self._dispatch(record, now)
+            self._request_line.dispatch(record, now)
             if record.wanted and record.worker is None and record.job is None:
                 self._line.pend(record, now)
             elif record.job is not None and record.job.state == "queued" and not (record.wanted or record.job.wanted):
@@ -496,7 +383,7 @@ class Core:
         if self._book.moved:
             self._line.leave(now)
         for record in self._line.make_room(now):
-            self._dispatch(record, now)
+            self._request_line.dispatch(record, now)
         self._line.retire(now)
         self._drafts.settle(now)
         if self._book.reshare:
@@ -513,30 +400,3 @@ class Core:
                 record.published = activity
                 self._book.publish("queue", record)
         self._book.touched.clear()
-
-    def _may_begin_items(self, record: ModelRecord) -> bool:
-        """Beside an interactive request only few items of batch jobs begin: each row makes all others' steps longer."""
-        if all(request.priority == "batch" for request in record.running.values()):
-            return True
-        items = sum(request.yields for request in record.running.values())
-        return items < max(1, self._book.limits.batch_slots // BESIDE)
-
-    def _dispatch(self, record: ModelRecord, now: float) -> None:
-        if not record.serving or record.recycling:
-            return
-        assert record.worker is not None
-        while len(record.running) < record.max_batch:
-            yielding = not record.queue.of_priority("batch") or self._may_begin_items(record)
-            request = record.queue.pop(record.running_by_client, record.last_seq, yielding=yielding)
-            if request is None:
-                return
-            request.started_at = now
-            record.running[request.rid] = request
-            record.running_by_client[request.client] += 1
-            record.idle_since = None
-            self._book.out.append(do.Dispatch(request.rid, record.worker))
-            self._book.out.append(do.Publish("generation_started", model_id=record.id, rid=request.rid))
-        urgent = record.queue.of_priority("interactive") if record.queue else 0
-        if urgent and record.last_seq is None:
-            going = sum(request.ending is not None for request in record.running.values())
-            self._book.step_aside(record, now, max(0, urgent - going))

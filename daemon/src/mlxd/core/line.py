@@ -14,7 +14,7 @@ from mlxd_client.types import ErrorObject
 from . import actions as do
 from . import events as ev
 from .book import Book, error_object
-from .breaker import Breakers
+from .breaker import Breakers, BreakerState
 from .gauge import Gauge
 from .records import ModelRecord, Request
 from .room import Manner, Room, plan_room, plan_shed
@@ -37,6 +37,24 @@ class LoadLine:
         self._workers = 0
 
     # --- waiting, starting, stopping ------------------------------------------------------------------------------
+
+    def admit(self, rid: int, model: str, now: float) -> ModelRecord | None:
+        """The model's record if it may take work; else the request has failed."""
+        record = self._book.models.get(model)
+        if self._book.draining and not self._book.moved:  # else it was accepted before that
+            self._book.fail(rid, errors.ShuttingDown("the daemon is stopping and takes no new work"))
+        elif record is None or record.lifecycle.state in ("NotDownloaded", "Downloading"):
+            self._book.fail(rid, errors.ModelNotFound(f"there is no model {model!r} on this machine", model=model))
+        elif record.deleting:
+            self._book.fail(rid, errors.ModelBusy(f"{model} is being deleted", model=model, deleting=1))
+        elif record.kind == "adapter":
+            told = f"{model} is an adapter: name it as `adapter`, beside the model that it was made for"
+            self._book.fail(rid, errors.ModelInvalid(told, model=model))
+        elif record.worker is None and self.breakers.state(model, now) is BreakerState.OPEN:
+            self._book.fail(rid, self.broken(record, now))
+        else:
+            return record
+        return None
 
     def pend(self, record: ModelRecord, now: float) -> None:
         """Put the model into the line of loads."""

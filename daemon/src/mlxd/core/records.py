@@ -1,4 +1,4 @@
-"""What the core remembers: models, requests, goals. State only; the decisions are in core.py."""
+"""What the core remembers: models, requests, goals. State only; nothing is decided here."""
 
 from __future__ import annotations
 

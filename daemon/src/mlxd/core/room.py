@@ -1,4 +1,4 @@
-"""Who must go so that a model fits into memory: one pure decision, asked by core.py."""
+"""Who must go so that a model fits into memory: one pure decision, asked by line.py."""
 
 from __future__ import annotations
 

@@ -67,6 +67,7 @@ class Batches:
         self._loop = loop
         self._epoch = epoch[:6]
         self._made = 0
+        self._coming = 0  # jobs that are being put in
         self._flights: dict[int, Flight] = {}
         self._ahead: dict[tuple[str, int], tuple[str, bytes]] = {}
         self._ahead_bytes = 0
@@ -81,10 +82,11 @@ class Batches:
         """Raises InvalidParams, Unsupported and others for items that cannot be; `details.field` names the culprit."""
         if not params.items and not params.open:
             raise errors.InvalidParams("items: there are none", field="items")
-        if sum(_open(job) for job in self._core.jobs.values()) >= MOST_OPEN:
-            raise errors.QueueFull(f"{MOST_OPEN} batch jobs have not ended yet", limit=MOST_OPEN)
         asked = None if params.model is UNSET else params.model
         items, model = await self._prepared(params.items, asked)
+        if self._coming + sum(_open(job) for job in self._core.jobs.values()) >= MOST_OPEN:
+            raise errors.QueueFull(f"{MOST_OPEN} batch jobs have not ended yet", limit=MOST_OPEN)
+        self._coming += 1
         return await self._surely(self._submit(params, items, model, asked))
 
     async def _submit(
@@ -94,9 +96,12 @@ class Batches:
         job = f"batch-{self._epoch}-{self._made}"
         key = None if params.key is UNSET else params.key
         name = None if params.name is UNSET else params.name
-        kept, new = await self.ledger.roomy(
-            lambda store: store.submit(job, items, key=key, name=name, model=model, asked=asked, opened=params.open)
-        )
+        try:
+            kept, new = await self.ledger.roomy(
+                lambda store: store.submit(job, items, key=key, name=name, model=model, asked=asked, opened=params.open)
+            )
+        finally:
+            self._coming -= 1
         if new:
             self._log.info("batch job", job=job, items=len(items), open=params.open)
             self._tell(found(kept))

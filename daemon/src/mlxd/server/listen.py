@@ -7,6 +7,7 @@ the event loop; it may block for some milliseconds.
     ListenError            a sentence that tells the user what to do
     ├── HomeError          the folder cannot be used
     ├── SocketPathError    the socket's path cannot be used
+    ├── Removed            a daemon's folder is gone under it, and with it the lock that made it the only one
     └── AlreadyRunning     another daemon holds this home or this socket; `pid` if known
 """
 
@@ -32,6 +33,7 @@ __all__ = [
     "ListenError",
     "Listener",
     "Peer",
+    "Removed",
     "SocketPathError",
     "adopt",
     "first_byte",
@@ -46,6 +48,7 @@ _DARWIN = sys.platform == "darwin"
 # sockaddr_un.sun_path holds 104 bytes on macOS and 108 on Linux, the last of them zero.
 _MAX_PATH_BYTES = 103 if _DARWIN else 107
 _LOCK_NAME, _SOCKET_NAME = "mlxd.lock", "mlxd.sock"
+_BACKLOG = 1024
 
 
 class ListenError(Exception):
@@ -58,6 +61,10 @@ class HomeError(ListenError):
 
 class SocketPathError(ListenError):
     """The socket's path is too long, taken by something else, or lies where others may write."""
+
+
+class Removed(ListenError):
+    """The lock beside the socket is gone, or another's: the next daemon may be there already."""
 
 
 class AlreadyRunning(ListenError):
@@ -218,6 +225,22 @@ class Listener:
             with contextlib.suppress(OSError):  # a full disk: the number is for people, the lock itself is held
                 _sign(lock)
 
+    def renew(self) -> bool:
+        """Listen anew where the socket's file was removed: nobody else could, while the lock is held. Returns whether
+        that was so; `sock` is another one then.
+
+        Raises: Removed or AlreadyRunning, where nobody could find this daemon any more; SocketPathError.
+        """
+        if self.path is None or not self._mine or self._inode is None or _inode(self.path) == self._inode:
+            return False
+        if not any(_same_file(lock, lock_of(self.path)) for lock in self.locks):
+            raise Removed(f"{self.path} and the lock beside it were removed")
+        _clear(self.path)
+        sock = _bind(self.path, _aside(self.path), _BACKLOG)
+        self.sock.close()
+        self.sock, self._inode = sock, _inode(self.path)
+        return True
+
     def give_away(self) -> None:
         """It is another daemon's. Socket and locks stay open until this process closes them, too: should that one die,
         nobody starts a third before this one has ended, and who connects meanwhile waits in the socket."""
@@ -242,13 +265,13 @@ class Listener:
         self.locks = []
 
 
-def listen(home: Path, path: Path | None = None, *, backlog: int = 1024) -> Listener:
+def listen(home: Path, path: Path | None = None, *, backlog: int = _BACKLOG) -> Listener:
     """Lock `home` and listen on `path` (default: `mlxd.sock` in home).
 
     Raises: AlreadyRunning, HomeError, SocketPathError.
     """
     path = path if path is not None else home / _SOCKET_NAME
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = _aside(path)
     _check_length(path, aside)
     prepare_home(home)
     locks = [_lock(home / _LOCK_NAME, home)]
@@ -264,6 +287,10 @@ def listen(home: Path, path: Path | None = None, *, backlog: int = 1024) -> List
         for lock in locks:
             os.close(lock)
         raise
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def adopt(sock: socket.socket, home: Path) -> Listener:

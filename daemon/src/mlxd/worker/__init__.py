@@ -5,6 +5,7 @@
     alias      its functions, under the names that MLX calls
     threads    how many threads it uses, as the machine has cores to spare
     powers     softmax and SiLU on an x86 CPU
+    early      a step is computed while the rest of it is still described
     loop       the pipe, one decode step, the pipe again
     load       a folder becomes a LoadedModel, or a typed error
     families   what architectures cannot do in a batch
@@ -36,7 +37,9 @@
     lanecaches what rows decode on there, and what caches weigh
     admission  rows wait, or are refused, so that their caches fit
     patience   prompts that can wait step aside for those that cannot
-    batch      mlx_lm's BatchGenerator with sampling for all rows in one call
+    batch      mlx_lm's BatchGenerator: which prompts are read when, and which rows decode
+    rows       the rows that decode together, with sampling for all of them in one call
+    places     where they lie in the caches, and what one leaves behind
     prefix      which prefixes of prompts are kept, and which go first
     kvcache     their arrays: out of a batch, and into another row
     diskcache   the same beyond this process

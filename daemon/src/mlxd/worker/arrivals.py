@@ -53,13 +53,14 @@ class Stage(Generic[T]):
             self.waiting[running.id] = running, thing
 
     def go_on(self, outcome: Outcome) -> None:
-        """Requests that have what they waited for go on, or end."""
+        """Requests that have what they waited for go on, or end. Raises EngineLost."""
         for request_id, (running, thing) in list(self.waiting.items()):
             if self._ready(thing):
                 del self.waiting[request_id]
                 try:
                     self._then(running, thing)
                 except Exception as error:
+                    check_alive(error)
                     outcome.ended.append((request_id, typed(error)))
 
 

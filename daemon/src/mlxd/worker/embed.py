@@ -70,9 +70,10 @@ class Embedder:
     Args:
         loaded: the model.
         most_tokens: how many tokens one forward pass may have, padding included.
+        longest_token: see PromptBuilder.
     """
 
-    def __init__(self, loaded: LoadedModel, most_tokens: int) -> None:
+    def __init__(self, loaded: LoadedModel, most_tokens: int, longest_token: int) -> None:
         self._loaded = loaded
         self._most_tokens = most_tokens
         self._rate = FIRST_TOKENS / ALONE_S  # tokens per second
@@ -82,7 +83,7 @@ class Embedder:
         self._inner: Any = None
         self._width = 0
         self._around: tuple[list[int], list[int]] = ([], [])
-        self._longest_token = max((len(token) for token in loaded.tokenizer.get_vocab()), default=1)
+        self._longest_token = longest_token
 
     @property
     def busy(self) -> bool:

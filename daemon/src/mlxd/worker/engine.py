@@ -90,9 +90,9 @@ class Engine:
         self.allow(kv_bytes)
         self.guesses = Guesses(loaded.model)
         self.adapters = Adapters(loaded.model)
-        self._embedder = Embedder(loaded, most_tokens=MOST_PREFILLS * prefill_step)
         sees = loaded.vision is not None
         self._prompts = PromptBuilder(loaded.tokenizer, loaded.context_length, loaded.vocabulary, parts=sees)
+        self._embedder = Embedder(loaded, MOST_PREFILLS * prefill_step, self._prompts.longest_token)
         defaults = loaded.defaults | ({"kv_bits": kv_bits} if kv_bits else {})
         self._requests = Requests(loaded, self._prompts, self.guesses, self._generator, self.cache, defaults)
         self._compiler = Compiler(loaded.tokenizer, loaded.vocabulary, self._requests.eos)

@@ -357,4 +357,5 @@ class Lanes:
             lane.rows = self._make(PLAIN)
         elif lane in self._lanes:
             self._close(lane)
+        self._stepping = self._plain  # what it held goes
         return lost

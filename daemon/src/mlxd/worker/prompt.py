@@ -52,6 +52,9 @@ class PromptBuilder:
         context_length: in tokens; longer prompts are refused.
         vocabulary: how many rows the model's embeddings have.
         parts: the template takes a turn's content as parts.
+
+    Attributes:
+        longest_token: no token spells more bytes than this, so that huge texts are refused without tokenizing them.
     """
 
     def __init__(self, tokenizer: Any, context_length: int, vocabulary: int, *, parts: bool = False) -> None:
@@ -59,8 +62,7 @@ class PromptBuilder:
         self.context_length = context_length
         self._vocabulary = vocabulary
         self._parts = parts
-        # No token spells more bytes than this, so that huge texts are refused without tokenizing them.
-        self._longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
+        self.longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)
         self._shows_tools = False  # the template was seen to
 
     def build(
@@ -175,7 +177,7 @@ class PromptBuilder:
         return len(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
-        least = len(text) // self._longest_token
+        least = len(text) // self.longest_token
         if least >= self.context_length:
             raise self._too_long(least)
         if len(text) > PROBE_CHARACTERS:

@@ -1,4 +1,4 @@
-"""The asyncio shell around rpc.py: `AsyncClient`, its streams, leases and events. One event loop, many tasks."""
+"""`AsyncClient`, whose methods are coroutines, with its streams and leases."""
 
 from __future__ import annotations
 
@@ -6,162 +6,24 @@ import asyncio
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncIterator, Generator, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
-from . import types
-from .batching import REFUSED, AnyItem, frames
-from .connect import Backoff, Start, dial, resolve
-from .errors import ClientError, ConnectFailed, ConnectionLost, MlxdError, RequestTimeout, ShuttingDown
-from .methods import Awaiting, Methods, Request, Wait
-from .rpc import MOST_MOVES, Call, Cursor, Session, Subscription, fresh
-from .types import UNSET, BatchResult, Job
+from .. import types
+from ..batching import REFUSED, AnyItem, frames
+from ..connect import Start, dial, resolve
+from ..errors import ClientError, ConnectionLost, RequestTimeout
+from ..methods import Awaiting, Methods, Request, Wait
+from ..rpc import MOST_MOVES, Call, Cursor, Session
+from ..types import UNSET, BatchResult, Job
+from .events import AsyncEventStream
+from .link import Link
 
-__all__ = ["AsyncClient", "AsyncEventStream", "AsyncModelLease", "AsyncStream"]
+__all__ = ["AsyncClient", "AsyncModelLease", "AsyncStream"]
 
 # How long closing a stream waits for the daemon to confirm that it ended.
 _CLOSE_S = 5.0
-# Events not taken yet, beyond which the socket is left unread: the daemon then bounds what is kept, and says so.
-_MOST_EVENTS = 256
-
-
-class _Link(asyncio.Protocol):
-    """One connection: a transport and its session. A call's waiter is the list of futures to wake at its news."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self._transport: asyncio.Transport | None = None
-        self._loop = asyncio.get_running_loop()
-        self._writable: asyncio.Future[None] | None = None
-        self._reading = True
-        self.left = False  # its daemon takes no more work; what it has accepted is still answered here
-        self.gone: asyncio.Future[None] = self._loop.create_future()
-
-    # --- called by the transport ----------------------------------------------------------------------------------
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        session = self.session
-        for call in session.receive(data):
-            _wake(call)
-            if isinstance(call, Subscription) and len(call.events) > _MOST_EVENTS and self._reading:
-                self._reading = False
-                cast(asyncio.Transport, self._transport).pause_reading()
-        if session.closed is not None:
-            self.end()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.end(ConnectionLost(f"mlxd closed the connection: {error}") if error else None)
-        if not self.gone.done():
-            self.gone.set_result(None)
-
-    def pause_writing(self) -> None:
-        self._writable = self._loop.create_future()
-
-    def resume_writing(self) -> None:
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
-        self._writable = None
-
-    # --- called by the client -------------------------------------------------------------------------------------
-
-    def begin(self, make: Callable[[Session], tuple[Call[Any], bytes]]) -> Call[Any] | None:
-        """Send a request. None: the connection had ended before, so that another may be used."""
-        transport = self._transport
-        if self.session.closed is not None or transport is None or transport.is_closing():
-            return None
-        call, data = make(self.session)
-        transport.write(data)
-        return call
-
-    def greet(self) -> Call[types.HelloResult]:
-        if self._transport is not None and (data := self.session.greet()):
-            self._transport.write(data)
-        return self.session.greeting
-
-    async def wait(self, call: Call[Any], wait_s: float | None, *, news: bool = False) -> bool:
-        """Wait until the call is done, or with `news` has anything to take. False where `wait_s` passed first."""
-        if call.news if news else call.done:
-            return True
-        handle = None
-        expired: list[bool] = []
-        if wait_s is not None:
-            handle = self._loop.call_later(wait_s, self._expire, call, expired)
-        try:
-            while not (call.news if news else call.done):
-                if expired:
-                    return False
-                if self.session.closed is not None:
-                    call.error, call.done = self.session.closed, True
-                    break
-                waiter = self._loop.create_future()
-                if call.waiter is None:
-                    call.waiter = [waiter]
-                else:
-                    call.waiter.append(waiter)
-                await waiter
-        finally:
-            if handle is not None:
-                handle.cancel()
-        return True
-
-    @staticmethod
-    def _expire(call: Call[Any], expired: list[bool]) -> None:
-        expired.append(True)
-        _wake(call)
-
-    @property
-    def usable(self) -> bool:
-        """Whether new requests may go there."""
-        return self.session.closed is None and not self.left
-
-    @property
-    def congested(self) -> bool:
-        """Whether more is waiting to be sent than should be added to."""
-        return self._writable is not None
-
-    async def drained(self, wait_s: float | None) -> None:
-        """Wait while the daemon reads slower than this client writes."""
-        if self._writable is not None:
-            try:
-                await asyncio.wait_for(asyncio.shield(self._writable), wait_s)
-            except TimeoutError:
-                raise RequestTimeout("mlxd did not take the request in time") from None
-
-    def cancel(self, call: Call[Any]) -> None:
-        """Cancel on the wire; the answer is still awaited."""
-        data = self.session.cancel(call)
-        if data and self._transport is not None:
-            self._transport.write(data)
-
-    def abandon(self, call: Call[Any]) -> None:
-        """Nobody waits for this call any more: cancel it on the wire, and drop its answer when it comes."""
-        self.cancel(call)
-        self.session.forget(call)
-
-    def resume_reading(self) -> None:
-        if not self._reading and self._transport is not None and not self._transport.is_closing():
-            self._reading = True
-            self._transport.resume_reading()
-
-    def end(self, error: MlxdError | None = None) -> None:
-        """Close the connection; everything that is pending ends with `error`."""
-        for call in self.session.lost(error):
-            _wake(call)
-        self.resume_writing()
-        if self._transport is not None:
-            self._transport.abort()
-
-
-def _wake(call: Call[Any]) -> None:
-    waiters, call.waiter = call.waiter, None
-    for waiter in waiters or ():
-        if not waiter.done():
-            waiter.set_result(None)
 
 
 class AsyncClient(Methods, Awaiting):
@@ -192,8 +54,8 @@ class AsyncClient(Methods, Awaiting):
         self._start = start
         self._reconnect = reconnect
         self._opening = asyncio.Lock()
-        self._link: _Link | None = None
-        self._left: list[_Link] = []  # links to daemons that others took over from
+        self._link: Link | None = None
+        self._left: list[Link] = []  # links to daemons that others took over from
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -288,7 +150,7 @@ class AsyncClient(Methods, Awaiting):
 
     # --- what Methods and the streams stand on --------------------------------------------------------------------
 
-    async def _live(self, wait_s: float | None) -> _Link:
+    async def _live(self, wait_s: float | None) -> Link:
         link = self._link
         if link is not None and link.usable:
             return link
@@ -301,7 +163,7 @@ class AsyncClient(Methods, Awaiting):
                 link = self._link = await self._open(wait_s, self._start, again=used)
         return link
 
-    async def _open(self, wait_s: float | None, start: Start, *, again: bool) -> _Link:
+    async def _open(self, wait_s: float | None, start: Start, *, again: bool) -> Link:
         if self._closed:
             raise ClientError("the client is closed")
         until = None if wait_s is None else time.monotonic() + wait_s
@@ -315,13 +177,13 @@ class AsyncClient(Methods, Awaiting):
             await (asyncio.sleep(step) if isinstance(step, float) else step)
         session = Session(self._name, self._version)
         try:
-            _, link = await asyncio.get_running_loop().create_unix_connection(lambda: _Link(session), sock=sock)
+            _, link = await asyncio.get_running_loop().create_unix_connection(lambda: Link(session), sock=sock)
         except BaseException:
             sock.close()
             raise
         return link
 
-    async def _begin(self, request: Request[Any], wait_s: float | None) -> tuple[_Link, Call[Any]]:
+    async def _begin(self, request: Request[Any], wait_s: float | None) -> tuple[Link, Call[Any]]:
         """Send a request. One that meets a connection which had ended goes to a new one, as none of it was sent."""
         for _ in range(2):
             link = self._link
@@ -334,7 +196,7 @@ class AsyncClient(Methods, Awaiting):
                 return link, call
         raise ConnectionLost("mlxd closes every connection at once")
 
-    def _moved(self, link: _Link, call: Call[Any]) -> bool:
+    def _moved(self, link: Link, call: Call[Any]) -> bool:
         """Whether the request is to be sent again, since another daemon takes over and nothing was done of it."""
         if not (call.moved and self._reconnect):
             return False
@@ -346,7 +208,7 @@ class AsyncClient(Methods, Awaiting):
     async def _run(self, request: Request[Any]) -> Any:
         return (await self._answer(request))[1]
 
-    async def _answer(self, request: Request[Any]) -> tuple[_Link, Any]:
+    async def _answer(self, request: Request[Any]) -> tuple[Link, Any]:
         wait_s = request.patience_s(self._timeout_s)
         for _ in range(MOST_MOVES):
             link, call = await self._begin(request, wait_s)
@@ -381,7 +243,7 @@ class AsyncStream:
         self._client = client
         self._request = request
         self._wait_s = request.patience_s(client._timeout_s)
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._call: Call[types.Completion] | None = None
         self._moves = 0
         self._closed = False
@@ -391,7 +253,7 @@ class AsyncStream:
         """Of this request on its connection, for `AsyncClient.cancel`; None until it was sent."""
         return self._call.id if self._call is not None else None
 
-    async def _sent(self) -> tuple[_Link, Call[types.Completion]]:
+    async def _sent(self) -> tuple[Link, Call[types.Completion]]:
         if self._link is None or self._call is None:
             self._link, self._call = await self._client._begin(self._request, self._wait_s)
         return self._link, self._call
@@ -487,7 +349,7 @@ class AsyncModelLease:
         self.lease = ""
         self._client = client
         self._request = request
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._released = False
 
     async def _acquire(self) -> Self:
@@ -528,140 +390,3 @@ class AsyncModelLease:
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
         await self.release()
-
-
-class AsyncEventStream:
-    """The daemon's events, in order, none lost or repeated, over reconnects and restarts.
-
-    After a reconnect it goes on from the last event. Where that is not possible (the daemon restarted, or was away for
-    too long) there comes an event named `resync`, made here, whose `snapshot` replaces everything known before; so
-    does a `lagged` event of the daemon's. Little is read ahead: a slow consumer is the daemon's to bound.
-    """
-
-    def __init__(self, client: AsyncClient, cursor: Cursor) -> None:
-        self._client = client
-        self._cursor = cursor
-        self._made: deque[types.Event] = deque()
-        self._backoff = Backoff()
-        self._ended = asyncio.Event()
-        self._link: _Link | None = None
-        self._subscription: Subscription | None = None
-
-    @property
-    def snapshot(self) -> types.Snapshot | None:
-        """The last whole state that came; None before the subscription, and where `since` was given and honoured."""
-        return self._cursor.snapshot
-
-    @property
-    def epoch(self) -> str:
-        """Which run of the daemon `rev` counts in."""
-        return self._cursor.epoch
-
-    @property
-    def rev(self) -> int:
-        """The last event handed out, or where the subscription began: what `since` takes, with `epoch`."""
-        return self._cursor.rev
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> types.Event:
-        event = await self.get()
-        if event is None:
-            raise StopAsyncIteration
-        return event
-
-    async def get(self, wait_s: float | None = None) -> types.Event | None:
-        """The next event; None once the stream was closed.
-
-        Args:
-            wait_s: seconds to wait for it, None without limit. Raises RequestTimeout; the stream stays usable.
-        """
-        deadline = None if wait_s is None else time.monotonic() + wait_s
-        await self._subscribed()
-        while not self._ended.is_set():
-            if self._made:
-                return self._made.popleft()
-            link, subscription = self._link, self._subscription
-            assert link is not None
-            assert subscription is not None
-            if subscription.events:
-                event = subscription.events.popleft()
-                if not subscription.events:
-                    link.resume_reading()
-                self._cursor.passed(event)
-                self._backoff.reset()
-                return event
-            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if subscription.error is not None:
-                await self._resume(subscription.error, left_s)
-            elif not await link.wait(subscription, left_s, news=True):
-                raise RequestTimeout(f"no event within {wait_s:g} s")
-        return None
-
-    async def _subscribed(self) -> None:
-        """Subscribe, if that is not done. A daemon that goes meanwhile is followed to the one that comes after it."""
-        moves = 0
-        while self._subscription is None and not self._ended.is_set():
-            try:
-                await self._subscribe(self._client._start, again=moves > 0)
-            except (ConnectionLost, ShuttingDown) as error:
-                moves += 1
-                if moves == MOST_MOVES or not (self._client._reconnect and self._cursor.again(error)):
-                    raise
-                await asyncio.sleep(self._backoff.next_s())
-
-    async def _subscribe(self, start: Start, *, again: bool = False) -> None:
-        wait_s = self._client._timeout_s
-        link = self._link = await self._client._open(wait_s, start, again=again)
-        try:
-            call = link.begin(lambda to: to.subscribe(self._cursor.params()))
-            if call is None:
-                raise ConnectionLost("mlxd closed the connection at once")
-            if not await link.wait(call, wait_s):
-                raise RequestTimeout("no answer to `events.subscribe` in time")
-            made = self._cursor.subscribed(call.outcome(), time.time())
-        except BaseException:
-            link.end()
-            raise
-        assert isinstance(call, Subscription)
-        self._subscription = call
-        if made is not None:
-            self._made.append(made)
-        if self._ended.is_set():  # closed meanwhile by another task
-            link.end()
-
-    async def _resume(self, error: MlxdError, left_s: float | None) -> None:
-        """One attempt to go on after the connection ended, after a delay that grows with every vain one."""
-        if self._ended.is_set():
-            return
-        if not (isinstance(error, ConnectionLost | ShuttingDown) and self._client._reconnect):
-            raise fresh(error)
-        delay_s = self._backoff.next_s()
-        try:
-            await asyncio.wait_for(self._ended.wait(), delay_s if left_s is None else min(left_s, delay_s))
-            return
-        except TimeoutError:
-            pass
-        try:
-            # A daemon that was stopped on purpose is not started again by those who watch it.
-            await self._subscribe(start=False)
-        except (ConnectFailed, ConnectionLost, ShuttingDown, RequestTimeout):
-            if left_s is not None and left_s <= delay_s:
-                raise RequestTimeout("no event in time: mlxd is away") from None
-
-    async def aclose(self) -> None:
-        """End the stream; an iteration in another task ends too."""
-        self._ended.set()
-        if self._link is not None:
-            self._link.end()
-            await self._link.gone
-
-    async def __aenter__(self) -> Self:
-        await self._subscribed()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        await self.aclose()
