@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -396,7 +397,9 @@ def test_an_apps_own_daemon_is_not_replaced() -> None:
             with pytest.raises(errors.Unsupported):
                 ask()
         app.send_signal(signal.SIGUSR2)  # by default, that would end it
+        give_up_at = time.monotonic() + PATIENCE_S
         while "not restarted" not in daemon.log():
+            assert time.monotonic() < give_up_at, "it says nothing of it"
             client.ping()
     app.communicate(timeout=PATIENCE_S)
     assert app.returncode == 0
@@ -419,7 +422,7 @@ def another(daemon: Relay) -> None:
 def test_killed_at_any_moment_one_is_left_or_none_and_the_next_start_works(
     tmp_path: Path, moment: str, whom: str
 ) -> None:
-    """The killer is a thread of the daemon's own, at the line of the log."""
+    """The killer is a daemon itself, where it is about to say so in its log."""
     victim = (
         "os.getpid()" if whom == "old" else "max((p.pid for p in psutil.Process().children()), default=os.getpid())"
     )
