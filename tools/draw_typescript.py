@@ -74,7 +74,3 @@ def _type(schema: dict[str, Any]) -> str:
 
 def files() -> dict[Path, bytes]:
     return {FILE: source().encode()}
-
-
-if __name__ == "__main__":
-    FILE.write_text(source())

@@ -159,10 +159,13 @@ def test_hostile_values_cost_nobody_but_who_sends_them(shared) -> None:
         {"catalog": {"org/x": deep}}, {"catalog": {"org/x": {"uses": None}}}, {"queue_limit": 2**53},
         {"keep_alive": {f"m{n}": 1 for n in range(20_000)}, "queue_limit": 0}, {"personas": 5},
         {"": 1}, {".": 1}, {"aliases.": "x"}, {"x" * 4000: 1}, {"drain_s": 1e308}, {"__class__": 1},
+        {"catalog.org/x": {"size": 1}}, {"catalog": {"org/x": {"size_bytes": None}}},
+        {"personas.x": {"schema": {"const": None}}},
     ]  # fmt: skip
     for values in hostile:
-        with pytest.raises((errors.InvalidParams, errors.InvalidSettings)):
+        with pytest.raises(errors.InvalidParams) as refused:
             client.config_set(values)
+        assert refused.value.details["field"].startswith("values")
         assert client.process("one two").text == "one two"
     assert (daemon.home / "config.toml").read_text() == WRITTEN
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -83,6 +84,7 @@ def _shown(command: str, env: dict[str, str]) -> str:
     )  # fmt: skip
     if endless:
         assert made.stdout is not None
+        assert select.select([made.stdout], [], [], PATIENCE_S)[0], f"{command} says nothing"
         made.stdout.readline()
         os.killpg(made.pid, signal.SIGINT)
     told, complaints = made.communicate(None if endless else "um so hello\n", timeout=PATIENCE_S)

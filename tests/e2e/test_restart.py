@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
+from mlxd.cli.daemon import runs
 from mlxd.handover import choose_program
 from mlxd_client import AsyncClient, Client, errors
 from support.daemon import PATIENCE_S, active, until
@@ -140,6 +142,45 @@ def test_the_old_one_goes_on_where_the_new_one_fails(tmp_path: Path, before: str
         choose_program(daemon.home, newer(tmp_path))  # and the next one is none the worse for it
         assert client.restart().version == "9.9.9"
         daemon.gone(pid)
+
+
+LEAVES_A_CHILD = """
+import os
+from mlxd.children.interface import ChildSpec
+from mlxd.runtime import Runtime
+async def begin(self):
+    argv = [sys.executable, "-ISc", "import time; time.sleep(3600)"]
+    child = self._supervisor.spawn(ChildSpec(kind="fetcher", name="m", argv=argv), None)
+    with open({told!r}, "w") as file:
+        file.write(str(child.pid))
+    os.kill(os.getpid(), 9)
+Runtime.begin = begin
+"""
+
+
+def test_what_a_new_one_has_started_ends_with_it(tmp_path: Path) -> None:
+    """Also what does not by itself, before the old one goes on with the same files."""
+    told = tmp_path / "pid"
+    with Relay(bad_child="worker") as daemon, daemon.client() as client:
+        assert client.process("hello").text == "hello"
+        worker = daemon.worker().pid
+        choose_program(daemon.home, newer(tmp_path, before=LEAVES_A_CHILD.format(told=str(told))))
+        with pytest.raises(errors.RestartFailed, match="died of signal 9"):
+            client.restart()
+        assert not runs(int(told.read_text()))
+        assert daemon.worker().pid == worker
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets the limits of another process")
+def test_where_nothing_can_be_written_none_is_started(tmp_path: Path) -> None:
+    """As with a full disk: there is no place for a new one's last words."""
+    with Relay(bad_child="worker") as daemon, daemon.client(timeout_s=PATIENCE_S) as client:
+        process = daemon.newest()
+        process.rlimit(psutil.RLIMIT_FSIZE, (0, psutil.RLIM_INFINITY))
+        with pytest.raises(errors.RestartFailed, match="cannot be started"):
+            client.restart()
+        assert client.status().pid == process.pid
+        process.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
 
 
 DOES_NOT_LET_GO = """
@@ -383,6 +424,11 @@ def test_an_apps_own_daemon_is_not_replaced() -> None:
         for ask in (client.restart, lambda: client.shutdown(if_idle=True)):
             with pytest.raises(errors.Unsupported):
                 ask()
+        app.send_signal(signal.SIGUSR2)  # by default, that would end it
+        give_up_at = time.monotonic() + PATIENCE_S
+        while "not restarted" not in daemon.log():
+            assert time.monotonic() < give_up_at, "it says nothing of it"
+            client.ping()
     app.communicate(timeout=PATIENCE_S)
     assert app.returncode == 0
     daemon.remove()
@@ -404,7 +450,7 @@ def another(daemon: Relay) -> None:
 def test_killed_at_any_moment_one_is_left_or_none_and_the_next_start_works(
     tmp_path: Path, moment: str, whom: str
 ) -> None:
-    """The killer is a thread of the daemon's own, at the line of the log."""
+    """The killer is a daemon itself, where it is about to say so in its log."""
     victim = (
         "os.getpid()" if whom == "old" else "max((p.pid for p in psutil.Process().children()), default=os.getpid())"
     )

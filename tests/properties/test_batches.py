@@ -32,6 +32,8 @@ REFUSALS = {
     "bug": errors.InternalError("oh"),
 }
 SLOTS = 3
+# So many events a daemon is told at least: what comes late in its life would hardly be met with otherwise.
+LEAST_LIFE = 12
 
 
 class World(RuleBasedStateMachine):
@@ -39,6 +41,7 @@ class World(RuleBasedStateMachine):
         super().__init__()
         self.now = 100.0
         self.jobs: dict[str, dict[str, Any]] = {}  # what the file holds
+        self.made = 0
         self.begin()
 
     def begin(self) -> None:
@@ -51,6 +54,7 @@ class World(RuleBasedStateMachine):
         self.outbox: list[tuple[int | None, Any]] = []
         self.broken = False
         self.told_broken = False
+        self.events = 0  # that this daemon was told
         self.mirror = Mirror(self.core.snapshot())
         for name, kept in self.jobs.items():
             self.tell(
@@ -62,6 +66,7 @@ class World(RuleBasedStateMachine):
             )  # fmt: skip
 
     def tell(self, event: ev.Event) -> None:
+        self.events += 1
         for action in self.core.handle(event, self.now):
             self.perform(action)
 
@@ -99,7 +104,8 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: len(self.jobs) < 4)
     @rule(total=st.integers(1, 8), opened=st.booleans())
     def submit(self, total: int, opened: bool) -> None:
-        name = f"batch-{len(self.jobs)}"
+        name = f"batch-{self.made}"
+        self.made += 1
         state = "open" if opened else "running"
         self.jobs[name] = {"total": total, "results": {}, "tries": {}, "state": state, "ended_at": None}
         self.tell(ev.BatchFound(name, total, 1000.0, open=opened, state="queued" if opened else "running"))
@@ -139,12 +145,22 @@ class World(RuleBasedStateMachine):
             self.read_out.setdefault(action.job, set()).update(page)
         self.tell(ev.BatchItems(action.job, action.run, items, cursor, len(left) > len(page)))
 
-    @precondition(lambda self: self.flying)
-    @rule(data=st.data(), how=st.sampled_from(["ok", "ok", "ok", *REFUSALS]), began=st.booleans())
-    def ended(self, data: st.DataObject, how: str, began: bool) -> None:
-        ticket = data.draw(st.sampled_from(sorted(self.flying)))
-        del self.flying[ticket]
-        self.tell(ev.BatchItemEnded(ticket, REFUSALS.get(how), began or how == "ok"))
+    @precondition(lambda self: self.flying or self.reads)
+    @rule(data=st.data(), times=st.integers(1, 8), prompt=st.booleans())
+    def ended(self, data: st.DataObject, times: int, prompt: bool) -> None:
+        """Items end, one after the other; `prompt`: the file keeps up with them."""
+        for _ in range(times):
+            while prompt and self.reads and not self.broken:
+                self.read()
+            if not self.flying:
+                return
+            ticket = data.draw(st.sampled_from(sorted(self.flying)))
+            how = data.draw(st.sampled_from(["ok", "ok", *REFUSALS]))
+            began = how == "ok" or data.draw(st.booleans())
+            del self.flying[ticket]
+            self.tell(ev.BatchItemEnded(ticket, REFUSALS.get(how), began))
+            if prompt and self.outbox and not self.told_broken:
+                self.write()
 
     @precondition(lambda self: self.outbox and not self.told_broken)
     @rule()
@@ -188,18 +204,29 @@ class World(RuleBasedStateMachine):
         self.now += step
         self.tell(ev.Tick())
 
-    @rule()
-    def crash(self) -> None:
-        self.begin()
-
-    @rule()
-    def stop(self) -> None:
-        """The daemon stops: what runs steps aside, and the next one begins."""
-        self.tell(ev.Drain())
-        for ticket in sorted(self.flying):
-            del self.flying[ticket]
-            self.tell(ev.BatchItemEnded(ticket, REFUSALS["yields"]))
-        assert not self.flying, "an item begins while the daemon stops"
+    @precondition(lambda self: self.events >= LEAST_LIFE)
+    @rule(how=st.sampled_from(["crash", "ok", "yields", "lost"]), written=st.booleans())
+    def ends(self, how: str, written: bool) -> None:
+        """The daemon crashes, or it stops: what runs steps aside or is answered just in time. Then the next begins. Or
+        the file is found to be damaged."""
+        if how == "lost":
+            self.jobs.clear()
+            self.read_out.clear()
+            self.reads.clear()
+            self.outbox.clear()
+            self.told_broken, self.events = False, 0
+            self.tell(ev.BatchLost(errors.InternalError("damaged")))
+            assert not self.flying, "an item runs on for nobody"
+            assert self.core._batches.let_go, "it waits for what will never be recorded"
+            return
+        if how != "crash":
+            self.tell(ev.Drain())
+            for ticket in sorted(self.flying):
+                del self.flying[ticket]
+                self.tell(ev.BatchItemEnded(ticket, REFUSALS.get(how)))
+            assert not self.flying, "an item begins while the daemon stops"
+            if written and self.outbox and not self.told_broken:
+                self.write()
         self.begin()
 
     # --- what always holds ---

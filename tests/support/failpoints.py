@@ -22,9 +22,10 @@ from support.hub import Hub
 
 MORTAL_DAEMON = Path(__file__).with_name("mortal_daemon.py")
 REPO = "org/model"
-# What may lie in a home; a writer that was killed may have left `.NAME.new` beside what it wrote.
+# What may lie in a home; a writer that was killed may have left `.NAME.new` beside what it wrote. `notify` is what
+# support/activator.py hears with.
 KNOWN = re.compile(
-    r"(mlxd\.lock|mlxd\.sock|\.mlxd\.sock\.\d+|downloads\.json|config\.toml|batch\.sqlite3\S*|logs/mlxd\.log(\.\d)?"
+    r"(notify|mlxd\.lock|mlxd\.sock|\.mlxd\.sock\.\d+|downloads\.json|config\.toml|batch\.sqlite3\S*|logs/mlxd\.log(\.\d)?"
     r"|run/children/\d+\.json|run/tmp/.*|models/.*|hub/.*|cache/prompts/.*|(\S*/)?\.[\w.]+\.new)"
 )
 
@@ -65,14 +66,14 @@ class Failpoints:
             daemon.remove()
 
     def _live(self, daemon: Daemon) -> bool:
-        """All that makes it write. Returns whether it was killed meanwhile."""
-        with contextlib.suppress(AssertionError):  # killed before it served
+        """All that makes it write. Returns whether it was killed meanwhile: nothing else may go wrong."""
+        wrong: Exception | None = None
+        try:
             daemon.start()
-            with (
-                contextlib.suppress(errors.ConnectionLost, errors.ConnectFailed, errors.RpcError),
-                daemon.client(reconnect=False) as client,
-            ):
+            with daemon.client(reconnect=False) as client:
                 live(client, str(daemon.home / "models" / "m"))
+        except (AssertionError, errors.MlxdError) as error:
+            wrong = error
         process = daemon.process
         assert process is not None
         if process.poll() is None:
@@ -82,6 +83,8 @@ class Failpoints:
             if stream is not None:
                 stream.close()
         assert status in (0, -9), f"it ended with {status}"
+        if wrong is not None and status == 0:
+            raise wrong
         return status == -9
 
     def _go_on(self, daemon: Daemon, client: Client) -> None:

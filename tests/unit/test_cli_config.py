@@ -33,6 +33,25 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
     return status, said.out, said.err
 
 
+def test_values_and_origins_are_shown(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text('# mine\nmax_batch = 3\n[aliases]\ndictation = "mlxd/cleanup"\n')
+    monkeypatch.setenv("MLXD_KEEP_ALIVE_S", "60")
+    status, out, _ = run(capsys, "--json", "--changed")
+    assert status == exits.OK
+    shown = json.loads(out)
+    assert shown["max_batch"] == {"value": 3, "from": f"{file}:2", "applies": "load"}
+    places = {name: (one["value"], one["from"]) for name, one in shown.items()}
+    assert places["aliases"] == ({"dictation": "mlxd/cleanup"}, f"{file}:3")
+    assert places["keep_alive_s"] == (60.0, "the environment's MLXD_KEEP_ALIVE_S")
+    assert "queue_limit" not in shown
+    status, out, _ = run(capsys, "queue_limit")
+    assert (status, out.split()) == (exits.OK, ["setting", "value", "from", "queue_limit", "512", "the", "default"])
+    status, _, err = run(capsys, "max_bacth")
+    assert (status, "did you mean max_batch?" in err) == (exits.USAGE, True)
+
+
 @pytest.mark.parametrize(
     ("words", "after"),
     [

@@ -1,4 +1,4 @@
-"""`mlxd config` and `mlxd doctor`: what they show, and what they find wrong."""
+"""`mlxd doctor`: what it finds wrong, and what it advises."""
 
 from __future__ import annotations
 
@@ -133,24 +133,6 @@ def test_a_daemon_of_another_version_is_seen(
 def test_people_read_it_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == exits.OK
     assert "python" in capsys.readouterr().out
-
-
-def test_config_shows_values_and_origins(
-    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (home / "config.toml").write_text('# mine\nmax_batch = 3\n[aliases]\ndictation = "mlxd/cleanup"\n')
-    monkeypatch.setenv("MLXD_KEEP_ALIVE_S", "60")
-    assert main(["config", "--json", "--changed"]) == exits.OK
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["max_batch"] == {"value": 3, "from": f"{home}/config.toml:2", "applies": "load"}
-    places = {name: (one["value"], one["from"]) for name, one in shown.items()}
-    assert places["aliases"] == ({"dictation": "mlxd/cleanup"}, f"{home}/config.toml:3")
-    assert places["keep_alive_s"] == (60.0, "the environment's MLXD_KEEP_ALIVE_S")
-    assert "queue_limit" not in shown
-    assert main(["config", "queue_limit"]) == exits.OK
-    assert capsys.readouterr().out.split() == ["setting", "value", "from", "queue_limit", "512", "the", "default"]
-    assert main(["config", "max_bacth"]) == exits.USAGE
-    assert "did you mean max_batch?" in capsys.readouterr().err
 
 
 def test_files_that_others_may_write_are_found(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

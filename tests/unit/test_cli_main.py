@@ -158,6 +158,28 @@ def test_a_daemon_that_goes_away(daemon: ScriptedDaemon, capsys: pytest.CaptureF
     assert "connection_lost" in capsys.readouterr().err
 
 
+def test_who_is_hung_up_on_hears_of_settings_that_are_wrong(
+    daemon: ScriptedDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As by a service whose daemon cannot run."""
+    monkeypatch.setenv("MLXD_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "config.toml").write_text("max_bacth = 3")
+    daemon.on("status", lambda connection, _request: (connection.drop(), NOTHING)[1])
+    assert main(["status", "--socket", daemon.path]) == exits.NO_DAEMON
+    assert "did you mean max_batch?" in capsys.readouterr().err
+
+
+def test_a_worker_that_died_is_quoted(daemon: ScriptedDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object) -> None:
+        raise errors.WorkerDied("the worker exited with code 1", last_words="Traceback\nImportError: no mlx")
+
+    daemon.on("models.load", fail)
+    assert main(["load", "x", "--socket", daemon.path]) == exits.MODEL_FAILED
+    told = "mlxd: worker_died: the worker exited with code 1; its last words: ImportError: no mlx\n"
+    assert capsys.readouterr().err == told
+
+
 def test_a_reader_that_has_enough(daemon: ScriptedDaemon) -> None:
     daemon.on(
         "models.list", {"models": [{"id": f"org/{n:0200}", "state": "Ready", "source": "hub"} for n in range(5000)]}

@@ -192,6 +192,33 @@ def test_nothing_begins_while_another_daemon_may_have_the_file() -> None:
     assert ran(bench) == [("j", 0)]
 
 
+def test_the_file_is_let_go_once_all_is_recorded() -> None:
+    bench = Bench(batch_slots=1)
+    job(bench)
+    ticket = bench.one(do.RunItem).ticket
+    bench.tell(ev.Hold())
+    ended(bench, ticket)
+    assert not bench.core.let_go
+    bench.tell(ev.BatchRecorded("j", (ticket,), 1, 0))
+    assert bench.core.let_go
+
+
+def test_jobs_whose_file_is_lost_have_failed() -> None:
+    bench = Bench(batch_slots=2)
+    bench.tell(ev.BatchFound("old", 1, WALL, state="done", done=1, ended_at=WALL + bench.now))
+    job(bench)
+    tickets = [run.ticket for run in bench.all(do.RunItem)]
+    bench.tell(ev.BatchLost(errors.InternalError("damaged")))
+    assert [action.ticket for action in bench.all(do.CancelItem)] == tickets
+    lost = bench.job("j")
+    assert (lost.state, lost.ended_at, lost.error is not None and lost.error.kind) == (
+        "failed", WALL + bench.now, "internal_error",
+    )  # fmt: skip
+    assert list(bench.core.jobs) == ["j"]
+    bench.tell(ev.BatchGone("j"))
+    assert not bench.core.jobs
+
+
 def test_what_is_about_to_end_does_not_begin() -> None:
     """It was recorded as started, and its end comes after that: it would run on with nobody to record it."""
     bench = Bench(batch_slots=2)

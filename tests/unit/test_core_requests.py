@@ -54,3 +54,23 @@ def test_what_a_client_waits_for_goes_with_it() -> None:
     bench.tell(ev.ClientGone(2))
     assert {action.rid for action in bench.all(do.Fail)} == {loading, queued}
     assert bench.core.quiet
+
+
+def test_a_load_that_nobody_waits_for_any_more_is_not_left_to_another_daemon() -> None:
+    """One that was asked for by name outlives its caller, but not the daemon's time."""
+    bench = Bench(max_batch=1)
+    bench.have(need=60)
+    bench.have(OTHER, need=60)
+    worker = bench.load()
+    running = request(bench)
+    bench.ask(lambda rid: ev.Ensure(rid, 2, OTHER))
+    bench.tell(ev.ClientGone(2))
+    (job,) = (job for job in bench.core.jobs.values() if job.model == OTHER)
+    assert job.state == "queued"
+    bench.tell(ev.Hold())
+    bench.tell(ev.Leave())
+    assert job.state == "cancelled"
+    bench.tell(ev.Done(running))
+    assert bench.one(do.StopWorker).worker == worker
+    bench.tell(ev.WorkerExited(worker))
+    assert not bench.all(do.StartWorker)

@@ -169,7 +169,7 @@ def test_they_are_written_in_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[personas.editor]\ntemprature = 1", "personas.editor cannot be {'temprature': 1} ({place}:1): it has a field "
+        ("[personas.editor]\ntemprature = 1", "personas.editor cannot be {'temprature': 1} ({place}:2): it has a field "
          "'temprature' that is none; did you mean temperature?"),
         ("[personas.editor]\ntemperature = 9", "<= 5.0 at temperature"),
         ("[personas.editor]\nstream = true", "it has a field 'stream' that is none"),

@@ -184,6 +184,16 @@ def test_the_socket_of_a_successor_is_left_alone(folder: Path) -> None:
         assert (folder / "mlxd.sock").exists()
 
 
+def test_a_lock_that_cannot_be_signed_is_held_all_the_same(folder: Path) -> None:
+    listener = listen(folder)
+    locks, listener.locks = listener.locks, [os.open("/dev/null", os.O_RDWR)]
+    listener.claim()
+    listener.locks += locks
+    with pytest.raises(AlreadyRunning):
+        listen(folder)
+    listener.close()
+
+
 def test_a_removed_lock_file_keeps_nobody_out_for_long(folder: Path) -> None:
     first = listen(folder)
     (folder / "mlxd.lock").unlink()

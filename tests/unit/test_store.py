@@ -267,3 +267,7 @@ def test_near_matches(store: Store, cache: Path) -> None:
     with pytest.raises(ModelNotFound) as caught:
         store.resolve("zzzzzz")
     assert "near" not in caught.value.details
+    hub.repo_folder(cache, "org/zzzzz").joinpath("blobs").mkdir(parents=True)  # of a download that came to nothing
+    with pytest.raises(ModelNotFound) as caught:
+        store.resolve("zzzzzz")
+    assert "near" not in caught.value.details

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mlxd.worker.engine import Engine
+from mlxd.worker.load import load
 from support.engines import ask
 from support.mix import Mix, Models, held_bytes
 
@@ -21,6 +22,12 @@ GREEDY: dict[str, Any] = {"temperature": 0, "repetition_penalty": 1.0}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def engine(models: Models) -> Engine:
+    """On a copy of its own: adapters stay in the model that they were put into, and `models` says what is right."""
+    return Engine(load(str(models.path), lambda fraction: None), max_batch=4, prefill_step=32)
 
 
 @pytest.mark.parametrize("seed", [1, 3])
@@ -43,9 +50,8 @@ def test_nothing_is_left_of_a_mix(models: Models) -> None:
 
 @pytest.mark.parametrize("ends", ["by a stop string", "cancelled"])
 @pytest.mark.parametrize("options", [{"kv_bits": 8}, {"deterministic": True}, {"context_policy": "rotate"}])
-def test_those_who_come_after_a_lane_has_closed(models: Models, options: dict[str, Any], ends: str) -> None:
+def test_those_who_come_after_a_lane_has_closed(engine: Engine, options: dict[str, Any], ends: str) -> None:
     """The plain lane had nothing to read when it took turns: it reads again once it is the only one."""
-    engine = Engine(models.other, max_batch=4, prefill_step=32)
     whole = GREEDY | {"max_tokens": 30} | options
     engine.submit(1, ask("hello", **whole | ({"stop": ["e", "a", "i", "o", " "]} if ends != "cancelled" else {})))
     for step in range(400):
@@ -59,9 +65,10 @@ def test_those_who_come_after_a_lane_has_closed(models: Models, options: dict[st
     assert [number for number, _ in ended] == [2]
 
 
-def test_a_deterministic_answer_that_waits_for_its_adapter_is_exact_from_the_start(models: Models) -> None:
+def test_a_deterministic_answer_that_waits_for_its_adapter_is_exact_from_the_start(
+    engine: Engine, models: Models
+) -> None:
     """The step that reads the last of an adapter reads the first of the prompt."""
-    engine = Engine(models.other, max_batch=4, prefill_step=32)
     request = ask("hello", max_tokens=3, deterministic=True)
     request.adapter = models.adapters[0]
     engine.submit(1, request)

@@ -2,10 +2,10 @@
 
 An entry is written as a method that returns the Request; `remote` gives it, on `Client`, the type of the answer, and
 on `AsyncClient` a coroutine of it. `wait_s` is everywhere the caller's own patience in seconds: unset means the
-client's `timeout_s` for short calls and no limit for those that may rightly take long (load, acquire, wait_job,
-verify, delete, plan, `models` with updates, and generation), None means no limit. It is not the option `timeout_s` of
-generation, a deadline which the daemon keeps; where that is given, the patience that is unset is that deadline plus
-the client's `timeout_s`.
+client's `timeout_s` for short calls and no limit for those that may rightly take long (generation, embed, load,
+acquire, wait_job, verify, delete, plan, `models` with updates, clear_cache, restart, and whatever changes a batch job
+or reads its results), None means no limit. It is not the option `timeout_s` of generation, a deadline which the daemon
+keeps; where that is given, the patience that is unset is that deadline plus the client's `timeout_s`.
 """
 
 from __future__ import annotations

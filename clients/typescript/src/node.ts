@@ -2,9 +2,10 @@
 
 import { spawn } from "node:child_process";
 import { createHash } from "node:crypto";
+import { statSync } from "node:fs";
 import { connect as open } from "node:net";
 import { homedir, platform } from "node:os";
-import { join, resolve } from "node:path";
+import { dirname, join, resolve } from "node:path";
 import { Client, MlxdError, NobodyListens, type Transport } from "./client.js";
 
 export * from "./client.js";
@@ -41,8 +42,19 @@ export function sidecar(args: string[] = ["--join"], command = "mlxd", name?: st
   return new Client(start(), name, { dial: async () => start(), starts: true });
 }
 
+/** Node cannot ask who listens. Whoever owns the socket and the folder that it is in is the one who can. */
+function refuseOthers(path: string): void {
+  for (const each of [dirname(path), path]) {
+    const owner = statSync(each, { throwIfNoEntry: false })?.uid;
+    if (owner !== undefined && owner !== 0 && owner !== process.getuid?.()) {
+      throw new MlxdError("connect_failed", `${each} belongs to another user (uid ${owner})`);
+    }
+  }
+}
+
 function dialled(path: string): Promise<Transport> {
   return new Promise((resolve, reject) => {
+    refuseOthers(path);
     const socket = open(path);
     const transport: Transport = {
       write: (bytes) => void socket.write(bytes),

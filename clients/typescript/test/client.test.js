@@ -1,6 +1,11 @@
 // Against a real daemon: MLXD_SOCKET says where it is, MLXD_COMMAND how to start another one as a sidecar.
 
 import assert from "node:assert/strict";
+import { once } from "node:events";
+import { chownSync, mkdtempSync, rmSync } from "node:fs";
+import { createServer } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { test } from "node:test";
 import { Client, connect, MlxdError, sidecar, socketPath } from "../dist/node.js";
 import { Decoder, frame } from "../dist/codec.js";
@@ -90,7 +95,21 @@ test("a daemon that another replaces says so, and what it has not begun may be a
 });
 
 test("nobody there is an error, not a wait", async () => {
-  await assert.rejects(connect("/tmp/no-such-mlxd.sock"));
+  await assert.rejects(connect("/tmp/no-such-mlxd.sock"), (error) => error.kind === "connect_failed");
+});
+
+test("another user's socket is left alone", async () => {
+  const folder = mkdtempSync(join(tmpdir(), "mlxd-"));
+  const server = createServer((socket) => socket.destroy()).listen(join(folder, "s"));
+  await once(server, "listening");
+  (await connect(join(folder, "s"))).close();
+  for (const others of process.getuid() === 0 ? [join(folder, "s"), folder] : []) { // nobody else can give a file away
+    chownSync(others, 12345, 12345);
+    await assert.rejects(connect(join(folder, "s")), (error) => error.message.includes("another user (uid 12345)"));
+    chownSync(others, 0, 0);
+  }
+  server.close();
+  rmSync(folder, { recursive: true });
 });
 
 test("a sidecar leads to the user's daemon", { skip: !process.env.MLXD_COMMAND }, async () => {

@@ -17,7 +17,7 @@ from typing import Any
 
 import uvloop
 
-from mlxd_client.errors import DaemonBusy, RestartFailed
+from mlxd_client.errors import DaemonBusy, RestartFailed, Unsupported
 from mlxd_client.types import RestartResult
 
 from . import handover, logs
@@ -203,6 +203,7 @@ class _Daemon:
             runtime, runtime.events, log=logs.get("mlxd.server"), limits=limits, configuration=configuration
         )
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup, configuration)
+        loop.add_signal_handler(signal.SIGUSR2, lambda: self._do(self._restart_by_signal(runtime)))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
         runtime.refuse_newer_state()
@@ -350,13 +351,11 @@ class _Daemon:
         runtime.on_restart = restart
         if not launch.managed:  # a manager would start the same again
             runtime.on_make_room = make_room
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGUSR2, lambda: self._do(self._restart_by_signal(runtime)))
 
     async def _restart_by_signal(self, runtime: Runtime) -> None:
         try:
             await runtime.restart()
-        except RestartFailed as error:
+        except (RestartFailed, Unsupported) as error:
             self._log.error("not restarted", reason=error.message)
 
     # --- the end --------------------------------------------------------------------------------------------------

@@ -56,14 +56,14 @@ class OpenJob(msgspec.Struct, frozen=True, kw_only=True):
     repair: bool = False
 
 
+RECORDS_VERSION = 2
+
+
 class _Open(msgspec.Struct, frozen=True, kw_only=True):
     """The file of open downloads. Version 1 was the bare list."""
 
-    version: int = 2
+    version: int = RECORDS_VERSION
     downloads: list[OpenJob]
-
-
-RECORDS_VERSION = 2
 
 
 class Records:

@@ -113,7 +113,7 @@ class IdleExit:
         if self._needless:
             self._stop()
             return
-        self._stay = asyncio.get_running_loop().create_task(self._server.resume())
+        self._stay = asyncio.get_running_loop().create_task(self._server.accept())
         self._stay.add_done_callback(self._stayed)
 
     def _stayed(self, resumed: asyncio.Task[None]) -> None:

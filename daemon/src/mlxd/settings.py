@@ -10,7 +10,8 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -290,8 +291,11 @@ def load(
         origins["socket"] = Origin("default")
 
     file = config_file(str(values["home"]))
-    for name, value, origin in _from_text(read_file(file) if text is None else text, file):
-        values[name], origins[name] = _checked(name, value, origin, strict=True), origin
+    text = read_file(file) if text is None else text
+    lines = _lines(text)
+    for name, value in _from_text(text, lines, file):
+        origins[name] = _in_file(lines, file, name)
+        values[name] = _checked(name, value, origins[name], strict=True, find=partial(_in_file, lines, file))
     found, warnings = _from_env(env)
     for name, text in found.items():
         origin = Origin("env", f"MLXD_{name.upper()}")
@@ -308,14 +312,15 @@ def load(
     return Loaded(made, origins, warnings, *sources)
 
 
-def _check_catalog(entries: dict[str, dict[str, Any]], origin: Origin) -> None:
+def _check_catalog(entries: dict[str, dict[str, Any]], origin: Origin | None) -> None:
     """Better now than when the first app asks for it."""
     from . import catalog  # few have any
 
     try:
         catalog.load(entries)
     except MlxdError as error:
-        raise SettingsError(f"{error} ({origin})", setting="catalog", place=str(origin)) from None
+        place = None if origin is None else str(origin)
+        raise SettingsError(f"{error}{f' ({place})' if place else ''}", setting="catalog", place=place) from None
 
 
 _TYPES: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Settings)}
@@ -349,16 +354,20 @@ LIVE = frozenset(name for name, when in APPLIES.items() if when != "restart")
 NOT_BY_CLIENTS = frozenset({"worker_command", "fetcher_command", "blas"})
 
 
-def _checked(name: str, value: object, origin: Origin | None, *, strict: bool) -> Any:
-    """`value` as the type of setting `name`, or of one entry of a table, as `name.key`."""
-    place = "" if origin is None else f" ({origin})"
+def _checked(
+    name: str, value: object, origin: Origin | None, *, strict: bool, find: Callable[..., Origin] | None = None
+) -> Any:
+    """`value` as the type of setting `name`, or of one entry of a table, as `name.key`. `find` says, by its keys, where
+    an entry stands, or a field of one."""
     if name.partition(".")[0] not in _TYPES:
         raise SettingsError(
-            f"there is no setting {name!r}{place}{_near(name, _TYPES)}", setting=name, place=str(origin)
+            f"there is no setting {name!r}{_told(origin)}{_near(name, _TYPES)}", setting=name, place=str(origin)
         )
     setting, key = name_and_key(name)
     if key is None and setting in _ENTRIES and isinstance(value, dict):
-        return {entry: _checked(f"{name}.{entry}", one, origin, strict=strict) for entry, one in value.items()}
+        return {
+            entry: _checked(f"{name}.{entry}", one, origin, strict=strict, find=find) for entry, one in value.items()
+        }
     kind = _TYPES[name] if key is None else _ENTRIES[setting]
     try:
         if key is not None:
@@ -372,13 +381,21 @@ def _checked(name: str, value: object, origin: Origin | None, *, strict: bool) -
     except ValueError as error:  # msgspec.ValidationError is one
         # "Expected `int`, got `str` - at `$.models[...].x`": the name is said already
         reason = re.sub(r" - at `.*\$\.?(.*)`$", lambda at: f" at {at[1]}" if at[1] else "", str(error))
+        field = re.search(r" - at `\$\.([a-z_]+)", str(error))
         if unheard := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
             near = _near(unheard[1], dict.fromkeys(_ENTRIES[setting].__struct_fields__))
             reason = f"it has a field {unheard[1]!r} that is none{near}"
         elif reason.startswith("Invalid enum value") and (choice := get_args(kind)):
             reason = f"it is one of {', '.join(map(str, choice))}"
-        told = f"{name} cannot be {_short(value)}{place}: {reason[0].lower()}{reason[1:]}"
+        if find and key is not None:
+            at = unheard or field
+            origin = find(setting, key, at[1]) if at else find(setting, key)
+        told = f"{name} cannot be {_short(value)}{_told(origin)}: {reason[0].lower()}{reason[1:]}"
         raise SettingsError(told, setting=name, place=None if origin is None else str(origin)) from None
+
+
+def _told(origin: Origin | None) -> str:
+    return "" if origin is None else f" ({origin})"
 
 
 def name_and_key(name: str) -> tuple[str, str | None]:
@@ -395,15 +412,21 @@ def check(name: str, value: object) -> Any:
     """What a value for a setting, or for one entry of a table, is in the file. Raises SettingsError."""
     if name in _NOT_IN_FILE:
         raise SettingsError(f"{name} cannot be set in a file, since clients do not read it", setting=name)
-    return _as_written(msgspec.to_builtins(_checked(name, value, None, strict=True)))
+    made = _as_written(name, msgspec.to_builtins(_checked(name, value, None, strict=True)))
+    setting, key = name_and_key(name)
+    if setting == "catalog":
+        _check_catalog(made if key is None else {key: made}, None)
+    return made
 
 
-def _as_written(value: Any) -> Any:
-    """A plain value with numbers as people write them: 60, and not 60.0."""
+def _as_written(name: str, value: Any) -> Any:
+    """A plain value with numbers as people write them: 60, and not 60.0. Raises SettingsError for what TOML lacks."""
     if isinstance(value, dict):
-        return {key: _as_written(one) for key, one in value.items()}
+        return {key: _as_written(name, one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_as_written(one) for one in value]
+        return [_as_written(name, one) for one in value]
+    if value is None:
+        raise SettingsError(f"{name} cannot hold null: there is none in config.toml", setting=name)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -415,7 +438,7 @@ def from_text(name: str, text: str) -> Any:
         value = _parsed(name, text, None)
     else:
         value = text if _plain(kind) in (str, float, int) else _json(name, text, None)
-    return _as_written(msgspec.to_builtins(_checked(name, value, None, strict=False)))
+    return _as_written(name, msgspec.to_builtins(_checked(name, value, None, strict=False)))
 
 
 def unknown(name: str) -> SettingsError:
@@ -457,7 +480,7 @@ def _unblocked(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _from_text(text: str, path: Path) -> list[tuple[str, object, Origin]]:
+def _from_text(text: str, lines: _Lines, path: Path) -> list[tuple[str, object]]:
     """What config.toml sets."""
     import tomllib
 
@@ -469,20 +492,45 @@ def _from_text(text: str, path: Path) -> list[tuple[str, object, Origin]]:
         line = re.search(r"line (\d+)", str(error))
         place = f"{path}:{line[1]}" if line else str(path)
         raise SettingsError(f"{path} is no TOML: {error}", place=place) from None
-    out: list[tuple[str, object, Origin]] = []
-    for name, value in table.items():
-        origin = Origin("file", f"{path}:{_line(text, name)}")
-        if name in _NOT_IN_FILE:
-            told = f"{name} cannot be set in a file ({origin}), since clients do not read it: use MLXD_{name.upper()}"
-            raise SettingsError(told, setting=name, place=origin.place)
-        out.append((name, value, origin))
-    return out
+    for name in sorted(_NOT_IN_FILE & table.keys()):
+        origin = _in_file(lines, path, name)
+        told = f"{name} cannot be set in a file ({origin}), since clients do not read it: use MLXD_{name.upper()}"
+        raise SettingsError(told, setting=name, place=origin.place)
+    return list(table.items())
 
 
-def _line(text: str, name: str) -> int:
-    """The line that first mentions a top-level name, as key or table; 1 where it hides behind quotes."""
-    found = re.search(rf"^[ \t]*\[?[ \t]*[\"']?{re.escape(name)}[\"']?[ \t]*[.=\]]", text, re.MULTILINE)
-    return text.count("\n", 0, found.start()) + 1 if found else 1
+# What is set in a file: the keys, outermost first, and the line's number. As a mapping by the first key.
+_Lines = dict[str, list[tuple[tuple[str, ...], int]]]
+_KEY = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
+_SETS = re.compile(rf"\s*(?:(\[\[?)\s*)?({_KEY}(?:\s*\.\s*{_KEY})*)\s*[=\]]")
+
+
+def _lines(text: str) -> _Lines:
+    """Where a text sets what; tables within a line count as one."""
+    found: _Lines = {}
+    table: tuple[str, ...] = ()
+    quotes = ""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not quotes and (said := _SETS.match(line)):
+            keys = tuple(key.strip("\"'") for key in re.findall(_KEY, said[2]))
+            table, keys = (keys, keys) if said[1] else (table, table + keys)
+            found.setdefault(keys[0], []).append((keys, number))
+        for marks in ('"""', "'''"):  # within a text of several lines nothing is set
+            if quotes in ("", marks) and line.count(marks) % 2:
+                quotes = "" if quotes else marks
+    return found
+
+
+def _in_file(lines: _Lines, path: Path, *wanted: str) -> Origin:
+    """The line that sets a value, found by its keys: the first that says most of them; 1 where none says any."""
+    most, best = 0, 1
+    for keys, number in lines.get(wanted[0], ()):
+        agree = min(len(keys), len(wanted))
+        if agree > most and keys[:agree] == wanted[:agree]:
+            most, best = agree, number
+        if most == len(wanted):
+            break
+    return Origin("file", f"{path}:{best}")
 
 
 def _from_env(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    from mlxd_client.errors import ClientError, MlxdError
+    from mlxd_client.errors import ClientError, ConnectionLost, MlxdError
 
     from .exits import USAGE, code_of
     from .output import Output
@@ -99,8 +99,21 @@ def _main(argv: Sequence[str] | None) -> int:
         return code_of(failure)
     except MlxdError as error:
         output.error(error)
+        if isinstance(error, ConnectionLost) and not output.json:
+            _tell_wrong_settings(output)
         return code_of(error)
     return status
+
+
+def _tell_wrong_settings(output: Output) -> None:
+    """A daemon that a service manager starts hangs up on its clients where its settings are wrong."""
+    from mlxd import settings
+    from mlxd_client.errors import MlxdError
+
+    try:
+        settings.load()
+    except MlxdError as error:
+        output.note(f"the daemon will not run: {error}")
 
 
 def _open_streams() -> None:

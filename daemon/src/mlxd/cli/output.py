@@ -114,7 +114,9 @@ class Output:
             self.err.write(msgspec.json.encode({"error": wire}).decode() + "\n")
             self.err.flush()
         else:
-            self.note(f"{kind_of(error)}: {' '.join(str(error).split())}")
+            said = str(error.details.get("last_words", "")) if isinstance(error, RpcError) else ""
+            words = f"; its last words: {said.splitlines()[-1]}" if said else ""
+            self.note(f"{kind_of(error)}: {' '.join(str(error).split())}{words}")
 
 
 # How a model's state is shown to people.

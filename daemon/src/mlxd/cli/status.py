@@ -109,7 +109,7 @@ def _work(answer: Status, stats: Stats | None, jobs: list[Job]) -> Rows:
 def _worker(worker: WorkerHealth) -> str:
     from .output import seconds_text
 
-    told = f"{worker.model}: died {worker.deaths} times"
+    told = f"{worker.model}: died {'once' if worker.deaths == 1 else f'{worker.deaths} times'}"
     if worker.last_death is not None:
         told += f", last: {worker.last_death.message}"
     if worker.breaker != "closed":

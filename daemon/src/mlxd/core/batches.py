@@ -261,7 +261,8 @@ class BatchLine:
         """What was recorded of all jobs is gone: they cannot go on."""
         told = error_object(event.error)
         for job in list(self._jobs.values()):
-            job.state, job.error, job.ended_at, job.closing = "failed", told, now, None
+            job.state, job.error, job.ended_at, job.closing, job.retry_at = "failed", told, now, None, None
+            job.ready.clear()
             self._changed[job.job] = job
         for ticket in list(self.flights):
             self._book.out.append(do.CancelItem(ticket))

@@ -223,7 +223,7 @@ class Supply:
         except errors.QueueFull as error:
             return error
         except errors.RpcError as error:
-            return errors.ModelNotFound(f"{otherwise.message}, and the hub was no help: {error.message}", model=model)
+            return errors.ModelNotFound(f"{error.message}; and {otherwise.message}", **otherwise.details)
         if kind != plan.kind:
             told = f"{model} is an adapter: name it as `adapter`, beside the model that it was made for"
             return otherwise if kind == "adapter" else errors.ModelInvalid(told, model=model)

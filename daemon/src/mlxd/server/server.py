@@ -107,14 +107,17 @@ class Server:
     async def start(self, listener: Listener) -> None:
         """Accept connections from now on. The listener stays the caller's to close, after `close`."""
         self._sock = listener.sock
-        await self._accept()
+        await self.accept()
 
     async def move(self, listener: Listener) -> None:
         """Accept connections from a socket that takes the other one's place."""
         self.stop_accepting()
         await self.start(listener)
 
-    async def _accept(self) -> None:
+    async def accept(self) -> None:
+        """Accept connections anew after `stop_accepting`; in a pause, `resume` does that."""
+        if self.paused:
+            return
         assert self._sock is not None
         # The socket outlives this: it may be handed over. And its file is the listener's to remove.
         keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
@@ -142,7 +145,7 @@ class Server:
         if not self.paused:
             return
         self.paused = False
-        await self._accept()
+        await self.accept()
         self._read_on()
 
     def _read_on(self) -> None:

@@ -253,6 +253,15 @@ class Store:
             names = (ref for ref in hub.refs(hub.repo_folder(self.cache, repo)) if ref != hub.MAIN)
             yield from (hub.join_ref(repo, ref) for ref in names if hub.is_revision(ref))
 
+    def _there(self, name: str) -> bool:
+        """Whether something of it is whole; the cache also has folders of downloads that came to nothing."""
+        repo = name.partition("@")[0]
+        return (
+            name in self.aliases
+            or name.startswith(BUILTIN_PREFIX)
+            or bool(hub.snapshots(hub.repo_folder(self.cache, repo)))
+        )
+
     def _unknown(self, name: str) -> ModelNotFound:
         """The error for a name that leads nowhere, with names that look alike."""
         import difflib  # costs milliseconds, and only a mistake needs it
@@ -260,7 +269,7 @@ class Store:
         known = {full.lower(): full for full in (*self._names(), *self.aliases) if full != name}
         known |= {full.lower().rpartition("/")[2]: full for full in known.values()}
         alike = difflib.get_close_matches(name.lower(), known, n=3)
-        near = list(dict.fromkeys(known[each] for each in alike))
+        near = list(dict.fromkeys(known[each] for each in alike if self._there(known[each])))
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         return ModelNotFound(
             f"there is no model {name} on this machine{hint}", model=name, **({"near": near} if near else {})
