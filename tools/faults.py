@@ -13,6 +13,8 @@
     python3 tools/dev.py faults stop [--rounds N]                   daemons told to end under full load, and how long
                                                                     they take
     python3 tools/dev.py faults failpoints                          daemons killed before each of their steps on disk
+    python3 tools/dev.py faults handovers [--place PLACE]           the old or the new daemon killed, failing, hanging
+                                                                    or told to end at each step of a handover
 
 The suite has the short forms (tests/faults). Each run has a folder of its own; the first thing that is wrong ends it,
 and it exits with 1 then. The same seed draws the same faults; their moments are the machine's.
@@ -44,6 +46,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="how often each; 5 where it is not given")
     parser.add_argument("--starts", type=int, default=500, help="how many; 500 where it is not given")
     parser.add_argument("--clients", type=int, default=1000, help="how many; 1000 where it is not given")
+    parser.add_argument(
+        "--place", choices=("alone", "systemd", "launchd", "joined"), help="one only; all where it is not given"
+    )
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="drawn where it is not given")
     options = parser.parse_args(arguments)
     print(f"{options.what}, seed {options.seed}", flush=True)
@@ -192,9 +197,24 @@ def failpoints(options: argparse.Namespace) -> list[str]:
     return [f"{kills} kills, one before each step; each time the next daemon found old or new files, and went on"]
 
 
+def handovers(options: argparse.Namespace) -> list[str]:
+    from support.handover_faults import PLACES, Handovers, faults
+
+    tally: Counter[str] = Counter()
+    for place in PLACES if options.place is None else (options.place,):
+        with Handovers(place, options.seed) as loop:
+            try:
+                for fault in faults(place):
+                    loop.run(fault)
+            finally:
+                tally += loop.tally
+                print(*_table(loop.tally), sep="\n", flush=True)
+    return [f"{sum(tally[name] for name in tally if ': the ' in name)} handovers with a fault"]
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
     "starts": starts, "crowd": crowd, "answers": answers, "mirrors": mirrors, "deaths": deaths, "orphans": orphans,
-    "stop": stop, "failpoints": failpoints,
+    "stop": stop, "failpoints": failpoints, "handovers": handovers,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def test_a_deadline_ends_a_request_wherever_it_stands(narrow: Stage) -> None:
 
 
 def test_a_deadline_counts_while_the_model_loads() -> None:
-    with Daemon(bad_child="late:30") as daemon, daemon.client() as client:
+    with Daemon(bad_child="late", steps=True) as daemon, daemon.client() as client:
         with pytest.raises(errors.DeadlineExceeded) as caught:
             client.process("x", timeout_s=0.3)
         assert caught.value.details["phase"] == "loading"

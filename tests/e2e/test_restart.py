@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mlxd.cli.daemon import runs
 from mlxd.handover import choose_program
 from mlxd_client import AsyncClient, Client, errors
 from support.daemon import PATIENCE_S, active, until
@@ -141,6 +142,33 @@ def test_the_old_one_goes_on_where_the_new_one_fails(tmp_path: Path, before: str
         choose_program(daemon.home, newer(tmp_path))  # and the next one is none the worse for it
         assert client.restart().version == "9.9.9"
         daemon.gone(pid)
+
+
+LEAVES_A_CHILD = """
+import os
+from mlxd.children.interface import ChildSpec
+from mlxd.runtime import Runtime
+async def begin(self):
+    argv = [sys.executable, "-ISc", "import time; time.sleep(3600)"]
+    child = self._supervisor.spawn(ChildSpec(kind="fetcher", name="m", argv=argv), None)
+    with open({told!r}, "w") as file:
+        file.write(str(child.pid))
+    os.kill(os.getpid(), 9)
+Runtime.begin = begin
+"""
+
+
+def test_what_a_new_one_has_started_ends_with_it(tmp_path: Path) -> None:
+    """Also what does not by itself, before the old one goes on with the same files."""
+    told = tmp_path / "pid"
+    with Relay(bad_child="worker") as daemon, daemon.client() as client:
+        assert client.process("hello").text == "hello"
+        worker = daemon.worker().pid
+        choose_program(daemon.home, newer(tmp_path, before=LEAVES_A_CHILD.format(told=str(told))))
+        with pytest.raises(errors.RestartFailed, match="died of signal 9"):
+            client.restart()
+        assert not runs(int(told.read_text()))
+        assert daemon.worker().pid == worker
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets the limits of another process")

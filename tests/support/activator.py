@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ numbers = [int(text) for text in sys.argv[1].split(",") if text]
 for place, number in enumerate([fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 64) for number in numbers], 3):
     os.dup2(number, place)
 os.environ |= {"LISTEN_PID": str(os.getpid() + int(sys.argv[2])), "LISTEN_FDS": str(len(numbers))}
-os.execv(sys.executable, [sys.executable, "-m", "mlxd", "serve", *sys.argv[3:]])
+os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
 """
 
 
@@ -36,13 +37,17 @@ class Activator:
     """`with Activator(idle_exit_s=0.2) as activator:` listens; `start` starts a daemon, as `on_demand` does for each
     first connection.
 
+    Args:
+        program: what the interpreter is to run.
+
     Attributes:
         process: the daemon that was started last.
         starts: how many were started.
         ended: their exit statuses.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, program: Sequence[str] = ("-m", "mlxd"), **settings: Any) -> None:
+        self.program = program
         self.home = Path(tempfile.mkdtemp(prefix="mlxd-"))
         self.path = self.home / "mlxd.sock"
         self.sock = socket.socket(socket.AF_UNIX)
@@ -66,7 +71,8 @@ class Activator:
 
     def start(self, *arguments: str, sockets: int = 1, pid_off_by: int = 0) -> subprocess.Popen[str]:
         numbers = [self.sock.fileno()] * sockets
-        command = [sys.executable, "-c", _LAUNCH, ",".join(map(str, numbers)), str(pid_off_by), "--managed", *arguments]
+        command = [sys.executable, "-c", _LAUNCH, ",".join(map(str, numbers)), str(pid_off_by)]
+        command += [*self.program, "serve", "--managed", *arguments]
         self.process = subprocess.Popen(
             command, env=self.env, pass_fds=numbers, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )

@@ -22,9 +22,10 @@ from support.hub import Hub
 
 MORTAL_DAEMON = Path(__file__).with_name("mortal_daemon.py")
 REPO = "org/model"
-# What may lie in a home; a writer that was killed may have left `.NAME.new` beside what it wrote.
+# What may lie in a home; a writer that was killed may have left `.NAME.new` beside what it wrote. `notify` is what
+# support/activator.py hears with.
 KNOWN = re.compile(
-    r"(mlxd\.lock|mlxd\.sock|\.mlxd\.sock\.\d+|downloads\.json|config\.toml|batch\.sqlite3\S*|logs/mlxd\.log(\.\d)?"
+    r"(notify|mlxd\.lock|mlxd\.sock|\.mlxd\.sock\.\d+|downloads\.json|config\.toml|batch\.sqlite3\S*|logs/mlxd\.log(\.\d)?"
     r"|run/children/\d+\.json|run/tmp/.*|models/.*|hub/.*|cache/prompts/.*|(\S*/)?\.[\w.]+\.new)"
 )
 

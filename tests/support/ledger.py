@@ -165,6 +165,8 @@ class Line:
             self._take_piece(message["params"])
         elif method is not None:
             raise Wrong(f"a message of no known kind: {message}")
+        elif message["id"] is None and message["error"]["data"].get("details", {}).get("reconnect"):
+            self.tally["told to connect anew"] += 1  # what is open was not begun, and the connection closes
         elif message["id"] is None:
             self.bad_frames -= 1
             if self.bad_frames < 0:
