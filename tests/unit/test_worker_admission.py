@@ -291,6 +291,36 @@ def test_an_interactive_prompt_goes_before_batch_ones(loaded: LoadedModel, read:
     assert not engine._generator.plain._patience
 
 
+def test_who_waited_for_one_that_stepped_aside_takes_nobodys_place(loaded: LoadedModel) -> None:
+    """Of batch prompts, one waits for another that begins alike; that one is cancelled while all are aside."""
+    engine = Engine(loaded, max_batch=16, prefill_step=64, prefill_joins=8, cache_bytes=2**24)
+    rows = engine._generator.plain
+    rows._prefill_rate = 1e9
+    text = text_of(loaded, 800)
+    ends: dict[int, Any] = {}
+    for number, each in ((1, "one" + text), (2, "two" + text)):
+        engine.submit(number, ask(each, priority="batch", max_tokens=3, **GREEDY))
+    step(engine, ends)
+    engine.submit(3, ask("one" + text + " and more", priority="batch", max_tokens=3, **GREEDY))
+    step(engine, ends)
+    assert rows._waits is not None
+    assert len(rows._waits) == 1
+    engine.submit(4, ask("four" + text, max_tokens=3, **GREEDY))
+    step(engine, ends)
+    assert len(rows._patience) == 2
+    ends.update(engine.cancel(1).ended)
+    for _ in range(3):
+        step(engine, ends)
+    assert rows._prompt_batch.uids == [engine._decoding.uids[4]]
+    for _ in range(200):
+        if engine.busy:
+            step(engine, ends)
+    assert set(ends) == {1, 2, 3, 4}
+    plain = Engine(loaded, max_batch=1, prefill_step=64)
+    plain.submit(2, ask("two" + text, max_tokens=3, **GREEDY))
+    assert ends[2].text == drain(plain)[2].text
+
+
 def test_interactive_ones_wait_for_memory_before_batch_ones(loaded: LoadedModel, plain: Footprint) -> None:
     engine = Engine(loaded, max_batch=8, prefill_step=256, kv_bytes=plain.bytes(1, 512))
     for number, priority in enumerate(["batch", "batch", "batch", "interactive", "interactive"]):

@@ -109,12 +109,12 @@ class RowGenerator(BatchGenerator):  # type: ignore[misc]
         alone = self.active == len(self._generation_batch) and not self.waiting and not self.crowded
         self._generation_batch.may_guess = alone
         self._generation_batch.may_leave_open = self._roomy and not self.tight
+        if self._waits:
+            self._waits.free(self._unprocessed_sequences)
         held = self._patience.arrange(self) if self.may_read else []
         if self._copies and self.may_read:
             self._copy_read()
         joined = self._join_read()
-        if self._waits:
-            self._waits.free(self._unprocessed_sequences)
         reading, copied = len(self._prompt_batch), len(self._copied)
         joins = max(self._prefill_joins, self._short_prompts())
         self.prefill_batch_size = min(reading + joins, self._most_prefills) + copied

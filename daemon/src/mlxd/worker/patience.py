@@ -52,9 +52,13 @@ class Patience:
         aside = [index for index, uid in enumerate(rows._prompt_batch.uids) if uid in self.uids]
         if aside:
             progress = rows._currently_processing
-            self._progress = [progress[index] for index in aside]
+            self._progress += [progress[index] for index in aside]
             rows._currently_processing = [one for index, one in enumerate(progress) if index not in set(aside)]
-            self.batch = rows._prompt_batch.split(aside)
+            parted = rows._prompt_batch.split(aside)
+            if self.batch is None:
+                self.batch = parted
+            else:
+                self.batch.extend(parted)
         queue = rows._unprocessed_sequences
         held = [row for row in queue if row[0] in self.uids]
         if held:
