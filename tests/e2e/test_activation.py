@@ -174,6 +174,13 @@ def test_the_watchdog_hears_from_the_loop() -> None:
             os.kill(process.pid, signal.SIGCONT)
 
 
+def test_a_manager_without_a_watchdog_hears_how_things_are_too(activator: Activator) -> None:
+    activator.start()
+    heard = activator.hear_until("STATUS=0 models loaded, 0 requests running, 0 waiting")
+    assert heard[0] == "READY=1"
+    assert "WATCHDOG=1" not in heard
+
+
 def test_a_manager_that_is_gone_is_no_trouble(activator: Activator) -> None:
     activator.env["NOTIFY_SOCKET"] = str(activator.home / "nobody")
     activator.start()

@@ -314,7 +314,7 @@ class Handovers:
         with self._asking() as asking:
             asking.restart.set()
             pids = json.loads(self._told.recv(4096))
-            self._meanwhile(fault, pids["new"])
+            self._meanwhile(fault, pids.get("new", 0))
             self._join_anew(app)
             self._served()  # whatever becomes of the handover
             assert asking.restarted.wait(PATIENCE_S), "the restart is neither answered nor hung up on"

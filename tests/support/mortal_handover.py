@@ -69,14 +69,14 @@ class Fate:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.role = "new" if "MLXD_HANDOVER" in os.environ else "old"
-        self.pids = {"old": os.getppid(), "new": os.getpid()}
+        self.pids = {"old": os.getppid(), "new": os.getpid()} if self.role == "new" else {"old": os.getpid()}
 
     def spawned(self, pid: int) -> None:
         self.pids = {"old": os.getpid(), "new": pid}
 
     def reached(self, role: str, step: str) -> None:
         if role == "old" and step == "asked":
-            self.role = "old"
+            self.role, self.pids = "old", {"old": os.getpid()}
         if role != self.role:
             return
         with open(self.folder / "trace", "a") as file:
