@@ -64,7 +64,7 @@ def one_table(label: str, daemon: Daemon, model: Path, out: Path, streams: int, 
         return float(asyncio.run(batch_ours(daemon.socket, model, asked, tokens))["total_s"])
 
     run()  # kernels are compiled
-    before, daemon_s = rested(out), busy_s(daemon)
+    before, daemon_s, queued = rested(out), busy_s(daemon), queued_s(daemon, model)
     waited = sum(run() for _ in range(scale.profile_rounds))
     after = rested(out)
     spent = {name: after[name] - before[name] for name in after if name != IDLE}
@@ -75,10 +75,18 @@ def one_table(label: str, daemon: Daemon, model: Path, out: Path, streams: int, 
     requests = scale.profile_rounds * streams
     name, each = f"profile/{model.name}", 1e3 / requests
     yield alone(name, f"{label}: a request of {tokens} tokens, profiled", waited * each, "ms")
+    yield alone(name, f"{label}: in the daemon's queue", (queued_s(daemon, model) - queued) * each, "ms")
     for part, told in (PARTS | {"daemon": "daemon, its CPU time"}).items():
         if spent.get(part):
             share = spent[part] / waited
             yield alone(name, f"{label}: {told} ({share:.1%})", spent[part] * each, "ms")
+
+
+def queued_s(daemon: Daemon, model: Path) -> float:
+    """How long all requests of this model together have waited until the worker had them, in seconds."""
+    with daemon.client() as client:
+        (stats,) = client.stats(str(model)).models
+    return stats.queue_s.count * stats.queue_s.mean if stats.queue_s else 0.0
 
 
 def busy_s(daemon: Daemon) -> float:
