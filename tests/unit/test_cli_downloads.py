@@ -543,10 +543,11 @@ def test_plan(daemon: ScriptedDaemon, mlxd: Run) -> None:
     ]
     sent = daemon.connections[-1].requests("models.plan")[0]["params"]
     assert sent == {"model": "org/m", "context_length": 8192, "revision": "v1"}
-    daemon.on("models.plan", plan(fits=False, memory_available_bytes=1 * GB, disk_free_bytes=400 * MB))
+    short = {"disk_free_bytes": 400 * MB, "disk_missing_bytes": 664 * MB}
+    daemon.on("models.plan", plan(fits=False, memory_available_bytes=1 * GB, **short))
     out = mlxd("plan", "org/m")[1]
     assert "fits       no: 604 MB of memory are missing" in out
-    assert "disk       400 MB free: 600 MB are missing" in out
+    assert "disk       400 MB free: 664 MB are missing" in out
     daemon.on("models.plan", plan(download_bytes=0))
     assert "download   nothing: it is all there" in mlxd("plan", "org/m")[1]
     assert json.loads(mlxd("plan", "org/m", "--json")[1])["kv_bytes"] == 470 * MB

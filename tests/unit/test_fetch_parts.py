@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mlxd.fetch.disk import RESERVE_BYTES, disk_error, require_room
+from mlxd.fetch.disk import disk_error, require_room
 from mlxd.fetch.listing import File
 from mlxd.fetch.parts import Closed, Part, allocated, held
 from mlxd.fetch.segments import CHUNK_BYTES
-from mlxd.store.layout import RepoCache, disk_free
+from mlxd.store.layout import RESERVE_BYTES, RepoCache, disk_free
 from mlxd_client.errors import DownloadFailed, InsufficientDisk, PermissionDenied
 
 OID = "a" * 64

@@ -186,11 +186,12 @@ class Library:
         kind: Literal["model", "adapter"],
     ) -> types.Plan:  # fmt: skip
         free = await self._loop.run_in_executor(self._disk, layout.disk_free, self._store.cache)
+        missing = max(0, download + layout.RESERVE_BYTES - free) if download else 0
         available, fits, evicts = self._core.room_for(model, memory)
         return types.Plan(
             model=model, revision=revision, download_bytes=download, disk_free_bytes=free, weights_bytes=weights,
             kv_bytes=kv, memory_bytes=memory, memory_available_bytes=available, fits=fits, evicts=evicts,
-            load_s=self._core.load_s(model), kind=kind,
+            load_s=self._core.load_s(model), kind=kind, disk_missing_bytes=missing,
         )  # fmt: skip
 
     # --- what the disk and the hub say ------------------------------------------------------------------------------

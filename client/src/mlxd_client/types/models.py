@@ -144,9 +144,10 @@ class PlanParams(Params, kw_only=True):
 class Plan(Result, kw_only=True):
     """What having and running a model would take, before anything happens.
 
-    `download_bytes` is what is not on disk yet. `weights_bytes` and `kv_bytes` are in memory. `fits` says whether the
-    model can run beside what must stay; `evicts` names the models that would go to make room, in order. `load_s` is how
-    long the last load took, where there was one. An `adapter` takes `weights_bytes` in the worker of its model, and of
+    `download_bytes` is what is not on disk yet; `disk_missing_bytes` must be freed before it can come, since some of the
+    disk is left to others. `weights_bytes` and `kv_bytes` are in memory. `fits` says whether the model can run beside
+    what must stay; `evicts` names the models that would go to make room, in order. `load_s` is how long the last load
+    took, where there was one. An `adapter` takes `weights_bytes` in the worker of its model, and of
     memory it says no more.
     """
 
@@ -162,6 +163,7 @@ class Plan(Result, kw_only=True):
     evicts: list[str] = []
     load_s: float | None = None
     kind: Literal["model", "adapter"] = "model"
+    disk_missing_bytes: int = 0
 
 
 class DeleteResult(Result, kw_only=True):

@@ -203,7 +203,6 @@ def plan(args: argparse.Namespace, output: Output) -> int:
 def _plan_rows(made: Plan) -> list[tuple[str, str]]:
     from .output import bytes_text, seconds_text
 
-    missing = made.download_bytes - made.disk_free_bytes
     download = "nothing: it is all there" if made.download_bytes == 0 else bytes_text(made.download_bytes)
     memory = f"{bytes_text(made.memory_bytes)}: weights {bytes_text(made.weights_bytes)}"
     memory += f", KV cache {bytes_text(made.kv_bytes)}" if made.kind == "model" else ", beside those of its model"
@@ -211,7 +210,7 @@ def _plan_rows(made: Plan) -> list[tuple[str, str]]:
         (made.kind, made.model + (f", revision {made.revision[:12]}" if made.revision else "")),
         ("download", download),
         ("disk", f"{bytes_text(made.disk_free_bytes)} free"
-                 + (f": {bytes_text(missing)} are missing" if missing > 0 else "")),
+                 + (f": {bytes_text(made.disk_missing_bytes)} are missing" if made.disk_missing_bytes else "")),
         ("memory", memory),
         ("available", bytes_text(made.memory_available_bytes)),
         ("fits", fits_text(made)),

@@ -55,7 +55,8 @@ def _tell(plan: Plan, output: Output) -> None:
     from .output import bytes_text
 
     output.note(
-        f"download {bytes_text(plan.download_bytes)}, {bytes_text(plan.disk_free_bytes)} are free on the disk; "
+        f"download {bytes_text(plan.download_bytes)}, {bytes_text(plan.disk_free_bytes)} are free on the disk"
+        f"{f', {bytes_text(plan.disk_missing_bytes)} are missing' if plan.disk_missing_bytes else ''}; "
         f"memory {bytes_text(plan.memory_bytes)}, {bytes_text(plan.memory_available_bytes)} are available"
     )
     if not plan.fits or plan.evicts:

@@ -265,5 +265,14 @@ def stepped_aside(model: str) -> RpcError:
     return ModelBusy(f"this stepped aside for others that use {model}, or need its room", model=model, yielded=True)
 
 
+def in_use(model: str, uses: dict[str, int]) -> RpcError:
+    return ModelBusy(f"{model} is in use: {counted(uses)}", model=model, **uses)
+
+
+def counted(uses: dict[str, int]) -> str:
+    """What there is any of, for people: `2 requests, 1 lease`."""
+    return ", ".join(f"{n} {name.removesuffix('s') if n == 1 else name}" for name, n in uses.items() if n)
+
+
 def error_object(error: RpcError) -> ErrorObject:
     return ErrorObject(kind=error.kind, message=error.message, details=error.details)

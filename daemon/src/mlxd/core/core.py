@@ -27,7 +27,7 @@ from mlxd_client import errors, types
 from . import actions as do
 from . import events as ev
 from .batches import BatchLine
-from .book import ELSEWHERE, Book
+from .book import ELSEWHERE, Book, in_use
 from .deletes import Deletes
 from .downloads import DownloadLine
 from .drafts import Drafts
@@ -253,8 +253,7 @@ class Core:
         if record.busy or record.leases:
             uses = {"active": len(record.running), "waiting": len(record.queue), "leases": len(record.leases)}
             uses["loading"] = sum(g.kind == "ensure" for g in record.goals.values())
-            told = ", ".join(f"{n} {name}" for name, n in uses.items() if n)
-            self._book.fail(event.rid, errors.ModelBusy(f"{record.id} is in use: {told}", model=record.id, **uses))
+            self._book.fail(event.rid, in_use(record.id, uses))
             return
         record.goals[event.rid] = Goal(event.rid, event.client, "unload")
         self.goals[event.rid] = record.id

@@ -11,7 +11,7 @@ from mlxd_client.errors import RpcError
 
 from . import actions as do
 from . import events as ev
-from .book import Book, error_object
+from .book import Book, error_object, in_use
 from .jobs import repo_of
 from .line import LoadLine
 from .records import Goal, ModelRecord
@@ -52,8 +52,7 @@ class Deletes:
             uses |= {"active": len(record.running), "waiting": len(record.queue), "leases": len(record.leases)}
             uses["loading"] = max(int(record.job is not None), sum(g.kind == "ensure" for g in record.goals.values()))
             uses["deleting"] = int(record.deleting)
-        told = ", ".join(f"{n} {name}" for name, n in uses.items() if n)
-        return errors.ModelBusy(f"{model} is in use: {told}", model=model, **uses) if told else None
+        return in_use(model, uses) if any(uses.values()) else None
 
     def files_deleted(self, event: ev.FilesDeleted, now: float) -> None:
         if self._book.deleting.pop(event.model, None) is None:

@@ -8,12 +8,9 @@ from collections.abc import Iterable
 
 from mlxd_client.errors import DownloadFailed, InsufficientDisk, PermissionDenied, RpcError
 
-from ..store.layout import RepoCache, disk_free
+from ..store.layout import RESERVE_BYTES, RepoCache, disk_free
 from .listing import File
 from .parts import allocated
-
-# Left free beside a download: maps, links, the file system's own needs, and whatever else the user is doing.
-RESERVE_BYTES = 64 * 1024 * 1024
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})

@@ -20,6 +20,7 @@ from .. import __version__
 from ..children.supervisor import Supervisor
 from ..core import actions as do
 from ..core import events as ev
+from ..core.book import counted
 from ..core.core import Core
 from ..core.limits import Limits, Rules
 from ..fetchers import Fetchers
@@ -451,8 +452,7 @@ class Runtime:
         requests = max(working, len(self.core.requests))
         uses = {"requests": requests, "leases": leases, "jobs": self._jobs.under_way}
         if any(uses.values()):
-            told = ", ".join(f"{count} {name}" for name, count in uses.items() if count)
-            raise errors.DaemonBusy(f"the daemon is in use: {told}", **uses)
+            raise errors.DaemonBusy(f"the daemon is in use: {counted(uses)}", **uses)
         self.on_make_room()
 
     async def drain(self, limit_s: float) -> None:

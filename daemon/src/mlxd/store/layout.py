@@ -40,7 +40,10 @@ from .files import (
     try_lock,
 )
 
-__all__ = ["BlobsMissing", "RepoCache", "UnsafeFolder", "UnsafeName", "disk_free"]
+__all__ = ["RESERVE_BYTES", "BlobsMissing", "RepoCache", "UnsafeFolder", "UnsafeName", "disk_free"]
+
+# Left free beside a download: maps, links, the file system's own needs, and whatever else the user is doing.
+RESERVE_BYTES = 64 * 1024 * 1024
 
 PART, MAP, NEW = ".mlxd-part", ".mlxd-map", ".mlxd-new"
 BUILDING, OLD = ".mlxd-new-", ".mlxd-old-"
