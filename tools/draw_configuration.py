@@ -1,4 +1,4 @@
-"""Writes the settings' part of docs/configuration.md from the struct that holds them, daemon/src/mlxd/settings.py.
+"""Writes the settings' part of docs/configuration.md from the struct that holds them, in daemon/src/mlxd/settings.
 
 python3 tools/dev.py draw
 """
@@ -12,8 +12,7 @@ from typing import Any
 
 import msgspec
 
-from mlxd import settings
-from mlxd.settings import Settings
+from mlxd.settings import Settings, table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 OPENING, CLOSING = "<!-- generated: settings -->\n", "<!-- end -->"
@@ -22,9 +21,9 @@ RULES = {
     "home": "the platform's per-user place: `~/Library/Application Support/mlxd` on macOS, `$XDG_DATA_HOME/mlxd` or "
     "`~/.local/share/mlxd` on Linux",
     "socket": "`mlxd.sock` in `home`; where that path is too long for a socket, `/tmp/mlxd-UID/HASH.sock`",
-    "memory_budget_bytes": f"{settings.MEMORY_SHARE:.0%} of this machine's memory, or of what a container may have",
-    "memory_reserve_bytes": f"{settings.RESERVE_SHARE:.0%} of that memory, but no more than 2 GiB",
-    "prompt_cache_bytes": f"{settings.PROMPT_CACHE_SHARE:.0%} of the default of `memory_budget_bytes`",
+    "memory_budget_bytes": f"{table.MEMORY_SHARE:.0%} of this machine's memory, or of what a container may have",
+    "memory_reserve_bytes": f"{table.RESERVE_SHARE:.0%} of that memory, but no more than 2 GiB",
+    "prompt_cache_bytes": f"{table.PROMPT_CACHE_SHARE:.0%} of the default of `memory_budget_bytes`",
     "worker_command": "this Python with `-m mlxd.worker`",
     "fetcher_command": "this Python with `-m mlxd.fetch`",
 }
@@ -55,7 +54,7 @@ def part() -> str:
     for field in msgspec.structs.fields(Settings):
         names, text = told[field.name]
         facts = [type_words(field.type), f"default: {default_words(field)}", f"`MLXD_{field.name.upper()}`"]
-        facts.append(f"a change takes effect {WHEN[settings.APPLIES[field.name]]}")
+        facts.append(f"a change takes effect {WHEN[table.APPLIES[field.name]]}")
         together = f"{', '.join(f'`{name}`' for name in names)}: " if names[1:] else ""
         text = together + text if together else text[0].upper() + text[1:]
         sections.append(f"### `{field.name}`\n\n{text}\n\n{' · '.join(facts)}\n")

@@ -161,7 +161,7 @@ def readers(names: Collection[str]) -> dict[str, set[str]]:
     """The functions of the daemon that read each setting of its Settings."""
     found: dict[str, set[str]] = {name: set() for name in names}
     for path in SOURCE.rglob("*.py"):
-        if {"cli", "worker", "fetch"} & set(path.parts) or path.name == "settings.py":
+        if {"cli", "worker", "fetch"} & set(path.parts) or path.parent.name == "settings":
             continue
         for function in ast.walk(ast.parse(path.read_text())):
             if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):

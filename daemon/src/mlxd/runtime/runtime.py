@@ -52,7 +52,7 @@ class Runtime:
     """One daemon's state and children, as the server's methods see them: see server/runtime_api.py.
 
     Args:
-        settings: see settings.py.
+        settings: see settings/table.py.
         store: finds models on disk.
         supervisor: starts and watches children.
         log: a structlog logger.
