@@ -181,7 +181,7 @@ class Asking(threading.Thread):
     def __init__(self, path: Path, draw: random.Random, models: list[str]) -> None:
         super().__init__()
         self.traffic = Traffic(path, draw, models, connections=5, hostile=False)
-        self.restart, self.restarted = threading.Event(), threading.Event()
+        self.restart, self.restarted, self.fired = threading.Event(), threading.Event(), threading.Event()
         self.over = threading.Event()
         self._failed: BaseException | None = None
         self._path = path
@@ -203,7 +203,10 @@ class Asking(threading.Thread):
                     await asked[-1].connect(self._path)
                     asked[-1].send(asked[-1].frame(method, params))
             if asked and (asked[-1].closed or not asked[-1].open):
-                self.restarted.set()
+                if self.fired.is_set() or asked[-1].closed or self.traffic.tally["answered restart"]:
+                    self.restarted.set()
+                else:  # refused: the one before has ended, and this is not known yet
+                    asked[-1].send(asked[-1].frame("restart", None))
         self.traffic.lines += asked
         await self.traffic.settle()
 
@@ -314,6 +317,7 @@ class Handovers:
         with self._asking() as asking:
             asking.restart.set()
             pids = json.loads(self._told.recv(4096))
+            asking.fired.set()
             self._meanwhile(fault, pids.get("new", 0))
             self._join_anew(app)
             self._served()  # whatever becomes of the handover
