@@ -68,7 +68,7 @@ def test_a_busy_older_one_is_joined(tmp_path: Path) -> None:
     with Relay(bad_child="worker", steps=True) as daemon, daemon.client() as client, client.events() as events:
         stream = client.stream_process("!slow 1")
         active(events, 1)
-        with pytest.raises(errors.DaemonBusy, match="in use: 1 request$") as busy:
+        with pytest.raises(errors.DaemonBusy, match=r"in use: 1 request$") as busy:
             client.shutdown(if_idle=True)
         assert busy.value.details == {"requests": 1, "leases": 0, "jobs": 0}
         app = App(daemon, newer(tmp_path))
@@ -76,7 +76,7 @@ def test_a_busy_older_one_is_joined(tmp_path: Path) -> None:
         assert not client.status().draining
         daemon.step(0)
         assert stream.wait().text == "piece0"
-        with client.acquire(CLEANUP), pytest.raises(errors.DaemonBusy, match="1 leases"):
+        with client.acquire(CLEANUP), pytest.raises(errors.DaemonBusy, match=r"1 lease$"):
             client.shutdown(if_idle=True)
         app.end()
 

@@ -565,6 +565,7 @@ export interface Plan {
   evicts?: string[];
   load_s?: number;
   kind?: "adapter" | "model";
+  disk_missing_bytes?: number;
 }
 
 export interface PlanParams {

@@ -144,8 +144,8 @@ class PlanParams(Params, kw_only=True):
 class Plan(Result, kw_only=True):
     """What having and running a model would take, before anything happens.
 
-    `download_bytes` is what is not on disk yet; `disk_missing_bytes` must be freed before it can come, since some of the
-    disk is left to others. `weights_bytes` and `kv_bytes` are in memory. `fits` says whether the model can run beside
+    `download_bytes` is what is not on disk yet; `disk_missing_bytes` must be freed before it can come, since some room
+    is left to others. `weights_bytes` and `kv_bytes` are in memory. `fits` says whether the model can run beside
     what must stay; `evicts` names the models that would go to make room, in order. `load_s` is how long the last load
     took, where there was one. An `adapter` takes `weights_bytes` in the worker of its model, and of
     memory it says no more.
