@@ -227,12 +227,14 @@ def test_so_many_may_be_under_way_however_they_come() -> None:
             return await asyncio.gather(*many, return_exceptions=True)
 
     with Daemon(bad_child="worker") as daemon, daemon.client() as client:
+        first = client.submit_batch(prompts("first"), key="mine", open=True)
         came = asyncio.run(submit_all(daemon))
         jobs = [job for job in came if isinstance(job, Job)]
-        assert len(jobs) == len(client.batches()) == MOST_OPEN
+        assert len(jobs) + 1 == len(client.batches()) == MOST_OPEN
         assert all(isinstance(job, Job | QueueFull) for job in came)
         with pytest.raises(QueueFull):
-            client.submit_batch(prompts("one more"))
+            client.submit_batch(prompts("one more"), key="another")
+        assert client.submit_batch(prompts("first"), key="mine", open=True).job == first.job
         client.delete_batch(jobs[0].job, cancel=True)
         assert client.wait_job(client.submit_batch(prompts("one more")).job).state == "done"
 

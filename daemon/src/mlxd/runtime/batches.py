@@ -84,10 +84,18 @@ class Batches:
             raise errors.InvalidParams("items: there are none", field="items")
         asked = None if params.model is UNSET else params.model
         items, model = await self._prepared(params.items, asked)
-        if self._coming + sum(_open(job) for job in self._core.jobs.values()) >= MOST_OPEN:
+        if self._full and not await self._submitted(params.key):
             raise errors.QueueFull(f"{MOST_OPEN} batch jobs have not ended yet", limit=MOST_OPEN)
         self._coming += 1
         return await self._surely(self._submit(params, items, model, asked))
+
+    @property
+    def _full(self) -> bool:
+        return self._coming + sum(_open(job) for job in self._core.jobs.values()) >= MOST_OPEN
+
+    async def _submitted(self, key: str | msgspec.UnsetType) -> bool:
+        """Whether what is asked for is there already: whoever asks again under its key takes no more room."""
+        return isinstance(key, str) and await self.ledger.ask(lambda store: store.knows(key))
 
     async def _submit(
         self, params: types.BatchSubmitParams, items: list[Item], model: str | None, asked: str | None
