@@ -384,6 +384,21 @@ def test_a_damaged_file_is_told_from_others(path: Path, damage: Callable[[Path],
     Store(path, BUDGET).close()
 
 
+def test_damage_under_an_open_store_is_told_by_all_that_read(path: Path) -> None:
+    store = Store(path, BUDGET)
+    store.submit("j", items(20, size=1000), key="mine")
+    assert (store.knows("mine"), store.knows("another")) == (True, False)
+    store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with open(path, "r+b") as file:  # all but the header
+        file.seek(100)
+        file.write(os.urandom(path.stat().st_size - 100))
+    store.db.execute("PRAGMA shrink_memory")
+    for read in (lambda: store.knows("mine"), store.jobs, lambda: store.job("j")):
+        with pytest.raises(schema.Damaged):
+            read()
+    store.close()
+
+
 # --- a full disk --------------------------------------------------------------------------------------------------
 
 

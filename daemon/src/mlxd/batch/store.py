@@ -224,7 +224,8 @@ class Store:
 
     def knows(self, key: str) -> bool:
         """Whether a job was submitted under this key."""
-        return self.db.execute("SELECT 1 FROM jobs WHERE key = ?", (key,)).fetchone() is not None
+        with _told():
+            return self.db.execute("SELECT 1 FROM jobs WHERE key = ?", (key,)).fetchone() is not None
 
     def append(self, job: str, items: Sequence[Item], at: int | None, model: str | None) -> Job | None:
         """Add items to an open job. Returns the job; None where they are there already.
