@@ -5,12 +5,15 @@ Times are for the command: here it is counted what came to whom, and what is hel
 
 from __future__ import annotations
 
+import select
 import time
+from typing import Any
 
 import psutil
 import pytest
 
 from mlxd_client import errors
+from mlxd_client.sync.link import Link
 from support.crowd import Crowd, Shape
 from support.daemon import PATIENCE_S, Daemon
 
@@ -46,6 +49,23 @@ def test_a_crowd_costs_the_others_nothing_but_time() -> None:
         assert finished == [REQUESTS] * shape.followers
         assert lost == 0
         assert process.memory_info().rss < before + GROWTH_BYTES
+
+
+def test_who_is_hung_up_on_before_it_has_said_anything_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = Link.begin
+
+    with Daemon(bad_child="worker", max_clients=1) as daemon, daemon.client(reconnect=False) as first:
+        first.ping()
+
+        def late(link: Link, *arguments: Any) -> Any:
+            poller = select.poll()
+            poller.register(link._sock, select.POLLHUP)
+            assert poller.poll(10_000)  # the other end is closed
+            return begin(link, *arguments)
+
+        monkeypatch.setattr(Link, "begin", late)
+        with daemon.client(reconnect=False, start=False) as second, pytest.raises(errors.QueueFull):
+            second.ping()
 
 
 def test_one_too_many_is_hung_up_on_and_the_others_stay() -> None:

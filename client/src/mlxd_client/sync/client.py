@@ -13,9 +13,9 @@ from typing import Any, Self
 from .. import types
 from ..batching import REFUSED, AnyItem, frames
 from ..connect import Start, dial, resolve
-from ..errors import ClientError, ConnectionLost, RequestTimeout
+from ..errors import ClientError, ConnectionLost, RequestTimeout, RpcError
 from ..methods import Blocking, Methods, Request, Wait
-from ..rpc import MOST_MOVES, Call, Cursor, Session
+from ..rpc import MOST_MOVES, Call, Cursor, Session, fresh
 from ..types import UNSET, BatchResult, Job
 from .events import EventStream
 from .link import CLOSE_S, Link, deadline_after
@@ -185,7 +185,8 @@ class Client(Methods, Blocking):
             call = link.begin(lambda to: to.start(request.method, request.params, request.result_type), deadline)
             if call is not None:
                 return link, call
-        raise ConnectionLost("mlxd closes every connection at once")
+        why = link.session.closed
+        raise fresh(why) if isinstance(why, RpcError) else ConnectionLost("mlxd closes every connection at once")
 
     def _moved(self, link: Link, call: Call[Any]) -> bool:
         """Whether the request is to be sent again, since another daemon takes over and nothing was done of it."""

@@ -94,6 +94,9 @@ class Link:
                 if not poller.poll(None if left_s is None else left_s * 1000):
                     raise RequestTimeout("mlxd did not take the request in time")
         except OSError as error:
+            with self._lock:  # it may have said why before it closed
+                if not self._led and self.session.closed is None:
+                    self._lead(None, deadline_after(0), False)
             self.end(ConnectionLost(f"mlxd closed the connection: {error.strerror or error}"))
             return sent > 0
         except BaseException as error:  # half a frame may be out: nothing else can follow it
